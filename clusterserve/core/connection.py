@@ -1,0 +1,115 @@
+"""The life of one accepted connection, as a table.
+
+    accept -> PARKED -readable-> QUEUED -offer-> OFFERED -ack-> BORROWED -+- returned -> PARKED
+                                   ^                |                     +- closed   -> GONE
+                                   +-----back-------+---------------------+- taken    -> GONE (the worker's own)
+
+A connection is in exactly one state and only `Connection.step` assigns it.  An illegal step raises `IllegalStep` and
+changes nothing, so a worker that answers for a connection it does not hold is found out at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Final
+
+
+class State(IntEnum):
+    #: The master holds it and waits for the client to say something.
+    PARKED = 0
+    #: Something can be read (or the client does not speak first): waits for a ready worker.
+    QUEUED = 1
+    #: Sent to a worker that has not acknowledged it yet.
+    OFFERED = 2
+    #: A worker is serving it.
+    BORROWED = 3
+    #: Closed, or taken for good by a worker: the master has closed its copy.
+    GONE = 4
+
+
+class Event(IntEnum):
+    #: The client sent its first bytes, or hung up.
+    READABLE = 0
+    #: The distributor chose a worker.
+    OFFER = 1
+    #: The worker's loop has turned once after it processed the first bytes.
+    ACK = 2
+    #: Refused, recalled before it was read, or its worker died without touching it.
+    BACK = 3
+    #: The worker gave the idle connection back.
+    RETURN = 4
+    #: The worker or the master closed it.
+    CLOSE = 5
+    #: The worker keeps it for good.
+    TAKE = 6
+
+
+TRANSITIONS: Final[Mapping[State, Mapping[Event, State]]] = MappingProxyType(
+    {
+        State.PARKED: {Event.READABLE: State.QUEUED, Event.CLOSE: State.GONE},
+        State.QUEUED: {Event.OFFER: State.OFFERED, Event.CLOSE: State.GONE},
+        State.OFFERED: {
+            Event.ACK: State.BORROWED,
+            Event.BACK: State.QUEUED,
+            # One record may say "processed, and already over": the ack and the ending arrive together.
+            Event.RETURN: State.PARKED,
+            Event.CLOSE: State.GONE,
+            Event.TAKE: State.GONE,
+        },
+        State.BORROWED: {
+            # Only when its worker died and had not read a byte of what waits.
+            Event.BACK: State.QUEUED,
+            Event.RETURN: State.PARKED,
+            Event.CLOSE: State.GONE,
+            Event.TAKE: State.GONE,
+        },
+        State.GONE: {},
+    }
+)
+
+# The same table as nested tuples: indexing costs half of two dictionary look-ups, and this runs four times a connection.
+_NEXT: Final = tuple(tuple(TRANSITIONS[state].get(event) for event in Event) for state in State)
+
+
+class IllegalStep(ValueError):  # noqa: N818 - reads as the fact it states
+    """An event that its connection's state does not allow; nothing was changed."""
+
+
+class Connection:
+    """One accepted connection as the master sees it.
+
+    `fd` is the master's own copy of the descriptor (an opaque number here; the shell owns and closes it).  `id` is never
+    reused, unlike `fd`.  `client` is the peer's address as 16 bytes, IPv4 in its IPv4-mapped form, so that one client has
+    one spelling; empty when it has none (unix sockets).  `ticket` is its place among all that were ever queued.
+    """
+
+    __slots__ = ("client", "family", "fd", "id", "listener", "port", "since", "state", "ticket", "worker")
+
+    def __init__(
+        self, id: int, fd: int, listener: int, client: bytes = b"", port: int = 0, family: int = 0, since: float = 0.0
+    ) -> None:
+        self.id = id
+        self.fd = fd
+        self.listener = listener
+        self.client = client
+        self.port = port
+        self.family = family
+        #: When it was accepted or last became readable, on the master's clock (seconds).
+        self.since = since
+        self.state = State.PARKED
+        self.ticket = 0
+        #: Id of the worker it is offered to or borrowed by, else 0.
+        self.worker = 0
+
+    def step(self, event: Event) -> None:
+        """Make the one transition `event` allows; raises `IllegalStep` otherwise."""
+        target = _NEXT[self.state][event]
+        if target is None:
+            raise IllegalStep(f"connection {self.id} is {self.state.name}: it cannot {event.name}")
+        self.state = target
+
+    def __repr__(self) -> str:
+        holder = f", worker {self.worker}" if self.worker else ""
+        return f"<Connection {self.id} {self.state.name}{holder}>"

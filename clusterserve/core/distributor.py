@@ -1,0 +1,390 @@
+"""Who gets this connection: the queue, the ready workers, the offers between them.
+
+A shell feeds it facts (accepted, readable, answered, recalled, lost) and does what it returns: `distribute` the offers
+to send, `overdue` the workers whose unread offers to recall, `answer` the connection to close or to park.  It holds no
+descriptor and knows no time but what it is told.
+
+Invariants, kept by construction and checked in `tests/core/test_distributor.py`: a connection is in one state and one
+place; at most `window` un-acked offers per worker; no connection waits while its policy would give it to a ready
+worker; within a lane, who was queued first is offered first; a lost worker loses nothing that it had not touched.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ..errors import PolicyError, ProtocolError
+from .connection import Connection, Event
+from .policies import Policy
+from .records import Kind
+
+#: Un-acked offers a worker may have.  Recall makes a wide window harmless: what a stalled worker has not read comes back.
+WINDOW: Final = 64
+
+#: How long a worker may sit on offers without acknowledging any before it is stalled (seconds).
+PATIENCE: Final = 0.010
+
+#: A worker that refused a connection is left alone this long, so that a connection nobody can take does not spin.
+REFUSED_PAUSE: Final = 0.1
+
+_ACK: Final = int(Kind.ACK)
+_CLOSED: Final = int(Kind.CLOSED)
+_RETURNED: Final = int(Kind.RETURNED)
+_TAKEN: Final = int(Kind.TAKEN)
+_REFUSED: Final = int(Kind.REFUSED)
+
+
+class Worker:
+    """What the distributor knows of a worker; policies see it as their `Candidate`."""
+
+    __slots__ = (
+        "borrowed", "capacity", "held", "id", "listeners", "open", "progress", "resting", "slot", "stalled", "unacked",
+        "unread",
+    )  # fmt: skip
+
+    def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:
+        self.id = id
+        self.slot = slot
+        #: The most connections it may hold; None for no limit, 0 takes none.
+        self.capacity = capacity
+        self.listeners: set[int] = set()
+        #: Offered and not acknowledged, oldest first; then the ones it is serving.
+        self.unacked: dict[int, Connection] = {}
+        self.borrowed: dict[int, Connection] = {}
+        #: False once it drains: nothing more is offered, what it holds it may finish.
+        self.open = True
+        #: When it last acknowledged something, or was first offered something after being idle.
+        self.progress = 0.0
+        #: It made no progress for `PATIENCE`: nothing more for it until it does.
+        self.stalled = False
+        #: Some of what it was offered may still lie unread in its channel; False once that was recalled.
+        self.unread = False
+        #: Not before this time, after a refusal.
+        self.resting = 0.0
+        #: How long its last acknowledged batch held its loop (µs), as it said.
+        self.held = 0
+
+    @property
+    def load(self) -> int:
+        return len(self.unacked) + len(self.borrowed)
+
+    @property
+    def ready(self) -> bool:
+        return (
+            self.open
+            and not self.stalled
+            and not self.resting
+            and len(self.unacked) < WINDOW
+            and (self.capacity is None or self.load < self.capacity)
+        )
+
+    def __repr__(self) -> str:
+        word = "ready" if self.ready else "stalled" if self.stalled else "busy" if self.open else "draining"
+        return f"<Worker {self.id} slot {self.slot} {word}: {len(self.unacked)} offered, {len(self.borrowed)} borrowed>"
+
+
+class Handle:
+    """A listener whose connections the master hands out: Node's RoundRobinHandle, without the socket."""
+
+    def __init__(self, key: int, policy: Policy, client_speaks_first: bool) -> None:
+        self.key = key
+        self.policy = policy
+        self.client_speaks_first = client_speaks_first
+        self.lanes: dict[Hashable, deque[Connection]] = {}
+        self.workers: dict[int, Worker] = {}
+        self._lane = getattr(policy, "lane", None)
+
+    def lane(self, connection: Connection) -> deque[Connection]:
+        """The queue this connection waits in."""
+        name = None if self._lane is None else self._lane(connection)
+        lane = self.lanes.get(name)
+        if lane is None:
+            lane = self.lanes[name] = deque()
+        return lane
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A snapshot: connections by state, and per worker (id, slot, offered, borrowed)."""
+
+    queued: int
+    parked: int
+    offered: int
+    borrowed: int
+    workers: tuple[tuple[int, int, int, int], ...]
+
+
+class Distributor:
+    """All connections the master knows, and who may have them."""
+
+    def __init__(self, patience: float = PATIENCE) -> None:
+        self.patience = patience
+        self.handles: dict[int, Handle] = {}
+        self.workers: dict[int, Worker] = {}
+        self.parked: dict[int, Connection] = {}
+        #: Connections in all lanes together; what `--max-pending` bounds.
+        self.queued = 0
+        self._tickets = 0
+
+    # -- who is there ---------------------------------------------------------------------------------------------
+
+    def add_handle(self, key: int, policy: Policy, *, client_speaks_first: bool) -> None:
+        """A listener `key` exists from now on."""
+        self.handles[key] = Handle(key, policy, client_speaks_first)
+
+    def remove_handle(self, key: int) -> list[Connection]:
+        """The listener is gone; returns the connections that waited for it, for the shell to close."""
+        handle = self.handles.pop(key)
+        left = [connection for lane in handle.lanes.values() for connection in lane]
+        self.queued -= len(left)
+        left += [connection for connection in self.parked.values() if connection.listener == key]
+        for worker in handle.workers.values():
+            worker.listeners.discard(key)
+        for connection in left:
+            self.parked.pop(connection.id, None)
+            connection.step(Event.CLOSE)
+        return left
+
+    def add_worker(self, id: int, slot: int, capacity: int | None = None) -> Worker:
+        """A worker exists; it gets nothing before it is attached to a handle."""
+        worker = self.workers[id] = Worker(id, slot, capacity)
+        return worker
+
+    def attach(self, worker: int, key: int) -> None:
+        """The worker listens on handle `key` (Node: `add`)."""
+        handle, record = self.handles[key], self.workers[worker]
+        if worker not in handle.workers:
+            record.listeners.add(key)
+            handle.workers[worker] = record
+            if record.open:
+                handle.policy.add(record)
+
+    def detach(self, worker: int, key: int) -> None:
+        """The worker has closed its server on `key` (Node: `remove`); what it holds it keeps."""
+        handle = self.handles[key]
+        record = handle.workers.pop(worker, None)
+        if record is not None:
+            record.listeners.discard(key)
+            handle.policy.remove(record)
+
+    def drain_worker(self, worker: int) -> None:
+        """Offer it nothing more."""
+        record = self.workers[worker]
+        if record.open:
+            record.open = False
+            for key in record.listeners:
+                self.handles[key].policy.remove(record)
+
+    def remove_worker(self, worker: int) -> list[Connection]:
+        """The worker is dead; returns what it held, oldest first.
+
+        The shell finds out what the worker had done to each and calls `requeue` or `gone`.
+        """
+        record = self.workers[worker]
+        for key in tuple(record.listeners):
+            self.detach(worker, key)
+        del self.workers[worker]
+        return sorted((*record.unacked.values(), *record.borrowed.values()), key=_by_ticket)
+
+    # -- facts about connections ----------------------------------------------------------------------------------
+
+    def accepted(self, connection: Connection, *, waiting: bool) -> None:
+        """A new connection; `waiting` if it can be offered at once, else it is parked until `readable`."""
+        if waiting:
+            self._enqueue(connection)
+        else:
+            self.parked[connection.id] = connection
+
+    def readable(self, id: int) -> None:
+        """A parked connection's client has sent something."""
+        self._enqueue(self.parked.pop(id))
+
+    def hung_up(self, id: int) -> Connection:
+        """A parked connection's client left without a word; returns it for the shell to close."""
+        connection = self.parked.pop(id)
+        connection.step(Event.CLOSE)
+        return connection
+
+    def answer(self, worker: Worker, kind: int, id: int, held: int, now: float) -> Connection | None:
+        """A worker's answer.  Returns the connection if the shell must act: close it if GONE, watch it if PARKED.
+
+        Raises `ProtocolError` for a connection this worker does not hold: what was recalled was never read, so an
+        honest worker cannot answer for it.
+        """
+        connection = worker.unacked.pop(id, None)
+        if connection is not None:
+            if kind & _REFUSED:
+                worker.resting = now + REFUSED_PAUSE
+                return connection if self._back((connection,)) else None
+            worker.held = held
+            if kind == _ACK:
+                worker.progress = now
+                worker.stalled = False
+                connection.step(Event.ACK)
+                worker.borrowed[id] = connection
+                return None
+        else:
+            connection = worker.borrowed.pop(id, None)
+            if connection is None or kind & _REFUSED:
+                raise ProtocolError(f"worker {worker.id} answered {kind} for connection {id}, which it does not hold")
+        # Whatever it says, its loop has turned.
+        worker.progress = now
+        worker.stalled = False
+        if kind & _CLOSED:
+            connection.step(Event.CLOSE)
+        elif kind & _TAKEN:
+            connection.step(Event.TAKE)
+        elif kind & _RETURNED:
+            connection.step(Event.RETURN)
+            self.parked[id] = connection
+        else:
+            raise ProtocolError(f"worker {worker.id} answered {kind} for connection {id}, which says nothing new")
+        connection.worker = 0
+        return connection
+
+    def recalled(self, worker: Worker, ids: Iterable[int]) -> list[Connection]:
+        """These offers came back unread: to the head of their lanes, in their old order.
+
+        Returns those whose listener is gone, for the shell to close.
+        """
+        worker.unread = False
+        return self._back([worker.unacked.pop(id) for id in ids])
+
+    def requeue(self, connections: Sequence[Connection]) -> list[Connection]:
+        """A dead worker had not touched these: as `recalled`."""
+        return self._back(connections)
+
+    def gone(self, connection: Connection) -> None:
+        """The shell ends this connection of a dead worker."""
+        connection.step(Event.CLOSE)
+        connection.worker = 0
+
+    # -- decisions ------------------------------------------------------------------------------------------------
+
+    def distribute(self, now: float) -> list[tuple[Worker, Connection]]:
+        """Give waiting connections to ready workers; the offers to send, in order.
+
+        Raises `PolicyError` if a policy names a worker that is not ready for the connection.  (The shell wraps policies
+        that are not ours so that this is a fault of ours; see `master.policies`.)
+        """
+        offers: list[tuple[Worker, Connection]] = []
+        if not self.queued:
+            return offers
+        lanes = [(handle, lane) for handle in self.handles.values() for lane in handle.lanes.values() if lane]
+        while lanes:
+            until = None
+            if len(lanes) > 1:
+                # Several listeners or lanes: the one whose head has waited longest, for as long as it is that one.
+                lanes.sort(key=_by_head)
+                until = lanes[1][1][0].ticket
+            handle, lane = lanes[0]
+            pick = handle.policy.pick
+            while lane and (until is None or lane[0].ticket < until):
+                connection = lane[0]
+                worker = pick(connection, now)
+                if worker is None:
+                    del lanes[0]
+                    break
+                record = handle.workers.get(worker.id)
+                if record is None or not record.ready:
+                    raise PolicyError(f"policy {type(handle.policy).__name__} chose {worker!r}, which is not ready")
+                lane.popleft()
+                self.queued -= 1
+                connection.step(Event.OFFER)
+                connection.worker = record.id
+                if not record.unacked:
+                    record.progress = now
+                record.unacked[connection.id] = connection
+                record.unread = True
+                offers.append((record, connection))
+            else:
+                if not lane:
+                    del lanes[0]
+        return offers
+
+    def overdue(self, now: float) -> list[Worker]:
+        """Mark the workers that made no progress for `patience`; returns those whose unread offers should come back.
+
+        Only while another worker is ready: with nobody to take them, they may as well stay where they are.
+        """
+        late = []
+        for worker in self.workers.values():
+            if worker.resting and now >= worker.resting:
+                worker.resting = 0.0
+            if worker.unacked and now - worker.progress >= self.patience:
+                worker.stalled = True
+                if worker.unread:
+                    late.append(worker)
+        return [worker for worker in late if self._replaceable(worker)]
+
+    def wake_at(self, now: float) -> float | None:
+        """When `overdue` and `distribute` should run again though nothing happened; None if never."""
+        times = []
+        for worker in self.workers.values():
+            if worker.resting:
+                times.append(worker.resting)
+            if worker.unacked and not worker.stalled:
+                times.append(worker.progress + self.patience)
+            elif worker.unread and worker.stalled:
+                times.append(now + self.patience)
+        if self.queued:
+            wakes = (getattr(handle.policy, "wake_at", None) for handle in self.handles.values())
+            times += [wake for wake in wakes if wake is not None]
+        return min(times, default=None)
+
+    def statistics(self) -> Statistics:
+        """A frozen snapshot for tests, logs and tools."""
+        workers = self.workers.values()
+        return Statistics(
+            queued=self.queued,
+            parked=len(self.parked),
+            offered=sum(len(worker.unacked) for worker in workers),
+            borrowed=sum(len(worker.borrowed) for worker in workers),
+            workers=tuple((worker.id, worker.slot, len(worker.unacked), len(worker.borrowed)) for worker in workers),
+        )
+
+    # -- the queue ------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, connection: Connection) -> None:
+        self._tickets += 1
+        connection.ticket = self._tickets
+        connection.step(Event.READABLE)
+        self.handles[connection.listener].lane(connection).append(connection)
+        self.queued += 1
+
+    def _back(self, connections: Sequence[Connection]) -> list[Connection]:
+        """Merge into the heads of the lanes by ticket: what came back from two workers keeps one order."""
+        orphans = []
+        for connection in sorted(connections, key=_by_ticket, reverse=True):
+            connection.worker = 0
+            handle = self.handles.get(connection.listener)
+            if handle is None:
+                connection.step(Event.CLOSE)
+                orphans.append(connection)
+                continue
+            connection.step(Event.BACK)
+            lane = handle.lane(connection)
+            younger = []
+            while lane and lane[0].ticket < connection.ticket:
+                younger.append(lane.popleft())
+            lane.appendleft(connection)
+            lane.extendleft(reversed(younger))
+            self.queued += 1
+        return orphans
+
+    def _replaceable(self, late: Worker) -> bool:
+        """Whether another ready worker listens where one of this worker's offers came from."""
+        return any(
+            other is not late and other.ready for key in late.listeners for other in self.handles[key].workers.values()
+        )
+
+
+def _by_ticket(connection: Connection) -> int:
+    return connection.ticket
+
+
+def _by_head(entry: tuple[Handle, deque[Connection]]) -> int:
+    return entry[1][0].ticket

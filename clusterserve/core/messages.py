@@ -1,0 +1,165 @@
+"""The message channel's frames: a fixed header, then JSON.  One frozen dataclass per message.
+
+Facts are named in the past tense, commands in the imperative.  What arrives from the other end is data: an unknown or
+malformed frame raises `ProtocolError`, which costs that worker and nobody else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from struct import Struct
+from types import MappingProxyType
+from typing import Any, Final
+
+from ..errors import ProtocolError
+
+#: The longest body of a frame of ours, in bytes.  The longest real one is a traceback.
+MAX_BODY: Final = 1 << 20
+
+# body length, kind (0: a message of this module), descriptors that ride with the frame
+_HEADER: Final = Struct("<IBB")
+HEADER_SIZE: Final = _HEADER.size
+
+
+@dataclass(frozen=True)
+class Boot:
+    """Master to worker, first of all: who you are and what to serve."""
+
+    worker: int
+    slot: int
+    settings: dict[str, Any]
+    #: The master's sys.path, so that what imports there imports here; empty to leave the worker's own.
+    path: list[str]
+
+
+@dataclass(frozen=True)
+class Online:
+    """The worker is up and about to import the application."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Listen:
+    """The worker wants to listen.  `request` comes back with the answer.
+
+    `bind` is the address as text and `index` counts this worker's requests for that same text, so that two servers on
+    port 0 are two listeners, each common to all workers (Node: address:port:fd:index).  `client_speaks_first` allows the
+    master to wait for bytes before it hands a connection over: only HTTP servers of ours set it.
+    """
+
+    request: int
+    bind: str
+    index: int
+    backlog: int
+    client_speaks_first: bool
+
+
+@dataclass(frozen=True)
+class Listened:
+    """The master's answer.  `errno` is 0 or why it failed; with `shared` the listening socket itself rides along."""
+
+    request: int
+    listener: int
+    errno: int
+    reason: str
+    family: int
+    #: What getsockname() says: [host, port, ...] or the path.
+    sockname: list[Any] | str
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Listening:
+    """The worker's server is in place: connections of `listener` may come."""
+
+    listener: int
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The worker has closed its server on `listener`."""
+
+    listener: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The application could not be loaded or started; the worker exits next."""
+
+    reason: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Master to worker: finish what you hold within `grace` seconds (`quick`: cut it), shut down, exit 0."""
+
+    grace: float
+    quick: bool
+
+
+Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Drain
+
+_KINDS: Final = MappingProxyType(
+    {kind.__name__: kind for kind in (Boot, Online, Listen, Listened, Listening, Closed, Failed, Drain)}
+)
+_JSON_TYPES: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
+    {"int": int, "float": (int, float), "str": str, "bool": bool, "dict[str, Any]": dict, "list[str]": list,
+     "list[Any] | str": (list, str)}
+)  # fmt: skip
+
+
+def encode(message: Message, descriptors: int = 0) -> bytes:
+    """The frame of `message`; `descriptors` of them ride with its first byte."""
+    body = json.dumps([type(message).__name__, *dataclasses.astuple(message)], separators=(",", ":")).encode()
+    if len(body) > MAX_BODY:
+        raise ProtocolError(f"a {type(message).__name__} message of {len(body)} bytes is over the limit of {MAX_BODY}")
+    return _HEADER.pack(len(body), 0, descriptors) + body
+
+
+def decode(body: bytes) -> Message:
+    """The message in a frame's body; raises `ProtocolError` if there is none."""
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ProtocolError(f"a frame of {len(body)} bytes is not JSON") from None
+    if not isinstance(values, list) or not values or not isinstance(values[0], str):
+        raise ProtocolError("a frame is not a message")
+    kind = _KINDS.get(values[0])
+    if kind is None:
+        raise ProtocolError(f"unknown message {values[0]!r}")
+    fields = dataclasses.fields(kind)
+    if len(values) != len(fields) + 1:
+        raise ProtocolError(f"a {values[0]} message with {len(values) - 1} fields instead of {len(fields)}")
+    for field, value in zip(fields, values[1:], strict=True):
+        # bool is an int to isinstance, and must not pass for one.
+        if not isinstance(value, _JSON_TYPES[str(field.type)]) or (isinstance(value, bool) and field.type != "bool"):
+            raise ProtocolError(f"a {values[0]} message with {value!r:.60} for its {field.name}")
+    message: Message = kind(*values[1:])
+    return message
+
+
+class Decoder:
+    """Cuts a byte stream into frames: `feed` what arrived, iterate over (body, descriptors)."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[bytes, int]]:
+        """The frames completed by `data`.  Raises `ProtocolError` on a header that cannot be; the stream is lost then."""
+        buffer = self._buffer
+        buffer += data
+        while len(buffer) >= HEADER_SIZE:
+            length, kind, descriptors = _HEADER.unpack_from(buffer)
+            if kind or length > MAX_BODY:
+                raise ProtocolError(f"a frame of kind {kind} and {length} bytes cannot be")
+            end = HEADER_SIZE + length
+            if len(buffer) < end:
+                return
+            body = bytes(buffer[HEADER_SIZE:end])
+            del buffer[:end]
+            yield body, descriptors

@@ -1,0 +1,80 @@
+"""The connection channel's binary records: fixed size, one or more to a message.
+
+Master to worker: an `OFFER` per descriptor, in the order of the descriptors.  Worker to master: an answer per
+connection, whose kinds may be combined (`ACK | CLOSED` is the whole life of a short request).  Both carry a version, so
+that a worker of another release is refused instead of misread; the channel carries nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntFlag
+from struct import Struct
+from typing import Final
+
+from ..errors import ProtocolError
+
+VERSION: Final = 1
+
+#: Address families of an offer, as bytes on the wire: none (unix sockets), IPv4, IPv6.
+NO_ADDRESS: Final = 0
+IPV4: Final = 4
+IPV6: Final = 6
+
+
+class Kind(IntFlag):
+    """What a worker says about a connection it was offered."""
+
+    #: Processed, and the loop has turned once since.
+    ACK = 1
+    #: Over: the worker has closed its copy, the master's last close ends the connection.
+    CLOSED = 2
+    #: Idle again and given back: nothing read beyond the last response, nothing left to flush.
+    RETURNED = 4
+    #: The worker keeps it for good (TLS, WebSocket, a protocol that is not ours).
+    TAKEN = 8
+    #: Not wanted here: no such listener, or the descriptor got lost at the descriptor limit.
+    REFUSED = 16
+
+
+# version, family, flags, listener, id, queued (µs), client port, local port, client, local
+_OFFER: Final = Struct("<BBHIQIHH16s16s")
+OFFER_SIZE: Final = _OFFER.size
+_pack_offer = _OFFER.pack
+_iter_offers = _OFFER.iter_unpack
+
+# version, kind, flags, time the batch held the loop (µs), id
+_ANSWER: Final = Struct("<BBHIQ")
+ANSWER_SIZE: Final = _ANSWER.size
+_pack_answer = _ANSWER.pack
+_iter_answers = _ANSWER.iter_unpack
+
+#: The longest times the records can carry, in microseconds.
+MAX_MICROSECONDS: Final = 2**32 - 1
+
+
+def pack_offer(id: int, listener: int, queued: int, family: int, client: bytes, port: int) -> bytes:
+    """One offer.  `queued` in microseconds; the local address is left for a PROXY header to set (zero: ask the kernel)."""
+    return _pack_offer(VERSION, family, 0, listener, id, queued, port, 0, client, b"")
+
+
+def unpack_offers(data: bytes) -> Iterator[tuple[int, int, int, int, int, int, int, int, bytes, bytes]]:
+    """(version, family, flags, listener, id, queued, client port, local port, client, local) of each offer.
+
+    Raises `ProtocolError` on a message that is not a whole number of offers of this version.
+    """
+    if not data or len(data) % OFFER_SIZE or data[0] != VERSION:
+        raise ProtocolError(f"a message of {len(data)} bytes on the connection channel is no list of offers")
+    return _iter_offers(data)
+
+
+def pack_answer(kind: int, id: int, held: int = 0) -> bytes:
+    """One answer.  `held`: how long the batch it came in held the worker's event loop, in microseconds."""
+    return _pack_answer(VERSION, kind, 0, min(held, MAX_MICROSECONDS), id)
+
+
+def unpack_answers(data: bytes) -> Iterator[tuple[int, int, int, int, int]]:
+    """(version, kind, flags, held, id) of each answer; raises `ProtocolError` as `unpack_offers` does."""
+    if not data or len(data) % ANSWER_SIZE or data[0] != VERSION:
+        raise ProtocolError(f"a message of {len(data)} bytes on the connection channel is no list of answers")
+    return _iter_answers(data)
