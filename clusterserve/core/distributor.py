@@ -64,7 +64,7 @@ class Worker:
         self.unread = False
         #: Not before this time, after a refusal.
         self.resting = 0.0
-        #: How long its last acknowledged batch held its loop (µs), as it said.
+        #: How long a connection of its holds its loop (µs), as its answers say, at its recent worst.
         self.held = 0
 
     @property
@@ -219,7 +219,8 @@ class Distributor:
             if kind & _REFUSED:
                 worker.resting = now + REFUSED_PAUSE
                 return connection if self._back((connection,)) else None
-            worker.held = held
+            # A peak counts at once and fades over some hundred answers: see `held`.
+            worker.held = max(held, worker.held - (worker.held >> 6) - 1)
             if kind == _ACK:
                 worker.progress = now
                 worker.stalled = False
@@ -251,6 +252,11 @@ class Distributor:
         Returns those whose listener is gone, for the shell to close.
         """
         worker.unread = False
+        return self._back([worker.unacked.pop(id) for id in ids])
+
+    def undelivered(self, worker: Worker, ids: Iterable[int], now: float) -> list[Connection]:
+        """These offers could not be sent, its channel is full: as `recalled`, and it gets a pause."""
+        worker.resting = now + REFUSED_PAUSE
         return self._back([worker.unacked.pop(id) for id in ids])
 
     def requeue(self, connections: Sequence[Connection]) -> list[Connection]:

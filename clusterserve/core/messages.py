@@ -131,7 +131,7 @@ def decode(body: bytes) -> Message:
         raise ProtocolError("a frame is not a message")
     kind = _KINDS.get(values[0])
     if kind is None:
-        raise ProtocolError(f"unknown message {values[0]!r}")
+        raise ProtocolError(f"unknown message {values[0]!r:.60}")
     fields = dataclasses.fields(kind)
     if len(values) != len(fields) + 1:
         raise ProtocolError(f"a {values[0]} message with {len(values) - 1} fields instead of {len(fields)}")

@@ -145,7 +145,8 @@ class Hash:
 
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
-        self._by_slot: dict[int, Candidate] = {}
+        #: In a reload the replacement listens in the slot before its predecessor leaves it: the newest counts.
+        self._by_slot: dict[int, dict[int, Candidate]] = {}
         self._turns = RoundRobin()
 
     def resize(self, slots: int) -> None:
@@ -160,21 +161,22 @@ class Hash:
         return _slot_of(client, self.slots)
 
     def add(self, worker: Candidate) -> None:
-        self._by_slot[worker.slot] = worker
+        self._by_slot.setdefault(worker.slot, {})[worker.id] = worker
         self._turns.add(worker)
 
     def remove(self, worker: Candidate) -> None:
-        # In a reload the replacement listens in the slot before its predecessor leaves it.
-        if self._by_slot.get(worker.slot) is worker:
-            del self._by_slot[worker.slot]
+        self._by_slot.get(worker.slot, {}).pop(worker.id, None)
         self._turns.remove(worker)
 
     def pick(self, connection: Waiting, now: float) -> Candidate | None:
         slot = self.lane(connection)
         if slot < 0:
             return self._turns.pick(connection, now)
-        worker = self._by_slot.get(slot)
-        return worker if worker is not None and worker.ready else None
+        workers = self._by_slot.get(slot)
+        if not workers:
+            return None
+        worker = next(reversed(workers.values()))
+        return worker if worker.ready else None
 
 
 @lru_cache(maxsize=65536)

@@ -55,7 +55,7 @@ MAX_MICROSECONDS: Final = 2**32 - 1
 
 def pack_offer(id: int, listener: int, queued: int, family: int, client: bytes, port: int) -> bytes:
     """One offer.  `queued` in microseconds; the local address is left for a PROXY header to set (zero: ask the kernel)."""
-    return _pack_offer(VERSION, family, 0, listener, id, queued, port, 0, client, b"")
+    return _pack_offer(VERSION, family, 0, listener, id, min(queued, MAX_MICROSECONDS), port, 0, client, b"")
 
 
 def unpack_offers(data: bytes) -> Iterator[tuple[int, int, int, int, int, int, int, int, bytes, bytes]]:

@@ -1,0 +1,147 @@
+"""The message channel: a SOCK_STREAM socketpair with framed messages, both ends alike.
+
+Reads and writes when its event loop says so; never blocks.  What does not fit the kernel's buffer waits here, and a
+descriptor that waits is a copy of ours.  EOF and ECONNRESET are the same event: the end, reported once, after
+everything that had arrived before it.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from ..core.messages import Decoder, Message, decode, encode
+from ..errors import ProtocolError
+
+#: Descriptors that may ride with one message.
+MAX_DESCRIPTORS: Final = 16
+
+_CHUNK: Final = 65536
+_SPACE: Final = socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
+
+OnMessage = Callable[[Message, list[int]], None]
+OnClosed = Callable[[ProtocolError | None], None]
+
+
+class MessageChannel:
+    """One end.  Owns its socket.
+
+    `on_message(message, descriptors)` gets each message; the descriptors are the callee's to close.  `on_closed(error)` is
+    called once, on EOF (None) or on a frame that cannot be (the error); not after `close`.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, on_message: OnMessage, on_closed: OnClosed
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._on_message = on_message
+        self._on_closed = on_closed
+        self._decoder = Decoder()
+        self._arrived: deque[int] = deque()
+        self._waiting: deque[tuple[memoryview, list[int]]] = deque()
+        self._open = True
+        sock.setblocking(False)
+        loop.add_reader(sock, self._read)
+
+    @property
+    def is_open(self) -> bool:
+        return self._open
+
+    def send(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
+        """Send or queue; False if the channel is closed.  The caller keeps its descriptors."""
+        if not self._open:
+            return False
+        frame = memoryview(encode(message, len(descriptors)))
+        if not self._waiting:
+            sent = self._write(frame, list(descriptors))
+            if sent == len(frame):
+                return self._open
+            if sent:
+                # The descriptors travelled with the first byte.
+                frame, descriptors = frame[sent:], ()
+            self._loop.add_writer(self._sock, self._flush)
+        self._waiting.append((frame, [os.dup(fd) for fd in descriptors]))
+        return self._open
+
+    def close(self) -> None:
+        """Close now; what waits is dropped, and nobody is told."""
+        if not self._open:
+            return
+        self._open = False
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        for fd in (*self._arrived, *(fd for _, copies in self._waiting for fd in copies)):
+            os.close(fd)
+        self._arrived.clear()
+        self._waiting.clear()
+
+    def drain(self) -> None:
+        """Deliver everything that has arrived: its sender has exited, and what it said last counts."""
+        while self._open and self._receive():
+            pass
+
+    def _read(self) -> None:
+        self._receive()
+
+    def _receive(self) -> bool:
+        """One read; False if nothing was there."""
+        try:
+            data, ancillary, _, _ = self._sock.recvmsg(_CHUNK, _SPACE, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            self._end(None)
+            return True
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds: array.array[int] = array.array("i")
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+                self._arrived.extend(fds)
+        if not data:
+            self._end(None)
+            return True
+        try:
+            for body, count in self._decoder.feed(data):
+                # Fewer than announced if our descriptor limit was hit: the receiver sees that.
+                descriptors = [self._arrived.popleft() for _ in range(min(count, len(self._arrived)))]
+                self._on_message(decode(body), descriptors)
+                if not self._open:
+                    break
+        except ProtocolError as exc:
+            self._end(exc)
+        return True
+
+    def _write(self, frame: memoryview, descriptors: list[int]) -> int:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        try:
+            return self._sock.sendmsg([frame], ancillary)
+        except BlockingIOError:
+            return 0
+        except (BrokenPipeError, ConnectionResetError):
+            # The reader finds out, after it has drained what is still there to read.
+            return len(frame)
+
+    def _flush(self) -> None:
+        while self._waiting:
+            frame, copies = self._waiting[0]
+            sent = self._write(frame, copies)
+            if not sent:
+                return
+            for fd in copies:
+                os.close(fd)
+            if sent < len(frame):
+                self._waiting[0] = (frame[sent:], [])
+                return
+            self._waiting.popleft()
+        self._loop.remove_writer(self._sock)
+
+    def _end(self, error: ProtocolError | None) -> None:
+        self.close()
+        self._on_closed(error)

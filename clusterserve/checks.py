@@ -1,0 +1,167 @@
+"""Checks of single values, each a function `(setting, value) -> the value in its own type`.
+
+They take text wherever a variable or an option may bring it, and raise `SettingValueError`, whose reason is worded to
+stand behind "--port 99999:" as well as behind "port=99999:".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+from clusterserve.errors import SettingsError
+
+Check: TypeAlias = Callable[[str, object], object]
+
+MAX_INT = 2**31 - 1  # what a C int holds
+# In milliseconds, as poll() counts, this still fits a C int.
+MAX_SECONDS = 1_000_000
+
+_TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
+_FALSE = frozenset({"0", "false", "f", "no", "n", "off"})
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+
+class SettingValueError(SettingsError):
+    """One setting has a value it cannot have.
+
+    The parts stay apart so that each door can name the setting as its user wrote it: `port=99999`, `--port 99999`,
+    `CLUSTERSERVE_PORT=99999`.
+    """
+
+    def __init__(self, setting: str, value: object, reason: str) -> None:
+        super().__init__(f"{setting}={value!r}: {reason}")
+        self.setting = setting
+        self.value = value
+        self.reason = reason
+
+
+def near_match(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """`; did you mean 'NAME'?` for the name most like `word`, or nothing."""
+    # Imported when something is wrong: a good command line need not pay for it.
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, list(names), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def whole(low: int, high: int = MAX_INT, *, also: str = "") -> Callable[[str, object], int]:
+    limits = f"of at least {low}" if high == MAX_INT else f"from {low} to {high}"
+
+    def check(setting: str, value: object) -> int:
+        number = value
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
+            number = int(value)
+        # A bool is an int to Python and a mistake here.
+        if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+            raise SettingValueError(setting, value, f"must be a whole number {limits}{also}")
+        return number
+
+    return check
+
+
+def seconds(*, above_zero: bool = False) -> Callable[[str, object], float]:
+    limits = f"above 0 and up to {MAX_SECONDS}" if above_zero else f"from 0 to {MAX_SECONDS}"
+
+    def check(setting: str, value: object) -> float:
+        number = value
+        if isinstance(value, str) and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", value.strip()):
+            number = float(value)
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            # Also what refuses nan, inf and an int too large for a float.
+            in_range = 0 < number <= MAX_SECONDS if above_zero else 0 <= number <= MAX_SECONDS
+            if in_range:
+                return float(number)
+        raise SettingValueError(setting, value, f"must be a number of seconds {limits}")
+
+    return check
+
+
+def choice(
+    *names: str, imports: bool = False, later: tuple[str, ...] = (), any_case: bool = False
+) -> Callable[[str, object], str]:
+    """One of `names`, or MODULE:ATTRIBUTE where `imports`; the `later` ones are told from nonsense."""
+    one_of = "one of " if len(names) > 1 else ""
+    allowed = f"must be {one_of}{', '.join(names)}{', or MODULE:ATTRIBUTE' if imports else ''}"
+
+    def check(setting: str, value: object) -> str:
+        if isinstance(value, str):
+            name = value.lower() if any_case else value
+            if name in names or (imports and is_import(name)):
+                return name
+            if value in later:
+                raise SettingValueError(setting, value, f"not available in this version; {allowed}")
+            raise SettingValueError(setting, value, allowed + near_match(name, names))
+        raise SettingValueError(setting, value, allowed)
+
+    return check
+
+
+def flag(setting: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in _TRUE | _FALSE:
+        return value.strip().lower() in _TRUE
+    raise SettingValueError(setting, value, "must be true or false")
+
+
+def text(setting: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise SettingValueError(setting, value, "must be a text")
+    if "\0" in value:
+        raise SettingValueError(setting, value, "holds a NUL byte")
+    return value
+
+
+def texts(setting: str, value: object) -> str:
+    """A text with commas, or the list that it stands for."""
+    return ",".join(text(setting, item) for item in value) if isinstance(value, list | tuple) else text(setting, value)
+
+
+def optional(check: Check) -> Check:
+    return lambda setting, value: None if value is None else check(setting, value)
+
+
+def directory(setting: str, value: object) -> str:
+    return _path(setting, value, os.path.isdir, "there is no such directory")
+
+
+def file(setting: str, value: object) -> str:
+    # Not isfile: a shell's <(command) is a pipe.
+    return _path(setting, value, lambda name: os.path.exists(name) and not os.path.isdir(name), "there is no such file")
+
+
+def headers(setting: str, value: object) -> tuple[tuple[str, str], ...]:
+    """`Name:Value` texts or pairs."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise SettingValueError(setting, value, "must be a list of 'Name:Value' texts or of pairs")
+    return tuple(_header(setting, item) for item in value)
+
+
+def is_import(value: str) -> bool:
+    """Whether `value` reads MODULE:ATTRIBUTE; nothing is imported."""
+    return re.fullmatch(r"[^\s:()]+:[^\s:()]+", value) is not None
+
+
+def _path(setting: str, value: object, exists: Callable[[str], bool], reason: str) -> str:
+    name = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(name, str):
+        raise SettingValueError(setting, value, "must be a path")
+    if not exists(name):
+        raise SettingValueError(setting, name, reason)
+    return name
+
+
+def _header(setting: str, item: object) -> tuple[str, str]:
+    pair = item.split(":", 1) if isinstance(item, str) else item
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        raise SettingValueError(setting, item, "a header is 'Name:Value'")
+    name, content = pair[0].strip(" \t"), pair[1].strip(" \t")
+    if not _TOKEN.fullmatch(name):
+        raise SettingValueError(setting, item, f"{name!r} is not the name of a header")
+    # What goes past here goes on the wire: a line break would be a header of the user's users.
+    if not re.fullmatch(r"[\t\x20-\x7e\x80-\xff]*", content):
+        raise SettingValueError(setting, item, "a header's value is one line of Latin-1 text")
+    return name, content

@@ -1,0 +1,36 @@
+"""Which worker this process is, and how it is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+#: What makes a process a worker: "message descriptor, connection descriptor, master's pid".  Removed at start-up, so
+#: that what the application starts is not taken for one.
+VARIABLE: Final = "CLUSTERSERVE_WORKER"
+
+#: The worker's slot, for the application and what it starts.
+SLOT_VARIABLE: Final = "CLUSTERSERVE_WORKER_SLOT"
+
+
+@dataclass(frozen=True)
+class CurrentWorker:
+    """This process as a worker: `id` (1, 2, 3 …, never reused), `slot` (0 … N-1, inherited by replacements), `pid`."""
+
+    id: int
+    slot: int
+    pid: int
+
+
+_current: CurrentWorker | None = None
+
+
+def current_worker() -> CurrentWorker | None:
+    """This process's worker, or None in the master and everywhere else (Node: `cluster.worker`)."""
+    return _current
+
+
+def become(worker: CurrentWorker) -> None:
+    """Called once, by a worker's start-up."""
+    global _current
+    _current = worker

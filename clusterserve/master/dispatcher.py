@@ -1,0 +1,303 @@
+"""The master's hot path: accept, distribute, hand off; and what the workers answer.
+
+The hot descriptors (listeners, parked connections, connection channels) are in an epoll of their own, which is itself
+one descriptor in the master's event loop.  All decisions are the distributor's.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import errno
+import logging
+import os
+import select
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from ..channel.connection import MAX_BATCH, MasterEnd
+from ..core.connection import Connection, State
+from ..core.distributor import Distributor, Worker
+from ..core.records import IPV4, IPV6, NO_ADDRESS, pack_offer, unpack_answers
+from ..errors import ProtocolError
+from .fate import Fate, answer_bad_gateway, fate_of
+from .listeners import Listener
+
+logger = logging.getLogger("clusterserve.dispatch")
+
+#: Connections accepted from one listener before the others get their turn.
+_ACCEPTS: Final = 64
+
+#: A worker whose connections hold its loop for less (µs) gets several descriptors in one message.  What it has read in
+#: one message cannot be recalled, so an expensive application gets them one by one.
+CHEAP: Final = 500
+
+#: Out of descriptors or memory: accept nothing for this long (seconds).
+_EXHAUSTED_PAUSE: Final = 0.1
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+_MAPPED: Final = b"\0" * 10 + b"\xff\xff"
+_PARKED: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+
+
+class Dispatcher:
+    """Owns the accepted descriptors and the epoll; borrows listeners and channels.
+
+    `on_fault(worker id, error)` is told of a worker that breaks the protocol, `on_idle()` when the queue has run empty.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        distributor: Distributor,
+        max_pending: int,
+        on_fault: Callable[[int, ProtocolError], None],
+        on_idle: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self.distributor = distributor
+        self._max_pending = max_pending
+        self._on_fault = on_fault
+        self._on_idle = on_idle
+        self._epoll = select.epoll()
+        self._listeners: dict[int, Listener] = {}
+        self._parks: dict[int, bool] = {}
+        self._channels: dict[int, tuple[Worker, MasterEnd]] = {}
+        self._ends: dict[int, MasterEnd] = {}
+        self._parked: dict[int, Connection] = {}
+        self._ids = 0
+        self._accepting = True
+        self._pause: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        loop.add_reader(self._epoll.fileno(), self._poll)
+
+    # -- the hot path ---------------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        now = self._loop.time()
+        for fd, event in self._epoll.poll(0, 256):
+            channel = self._channels.get(fd)
+            if channel is not None:
+                self._answers(channel[0], channel[1], now)
+            elif fd in self._listeners:
+                self._accept(fd, now)
+            else:
+                self._unpark(fd, event)
+        self._distribute(now)
+
+    def _accept(self, fd: int, now: float) -> None:
+        listener = self._listeners[fd]
+        accept = listener.sock._accept  # type: ignore[attr-defined]  # without a socket object for each
+        family, parks, distributor = listener.sock.family, self._parks[fd], self.distributor
+        for _ in range(min(_ACCEPTS, self._max_pending - distributor.queued)):
+            try:
+                new, address = accept()
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                if exc.errno in _EXHAUSTED:
+                    self._exhausted(exc)
+                    return
+                # The client's connection is already broken, or its network is: accept(2) says to treat it as EAGAIN.
+                continue
+            self._ids += 1
+            if family == socket.AF_INET:
+                connection = Connection(
+                    self._ids, new, listener.key, _MAPPED + socket.inet_aton(address[0]), address[1], IPV4, now
+                )
+            elif family == socket.AF_INET6:
+                host = socket.inet_pton(socket.AF_INET6, address[0].partition("%")[0])
+                connection = Connection(self._ids, new, listener.key, host, address[1], IPV6, now)
+            else:
+                connection = Connection(self._ids, new, listener.key, b"", 0, NO_ADDRESS, now)
+            distributor.accepted(connection, waiting=not parks)
+            if parks:
+                self._park(connection)
+
+    def _distribute(self, now: float) -> None:
+        offers = self.distributor.distribute(now)
+        if len(offers) == 1:
+            worker, connection = offers[0]
+            self._offer(worker, (connection,), now)
+        elif offers:
+            batches: dict[int, list[Connection]] = {}
+            for worker, connection in offers:
+                if worker.held > CHEAP:
+                    self._offer(worker, (connection,), now)
+                    continue
+                batch = batches.setdefault(worker.id, [])
+                batch.append(connection)
+                if len(batch) == MAX_BATCH:
+                    del batches[worker.id]
+                    self._offer(worker, batch, now)
+            for id, batch in batches.items():
+                self._offer(self.distributor.workers[id], batch, now)
+        self._after(now)
+
+    def _offer(self, worker: Worker, connections: Sequence[Connection], now: float) -> None:
+        records = [
+            pack_offer(c.id, c.listener, int((now - c.since) * 1e6), c.family, c.client, c.port) for c in connections
+        ]
+        if not self._ends[worker.id].offer(records, array.array("i", [c.fd for c in connections])):
+            self._close(self.distributor.undelivered(worker, [c.id for c in connections], now))
+
+    def _answers(self, worker: Worker, end: MasterEnd, now: float) -> bool:
+        data = end.answers()
+        if not data:
+            return False
+        answer = self.distributor.answer
+        try:
+            for _, kind, _, held, id in unpack_answers(data):
+                connection = answer(worker, kind, id, held, now)
+                if connection is None:
+                    continue
+                if connection.state is State.PARKED:
+                    self._park(connection)
+                else:
+                    os.close(connection.fd)
+        except ProtocolError as exc:
+            self._on_fault(worker.id, exc)
+            return False
+        return True
+
+    # -- around it ------------------------------------------------------------------------------------------------
+
+    def _after(self, now: float) -> None:
+        """What follows from how full the queue is, and when to look again."""
+        queued = self.distributor.queued
+        if self._pause is None and self._accepting != (queued < self._max_pending):
+            self._set_accepting(queued < self._max_pending)
+        if not queued:
+            self._on_idle()
+        if self._timer is None:
+            wake = self.distributor.wake_at(now)
+            if wake is not None:
+                self._timer = self._loop.call_at(max(wake, now + 0.001), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        for worker in self.distributor.overdue(now):
+            self._close(self.distributor.recalled(worker, self._ends[worker.id].recall()))
+        self._distribute(now)
+
+    def _park(self, connection: Connection) -> None:
+        self._parked[connection.fd] = connection
+        self._epoll.register(connection.fd, _PARKED)
+
+    def _unpark(self, fd: int, event: int) -> None:
+        connection = self._parked.pop(fd)
+        # A worker gets its own copy, which would keep the entry alive behind our back.
+        self._epoll.unregister(fd)
+        if event & (select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP) and not _has_data(fd):
+            self._close([self.distributor.hung_up(connection.id)])
+        else:
+            self.distributor.readable(connection.id)
+
+    def _close(self, connections: Sequence[Connection]) -> None:
+        for connection in connections:
+            os.close(connection.fd)
+
+    def _exhausted(self, exc: OSError) -> None:
+        logger.warning("Cannot accept: %s; trying again in %g s", exc.strerror, _EXHAUSTED_PAUSE)
+        self._set_accepting(False)
+        self._pause = self._loop.call_later(_EXHAUSTED_PAUSE, self._resume)
+
+    def _resume(self) -> None:
+        self._pause = None
+        self._after(self._loop.time())
+
+    def _set_accepting(self, accepting: bool) -> None:
+        self._accepting = accepting
+        for fd in self._listeners:
+            self._epoll.modify(fd, select.EPOLLIN if accepting else 0)
+
+    # -- listeners and workers ------------------------------------------------------------------------------------
+
+    def add_listener(self, listener: Listener, *, client_speaks_first: bool) -> None:
+        """Accept from it from now on.  Without TCP_DEFER_ACCEPT, clients that must speak first are parked until they do."""
+        fd = listener.sock.fileno()
+        deferred = client_speaks_first and listener.defer(True)
+        self._listeners[fd] = listener
+        self._parks[fd] = client_speaks_first and not deferred
+        self._epoll.register(fd, select.EPOLLIN if self._accepting else 0)
+
+    def accept_rest(self) -> None:
+        """Accept what the kernel has accepted: closing a listener resets the clients in its backlog."""
+        now = self._loop.time()
+        for fd, listener in tuple(self._listeners.items()):
+            listener.defer(False)
+            before = -1
+            while before != self._ids and self.distributor.queued < self._max_pending:
+                before = self._ids
+                self._accept(fd, now)
+        self._distribute(now)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Accept nothing more from it; what was accepted stays.  The caller closes it."""
+        fd = listener.sock.fileno()
+        if self._listeners.pop(fd, None) is not None:
+            del self._parks[fd]
+            self._epoll.unregister(fd)
+
+    def add_worker(self, worker: int, slot: int, end: MasterEnd) -> None:
+        """A worker exists.  Owns `end` from now on."""
+        self._ends[worker] = end
+        self._channels[end.fileno()] = (self.distributor.add_worker(worker, slot), end)
+        self._epoll.register(end.fileno(), select.EPOLLIN)
+
+    def attach(self, worker: int, key: int) -> None:
+        """The worker's server on listener `key` is in place."""
+        self.distributor.attach(worker, key)
+        self._distribute(self._loop.time())
+
+    def remove_worker(self, worker: int) -> None:
+        """The worker is dead: what it said last counts, what it had not touched goes to others, the rest is ended."""
+        now = self._loop.time()
+        end = self._ends.pop(worker)
+        record, _ = self._channels.pop(end.fileno())
+        while self._answers(record, end, now):
+            pass
+        self._close(self.distributor.recalled(record, end.recall()))
+        untouched = []
+        for connection in self.distributor.remove_worker(worker):
+            fate = fate_of(connection.fd)
+            if fate is Fate.UNTOUCHED:
+                untouched.append(connection)
+                continue
+            self.distributor.gone(connection)
+            if fate is Fate.READ:
+                answer_bad_gateway(self._loop, connection.fd)
+            else:
+                os.close(connection.fd)
+        self._close(self.distributor.requeue(untouched))
+        self._epoll.unregister(end.fileno())
+        end.close()
+        self._distribute(now)
+
+    def forget(self, key: int) -> None:
+        """The listener is gone for good: close what still waits for it."""
+        left = self.distributor.remove_handle(key)
+        for connection in left:
+            if self._parked.pop(connection.fd, None) is not None:
+                self._epoll.unregister(connection.fd)
+        self._close(left)
+
+    def close(self) -> None:
+        """Let go of everything; workers must have been removed."""
+        self._loop.remove_reader(self._epoll.fileno())
+        for timer in (self._timer, self._pause):
+            if timer is not None:
+                timer.cancel()
+        for key in tuple(self.distributor.handles):
+            self.forget(key)
+        self._epoll.close()
+
+
+def _has_data(fd: int) -> bool:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        try:
+            return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False

@@ -1,0 +1,93 @@
+"""What a dead worker had done to a connection, asked from the kernel; and the answer for a request it had begun."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import termios
+from enum import Enum
+from typing import Final
+
+#: Longest wait for the client to finish sending after an answer of ours (seconds).
+LINGER: Final = 2.0
+
+BAD_GATEWAY: Final = (
+    b"HTTP/1.1 502 Bad Gateway\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: 46\r\n"
+    b"connection: close\r\n\r\nThe worker serving this request died. Retry.\r\n"
+)
+
+# linux/tcp.h, struct tcp_info: state; bytes acknowledged by the client, bytes received from it.
+_TCP_INFO: Final = struct.Struct("<B119xQQ")
+_CLOSE_WAIT: Final = 8
+_SIOCOUTQ: Final = termios.TIOCOUTQ
+
+
+class Fate(Enum):
+    #: Not a byte was read: somebody else may serve it.
+    UNTOUCHED = "untouched"
+    #: Read, and not a byte answered.
+    READ = "read"
+    #: A response was begun, or the kernel cannot tell (unix sockets).
+    BEGUN = "begun"
+
+
+def fate_of(fd: int) -> Fate:
+    """The fate of an accepted connection that its worker held from its first byte on (TCP(7), TCP_INFO)."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        if sock.family == socket.AF_UNIX:
+            return Fate.BEGUN
+        try:
+            unread = _queued(fd, termios.FIONREAD)
+            state, acked, received = _TCP_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136))
+            # Read again: bytes that arrived in between must not look as if the worker had taken them.
+            unread = max(unread, _queued(fd, termios.FIONREAD))
+            unsent = _queued(fd, _SIOCOUTQ)
+        except OSError:
+            return Fate.BEGUN
+    # The client's FIN counts as one byte received.
+    if received - (state == _CLOSE_WAIT) <= unread:
+        return Fate.UNTOUCHED
+    return Fate.READ if not acked and not unsent else Fate.BEGUN
+
+
+def _queued(fd: int, request: int) -> int:
+    buffer = array.array("i", [0])
+    fcntl.ioctl(fd, request, buffer)
+    return buffer[0]
+
+
+def answer_bad_gateway(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    """Answer 502 and close once the client has stopped sending: closing at once would reset what it has not read.
+
+    Takes over `fd`.
+    """
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    try:
+        sock.send(BAD_GATEWAY)
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        sock.close()
+        return
+
+    def discard() -> None:
+        with contextlib.suppress(BlockingIOError):
+            try:
+                if sock.recv(65536):
+                    return
+            except ConnectionResetError:
+                pass
+            end()
+
+    def end() -> None:
+        timer.cancel()
+        loop.remove_reader(sock)
+        sock.close()
+
+    loop.add_reader(sock, discard)
+    timer = loop.call_later(LINGER, end)

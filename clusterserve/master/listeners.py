@@ -1,0 +1,201 @@
+"""Listening sockets: opening what a `Bind` names, and keeping each for as long as its kind lives.
+
+Two lifetimes.  A *pinned* listener (`--bind`) is opened before any worker starts and lives as long as the master.  One
+that a worker asked for lives until its last worker closes it or is disconnected; if the last one crashed, it is kept a
+while for the next.  Only the master touches socket files, and only those it made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from dataclasses import dataclass, field
+
+from ..binds import Bind
+from ..errors import BindError
+
+#: How long TCP_DEFER_ACCEPT holds a silent client back (seconds; the kernel rounds up to its retransmissions).
+DEFER: int = 1
+
+#: As uvicorn's: whoever may reach the directory may connect.
+UNIX_MODE = 0o666
+
+
+@dataclass
+class Listener:
+    """One listening socket.  Owns it, and the file of a unix socket it made."""
+
+    key: int
+    bind: Bind
+    sock: socket.socket
+    pinned: bool
+    backlog: int
+    #: Device and inode of the socket file, if we made one.
+    file: tuple[int, int] | None = None
+    #: Workers that asked for it.
+    workers: set[int] = field(default_factory=set)
+
+    @property
+    def sockname(self) -> list[object] | str:
+        """What getsockname() says, as JSON can carry it."""
+        name = self.sock.getsockname()
+        if isinstance(name, tuple):
+            return list(name)
+        return name if isinstance(name, str) else "@" + os.fsdecode(name[1:])
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches it."""
+        name = self.sock.getsockname()
+        if not isinstance(name, tuple):
+            return f"unix:{self.sockname}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name[0], name[0])
+        return f"http://[{host}]:{name[1]}" if ":" in str(host) else f"http://{host}:{name[1]}"
+
+    @property
+    def address(self) -> str:
+        """What it listens on, for the log."""
+        name = self.sock.getsockname()
+        if not isinstance(name, tuple):
+            return f"unix:{self.sockname}"
+        return f"http://[{name[0]}]:{name[1]}" if ":" in name[0] else f"http://{name[0]}:{name[1]}"
+
+    def listen(self, backlog: int) -> None:
+        """Listen with the largest backlog anyone asked for."""
+        self.backlog = max(backlog, self.backlog)
+        self.sock.listen(self.backlog)
+
+    def defer(self, on: bool) -> bool:
+        """Let the kernel keep clients that say nothing; False where it cannot (unix sockets)."""
+        if self.sock.family == socket.AF_UNIX:
+            return False
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER if on else 0)
+        return on
+
+    def close(self) -> None:
+        """Close it, and remove its file if it is still the one we made."""
+        self.sock.close()
+        if self.file is not None:
+            with contextlib.suppress(FileNotFoundError):
+                found = os.stat(self.bind.path)
+                if (found.st_dev, found.st_ino) == self.file:
+                    os.unlink(self.bind.path)
+            self.file = None
+
+
+def open_listener(key: int, bind: Bind, backlog: int, *, pinned: bool) -> Listener:
+    """Open what `bind` names and listen; raises `BindError`."""
+    try:
+        if bind.kind == "tcp":
+            sock = _open_tcp(bind)
+        elif bind.kind == "unix":
+            sock = _open_unix(bind)
+        else:
+            sock = _open_inherited(bind)
+    except OSError as exc:
+        raise _explain(exc, bind) from None
+    file = None
+    try:
+        sock.setblocking(False)
+        if bind.kind == "unix" and not bind.path.startswith("@"):
+            made = os.stat(bind.path)
+            file = (made.st_dev, made.st_ino)
+            os.chmod(bind.path, UNIX_MODE)
+        if sock.family != socket.AF_UNIX:
+            # Accepted sockets inherit it: no system call for each of them.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener = Listener(key, bind, sock, pinned, backlog, file)
+        listener.listen(backlog)
+    except OSError as exc:
+        Listener(key, bind, sock, pinned, backlog, file).close()
+        raise _explain(exc, bind) from None
+    return listener
+
+
+def _open_tcp(bind: Bind) -> socket.socket:
+    # As uvicorn: a name means IPv4 where it has that, so that `localhost` is one address.
+    family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
+    try:
+        found = socket.getaddrinfo(bind.host, bind.port, family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    except socket.gaierror:
+        found = socket.getaddrinfo(bind.host, bind.port, socket.AF_UNSPEC, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    family, kind, proto, _, address = found[0]
+    # `proto` is spelled out: asyncio sets TCP_NODELAY only on sockets that say TCP.
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _open_unix(bind: Bind) -> socket.socket:
+    path = bind.path
+    if path.startswith("@"):
+        address: str | bytes = b"\0" + os.fsencode(path[1:])
+    else:
+        _remove_stale(path)
+        address = path
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file nobody listens on.  Raises OSError(EADDRINUSE) for one that is in use, or no socket."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "a file that is no socket is in the way")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            # Its backlog is full: somebody is there.
+            pass
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _open_inherited(bind: Bind) -> socket.socket:
+    if not stat.S_ISSOCK(os.fstat(bind.fd).st_mode):
+        raise OSError(errno.ENOTSOCK, "it is not a socket")
+    sock = socket.socket(fileno=os.dup(bind.fd))
+    try:
+        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(errno.EINVAL, "it is not a listening socket")
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _explain(exc: OSError, bind: Bind) -> BindError:
+    reason = (exc.strerror or str(exc)).lower()
+    advice = {
+        errno.EADDRINUSE: "; stop the program that uses it, or choose another address",
+        errno.EACCES: "; choose a port of at least 1024, or a directory you may write to",
+        errno.EPERM: "; choose an address you may use",
+        errno.EADDRNOTAVAIL: "; this machine has no such address",
+        errno.EBADF: "; pass the descriptor of a listening socket",
+        errno.ENOENT: "; create the directory first",
+    }.get(exc.errno or 0, "")
+    if isinstance(exc, socket.gaierror):
+        return BindError(errno.EADDRNOTAVAIL, f"cannot listen on {bind}: {reason}", str(bind))
+    return BindError(exc.errno or errno.EINVAL, f"cannot listen on {bind}: {reason}{advice}", str(bind))

@@ -1,0 +1,83 @@
+"""From the name of a policy to one policy object per listener, and a guard around those that are not ours."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib import import_module
+
+from ..core.policies import NAMES, TURN, Candidate, Policy, RoundRobin, Waiting, make_policy
+from ..errors import SettingsError
+
+logger = logging.getLogger("clusterserve.policy")
+
+
+class GuardedPolicy:
+    """A third-party policy that cannot take the cluster down: a fault is logged once, and round robin decides instead."""
+
+    def __init__(self, policy: Policy, name: str) -> None:
+        self._policy = policy
+        self._name = name
+        self._fallback = RoundRobin()
+        self._complained = False
+
+    def add(self, worker: Candidate) -> None:
+        self._fallback.add(worker)
+        self._call(self._policy.add, worker)
+
+    def remove(self, worker: Candidate) -> None:
+        self._fallback.remove(worker)
+        self._call(self._policy.remove, worker)
+
+    def pick(self, connection: Waiting, now: float) -> Candidate | None:
+        try:
+            worker = self._policy.pick(connection, now)
+            if worker is None:
+                return None
+            if worker.ready:
+                return worker
+            self._complain("chose a worker that is not ready", None)
+        except Exception as exc:  # noqa: BLE001 - anything may come out of other people's code; it is logged
+            self._complain("raised", exc)
+        return self._fallback.pick(connection, now)
+
+    @property
+    def wake_at(self) -> float | None:
+        return getattr(self._policy, "wake_at", None)
+
+    def _call(self, method: Callable[[Candidate], None], worker: Candidate) -> None:
+        try:
+            method(worker)
+        except Exception as exc:  # noqa: BLE001 - as above
+            self._complain("raised", exc)
+
+    def _complain(self, what: str, exc: Exception | None) -> None:
+        if not self._complained:
+            self._complained = True
+            logger.error("Policy %s %s; where it fails, connections go round robin", self._name, what, exc_info=exc)
+
+
+def policy_factory(name: str, *, slots: int, long_lived: bool) -> Callable[[], Policy] | None:
+    """What makes a policy for each listener; None for `none`, where the workers accept.
+
+    `long_lived`: connections stay with their worker, so round robin waits for the one whose turn it is.  Raises
+    `SettingsError` for a `package.module:Class` that cannot be used.
+    """
+    if name == "none":
+        return None
+    if name in NAMES:
+        return lambda: make_policy(name, slots=slots, patience=TURN if long_lived else 0.0)
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except ImportError as exc:
+        raise SettingsError(f"the policy {name!r} cannot be imported: {exc}") from exc
+    except AttributeError:
+        raise SettingsError(f"the module {module!r} has no policy {attribute!r}") from None
+    try:
+        probe = found()
+    except TypeError as exc:
+        raise SettingsError(f"the policy {name!r} must be a class that needs no arguments: {exc}") from None
+    if not isinstance(probe, Policy):
+        raise SettingsError(f"the policy {name!r} needs the methods add, remove and pick (docs/policies.md)")
+    return lambda: GuardedPolicy(found(), name)

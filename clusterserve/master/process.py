@@ -1,0 +1,98 @@
+"""Worker processes: spawning one, and learning of its exit.
+
+A worker is a fresh interpreter (exec, not fork), tied to the master by two inherited sockets and the kernel's
+parent-death signal.  The rest of the master sees a pid, two channels and an exit; exits are learned by pidfd, and only
+our own processes are waited for, because the program that embeds us has children too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ..channel.connection import MasterEnd, connection_channel
+from ..current import SLOT_VARIABLE, VARIABLE
+
+_ENTRY: Final = str(Path(__file__).parents[1] / "worker" / "__main__.py")
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a process ended: exactly one of them is set, or none if somebody else reaped it."""
+
+    code: int | None
+    signal: int | None
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            return f"was killed by {signal.Signals(self.signal).name}"
+        if self.code is not None:
+            return f"exited with code {self.code}"
+        return "ended in an unknown way: another part of this program waits for all children"
+
+
+class WorkerProcess:
+    """A running worker process.  Owns its pidfd and, until somebody takes them, the master's ends of its channels."""
+
+    def __init__(self, slot: int, loop: asyncio.AbstractEventLoop, on_exit: Callable[[Exit], None]) -> None:
+        """Spawn it; raises OSError if that is impossible.
+
+        Must be called by a thread that lives as long as the worker shall: the parent-death signal follows the thread.
+        """
+        self.messages, their_messages = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.connections: MasterEnd
+        self.connections, their_connections = connection_channel()
+        descriptors = (their_messages.fileno(), their_connections.fileno())
+        environment = {
+            **os.environ,
+            VARIABLE: f"{descriptors[0]},{descriptors[1]},{os.getpid()}",
+            SLOT_VARIABLE: str(slot),
+        }
+        # The same interpreter options as ours (-O, -W, -X …): what multiprocessing and the test runner of CPython use.
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        try:
+            self._popen = subprocess.Popen([sys.executable, *flags, _ENTRY], env=environment, pass_fds=descriptors)
+            self._pidfd = os.pidfd_open(self._popen.pid)
+        except OSError:
+            self.messages.close()
+            self.connections.close()
+            raise
+        finally:
+            # Not their_connections: the channel keeps the copy, to recall what the worker has not read.
+            their_messages.close()
+        self.pid = self._popen.pid
+        self._loop = loop
+        self._on_exit = on_exit
+        loop.add_reader(self._pidfd, self._exited)
+
+    def send_signal(self, number: int) -> None:
+        """Signal it; nothing happens if it has exited already (no pid is ever signalled that may be another's)."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            return
+
+    def _exited(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        try:
+            result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        except ChildProcessError:
+            result = None
+        os.close(self._pidfd)
+        if result is None:
+            ended = Exit(None, None)
+        elif result.si_code == os.CLD_EXITED:
+            ended = Exit(result.si_status, None)
+        else:
+            ended = Exit(None, result.si_status)
+        # Popen must not wait for it again.
+        self._popen.returncode = ended.code if ended.code is not None else -(ended.signal or 0)
+        self._on_exit(ended)

@@ -1,0 +1,82 @@
+"""`clusterserve APP`: a cluster as a program of its own, that listens to signals and answers with an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from typing import Any, Final
+
+import uvloop
+
+from ..core.reconcile import Stop
+from ..logs import configure
+from ..settings import Settings
+from .engine import Engine
+
+logger = logging.getLogger("clusterserve")
+
+#: Exit codes of a forced end (128 + the signal's number).
+FORCED_INT: Final = 130
+FORCED_QUIT: Final = 131
+
+#: Understood, but not yet acted upon.  None of them may end the master while workers live.
+_LATER: Final = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGPWR", "SIGWINCH")
+
+
+def run(app: str, **settings: Any) -> int:
+    """Serve `app` until a signal ends it; returns the exit code.  For the main thread: it handles signals.
+
+    Raises `SettingsError`, `BindError` or `BootError` if it never came to serve.
+    """
+    return run_settings(Settings.create(app=app, **settings))
+
+
+def run_settings(settings: Settings) -> int:
+    """`run`, with settings that have been checked."""
+    configure(settings)
+    loop = uvloop.new_event_loop()
+    try:
+        return loop.run_until_complete(_serve(settings, loop))
+    finally:
+        loop.close()
+
+
+async def _serve(settings: Settings, loop: asyncio.AbstractEventLoop) -> int:
+    engine = Engine(settings, loop)
+    signals = _Signals(engine, loop)
+    engine.start()
+    error = await engine.finished
+    if error is not None:
+        raise error
+    logger.info("Stopped, master process %d", os.getpid())
+    return signals.code
+
+
+class _Signals:
+    """What each signal means (docs/settings.md, "Signals"), and the exit code that follows from them."""
+
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+        self._engine = engine
+        self._interrupted = False
+        self.code = 0
+        loop.add_signal_handler(signal.SIGTERM, engine.stop, Stop.GRACEFUL)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
+        for name in _LATER:
+            loop.add_signal_handler(getattr(signal, name), self._later, name)
+
+    def _interrupt(self) -> None:
+        if self._interrupted:
+            self._quit(FORCED_INT)
+        self._interrupted = True
+        self._engine.stop(Stop.GRACEFUL)
+
+    def _quit(self, code: int) -> None:
+        self.code = self.code or code
+        self._engine.stop(Stop.QUICK)
+
+    def _later(self, name: str) -> None:
+        if name != "SIGWINCH":
+            logger.warning("%s means nothing yet in this version; nothing was done", name)

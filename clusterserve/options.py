@@ -1,0 +1,196 @@
+"""The options of the command line, as data: how they are written, which setting they give, what the help says.
+
+Next to them the options of uvicorn, gunicorn and of versions to come, each of which must end with a line that says so:
+an option that is ignored in silence is the worst of all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, NoReturn
+
+from clusterserve.checks import near_match
+from clusterserve.errors import SettingsError
+
+
+class Spec(NamedTuple):
+    """One option.  `flags[0]` is its name in messages and, under the prefix, in the environment."""
+
+    flags: tuple[str, ...]
+    setting: str
+    help: str
+    metavar: str = ""
+    kind: Literal["value", "many", "flag", "pair"] = "value"
+
+    @property
+    def name(self) -> str:
+        return self.flags[0]
+
+    @property
+    def variables(self) -> list[str]:
+        return [variable(flag) for flag in self.flags if flag.startswith("--")]
+
+
+def variable(flag: str) -> str:
+    return "CLUSTERSERVE_" + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def _flag(flags: str, help: str) -> Spec:
+    names = tuple(flags.split())
+    return Spec(names, names[0][2:].replace("-", "_"), help, kind="flag")
+
+
+def _pair(flag: str, help: str) -> Spec:
+    return _flag(flag, help if "[default:" in help else f"{help}  [default: on]")._replace(kind="pair")
+
+
+def _value(flags: str, metavar: str, help: str, setting: str = "") -> Spec:
+    names = tuple(flags.split())
+    return Spec(names, setting or names[0][2:].replace("-", "_"), help, metavar)
+
+
+GROUPS: dict[str, tuple[Spec, ...]] = {
+    "Application": (
+        _value("--app-dir --pythonpath", "DIR", "Look for APP in this directory first.  [default: .]"),
+        _flag("--factory", "APP is a function without arguments that returns the application."),
+        _value("--interface", "[auto|asgi3|asgi2]", "The interface APP speaks."),
+        _value("--env-file", "FILE", "Set variables from this file, unless they are set already."),
+    ),
+    "Binding": (
+        _value(
+            "--bind -b",
+            "ADDRESS",
+            "Listen here; repeatable. HOST:PORT, [IPV6]:PORT, :PORT, unix:PATH, unix:@NAME or fd://N; port 0 takes a "
+            "free one and says which.  [default: 127.0.0.1:8000]",
+        )._replace(kind="many"),
+        _value("--host", "HOST", "Listen on this host, instead of --bind.  [default: 127.0.0.1]"),
+        _value("--port", "PORT", "Listen on this port, instead of --bind.  [default: $PORT on all hosts, or 8000]"),
+        _value("--uds", "PATH", "Listen on this unix socket, instead of --bind."),
+        _value("--fd", "N", "Listen on this inherited descriptor, instead of --bind."),
+        _value("--backlog", "N", "Connections the kernel holds until they are accepted."),
+    ),
+    "Cluster": (
+        _value(
+            "--workers -w",
+            "N|auto",
+            "Worker processes.  [default: $WEB_CONCURRENCY, or auto: the processors this process may use]",
+        ),
+        _value(
+            "--policy",
+            "NAME",
+            "Which worker gets a connection: rr (in turn), least (fewest connections), hash (by the client's address), "
+            "none (the workers accept by themselves) or MODULE:CLASS.  [default: $CLUSTERSERVE_SCHED_POLICY, or rr]",
+        ),
+        _value("--dispatch", "[connection]", "What is handed to a worker."),
+        _value("--max-pending", "N", "Stop accepting while this many connections wait for a worker."),
+        _value("--timeout-boot", "SECONDS", "How long a worker may take from its start until it listens."),
+        _value(
+            "--timeout-graceful-shutdown --graceful-timeout",
+            "SECONDS",
+            "How long requests in flight may take once the cluster stops.",
+        ),
+        _value("--restart-backoff", "SECONDS", "Wait before a dead worker is replaced; doubles while they keep dying."),
+        _value("--restart-backoff-max", "SECONDS", "The longest such wait."),
+    ),
+    "HTTP": (
+        _value("--loop", "[auto|asyncio|uvloop]", "The event loop of the workers."),
+        _value("--http", "[auto|h11|httptools|zttp]", "The HTTP implementation, or MODULE:CLASS."),
+        _value("--timeout-keep-alive --keep-alive", "SECONDS", "Close a connection that asks nothing for this long."),
+        _value("--root-path", "PATH", "ASGI's root_path, for an app that is mounted below this path."),
+        _value("--header", "NAME:VALUE", "Send this header with every response; repeatable.", "headers")._replace(
+            kind="many"
+        ),
+        _pair("--server-header", "Send a Server header."),
+        _pair("--date-header", "Send a Date header."),
+        _value("--h11-max-incomplete-event-size", "BYTES", "h11 only: what to buffer of an incomplete event."),
+        _value("--lifespan", "[auto|on|off]", "Run the application's lifespan."),
+        _flag("--reset-contextvars", "Run each request in a fresh context."),
+    ),
+    "WebSocket": (
+        _value("--ws", "[auto|none|websockets|websockets-sansio|wsproto]", "The implementation, or MODULE:CLASS."),
+        _value("--ws-max-size", "BYTES", "The largest message."),
+        _value("--ws-max-queue", "N", "The longest queue of messages."),
+        _value("--ws-ping-interval", "SECONDS", "Time between pings."),
+        _value("--ws-ping-timeout", "SECONDS", "Close when a ping is unanswered for this long."),
+        _value("--ws-per-message-deflate", "BOOLEAN", "Compress messages."),
+    ),
+    "Proxies": (
+        _pair("--proxy-headers", "Take scheme and client address from X-Forwarded-Proto and X-Forwarded-For."),
+        _value(
+            "--forwarded-allow-ips",
+            "LIST",
+            "Trust these headers from these addresses, networks or literals, separated by commas; '*' trusts all.  "
+            "[default: $FORWARDED_ALLOW_IPS, or 127.0.0.1,::1]",
+        ),
+    ),
+    "Logging": (
+        _value("--log-level", "[critical|error|warning|info|debug|trace]", "How much to say.  [default: info]"),
+        _value("--log-config", "FILE", "A configuration of Python's logging as made for uvicorn: .ini, .json, .yaml."),
+        _pair("--access-log", "Log every request."),
+        _pair("--use-colors", "Colour the log.  [default: on a terminal]"),
+    ),
+    "Other": (
+        _flag("--version -v", "Say which version this is."),
+        _flag("--help -h", "Show this text."),
+    ),
+}
+
+SPECS = tuple(spec for group in GROUPS.values() for spec in group)
+COMMANDS = ("run", "exec", "config", "ctl", "top")
+
+# Known to users of uvicorn, gunicorn, granian and hypercorn, or ours in a later version.
+_LATER = """
+--access-log-exclude --access-log-format --access-logfile --access-logformat --backpressure --ca-certs
+--capture-output --casefold-http-method --cert-reqs --certfile --chdir --check-config --ciphers --config
+--control-socket --control-socket-mode --debug-port --debug-wait --dirty-app --dirty-graceful-timeout
+--dirty-threads --dirty-timeout --dirty-workers --disable-redirect-access-to-syslog --do-handshake-on-connect
+--dogstatsd-tags --enable-backlog-metric --enable-stdio-inheritance --env --error-logfile --forwarder-headers
+--group --header-map --hooks --http-protocols --http2 --http2-cleartext --http2-initial-window-size
+--http2-max-concurrent-streams --http2-max-frame-size --http2-max-header-list-size --initgroups --keyfile
+--limit-concurrency --limit-max-requests --limit-max-requests-jitter --limit-request-field_size
+--limit-request-fields --limit-request-line --log-config-json --log-file --log-format --log-syslog
+--log-syslog-facility --log-syslog-prefix --log-syslog-to --logger-class --max-requests --max-requests-jitter
+--max-restarts --max-workers --metrics --metrics-address --metrics-bind --metrics-port --min-uptime --name
+--no-control-socket --no-sendfile --no-ssl-reload --on-worker-exit-code --paste --paste-global --paster
+--permit-obsolete-folding --permit-unconventional-http-method --permit-unconventional-http-version --pid
+--pid-file --preload --print-config --process-name --profile --protocol --proxy-allow-from --proxy-protocol
+--reload --reload-delay --reload-dir --reload-engine --reload-exclude --reload-extra-file --reload-include
+--reload-surge --reuse-port --rss-sample-interval --rss-samples --shutdown-delay --spew --ssl-ca-certs
+--ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile --ssl-keyfile-password --ssl-reload --ssl-version
+--statsd-host --statsd-prefix --strip-header-spaces --suppress-ragged-eofs --threads --timeout --timeout-queue
+--timeout-request --timeout-request-body --timeout-request-header --timeout-worker-healthcheck --uds-permissions
+--umask --user --uwsgi-allow-from --worker-connections --worker-tmp-dir --workers-lifetime
+--workers-lifetime-jitter --workers-max-rss
+-c -e -g -m -n -t -u -R
+"""
+LATER = frozenset(_LATER.split())
+
+# Where something here does the same, or advice beats "not available".
+INSTEAD = {
+    "--asgi-disconnect-grace-period": "--asgi-disconnect-grace-period has no counterpart in uvicorn's workers",
+    "--asgi-lifespan": "--asgi-lifespan is called --lifespan here",
+    "--asgi-loop": "--asgi-loop is called --loop here",
+    "--http-parser": "--http-parser is called --http here",
+    "--websocket-max-message-size": "--websocket-max-message-size is called --ws-max-size here",
+    "--worker-class": "--worker-class is not available in this version: the workers are uvicorn's, leave it out",
+    "-k": "-k is not available in this version: the workers are uvicorn's, leave it out",
+    "--daemon": "--daemon is not available: leave the background to systemd or another supervisor",
+    "-D": "-D is not available: leave the background to systemd or another supervisor",
+    "-p": "-p, gunicorn's pid file, is not available in this version; a port is given with --port or --bind",
+}
+
+
+def refuse_command(word: str) -> NoReturn:
+    if word in COMMANDS:
+        raise SettingsError(f"{word!r} is reserved and not available in this version")
+    hint = word.removesuffix(".py").strip("./").replace("/", ".")
+    near = near_match(word, COMMANDS, 0.75) or (f"; did you mean '{hint}:app'?" if hint else "")
+    raise SettingsError(f"no such command {word!r}{near}")
+
+
+def refuse_option(name: str) -> NoReturn:
+    if name in INSTEAD:
+        raise SettingsError(INSTEAD[name])
+    if name in LATER:
+        raise SettingsError(f"{name} is not available in this version")
+    known = [flag for spec in SPECS for flag in spec.flags]
+    raise SettingsError(f"no such option {name}{near_match(name, [*known, *LATER, *INSTEAD], 0.7)}")

@@ -1,0 +1,234 @@
+"""`Settings`: everything a cluster is told, checked once, frozen for its life.
+
+`Settings.create` is the one door: the command line and `Cluster(app, **settings)` both come through it.  Defaults that
+the environment may move (WEB_CONCURRENCY, PORT, CLUSTERSERVE_POLICY, FORWARDED_ALLOW_IPS) are looked up here, and a
+blank variable is as good as none.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from clusterserve.binds import ANY_HOST, DEFAULT_PORT, Bind, parse_all
+from clusterserve.checks import (
+    Check,
+    SettingValueError,
+    choice,
+    directory,
+    file,
+    flag,
+    headers,
+    is_import,
+    near_match,
+    optional,
+    seconds,
+    text,
+    texts,
+    whole,
+)
+from clusterserve.errors import SettingsError
+
+__all__ = ["POLICIES", "Bind", "SettingValueError", "Settings"]
+
+POLICIES: Final = ("rr", "least", "hash", "none")
+POLICY_VARIABLES: Final = ("CLUSTERSERVE_POLICY", "CLUSTERSERVE_SCHED_POLICY")  # ours, and Node's under our prefix
+
+_ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to serve, where, with how many workers and how.  Build it with `create`, which checks."""
+
+    app: str
+    app_dir: str | None = None  # None: the program that embeds us has its own sys.path in order
+    factory: bool = False
+    interface: str = "auto"
+
+    binds: tuple[Bind, ...] = (Bind("tcp", host="127.0.0.1", port=DEFAULT_PORT),)
+    backlog: int = 2048
+
+    policy: str = "rr"
+    dispatch: str = "connection"
+    workers: int = 1
+    workers_source: str = ""  # why that many, for the start-up line
+    max_pending: int = 2048
+
+    timeout_boot: float = 60.0
+    timeout_graceful_shutdown: float = 30.0
+    timeout_keep_alive: int = 5
+    restart_backoff: float = 0.1
+    restart_backoff_max: float = 15.0
+
+    loop: str = "auto"
+    http: str = "auto"
+    ws: str = "auto"
+    ws_max_size: int = 16 * 1024 * 1024
+    ws_max_queue: int = 32
+    ws_ping_interval: float | None = 20.0
+    ws_ping_timeout: float | None = 20.0
+    ws_per_message_deflate: bool = True
+    lifespan: str = "auto"
+    h11_max_incomplete_event_size: int | None = None
+    reset_contextvars: bool = False
+
+    root_path: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    server_header: bool = True
+    date_header: bool = True
+    proxy_headers: bool = True
+    forwarded_allow_ips: str | None = None
+
+    log_level: str | None = None
+    log_config: str | None = None
+    access_log: bool = True
+    use_colors: bool | None = None
+    env_file: str | None = None
+
+    @classmethod
+    def create(cls, **values: object) -> Settings:
+        """Check `values`, fill in what the environment decides, and return the settings.
+
+        Takes the fields of this class, except that addresses come as `bind` (a text, a `Bind` or several of them) or
+        as `host`, `port`, `uds`, `fd`, and that `workers` may be None or "auto".  Raises `SettingsError`, one line.
+        """
+        for name in values:
+            if name not in _KEYWORDS:
+                raise SettingsError(f"there is no setting {name!r}{near_match(name, _KEYWORDS)}")
+        checked: dict[str, Any] = {
+            name: _CHECKS[name](name, value) for name, value in values.items() if name in _CHECKS
+        }
+        checked["app"], called = _app(values.get("app"))
+        checked["factory"] = called or checked.get("factory", False)
+        checked["binds"] = _binds({name: values[name] for name in _ADDRESSES if values.get(name) is not None})
+        checked["workers"], source = _workers(values.get("workers"))
+        checked["workers_source"] = checked.get("workers_source") or source
+        checked["policy"] = _policy(values.get("policy"))
+        if checked.get("forwarded_allow_ips") is None:
+            # uvicorn's own default, spelled out: a blank variable would make uvicorn trust nobody.
+            checked["forwarded_allow_ips"] = _variable("FORWARDED_ALLOW_IPS") or "127.0.0.1,::1"
+        settings = cls(**checked)
+        if settings.restart_backoff > settings.restart_backoff_max:
+            reason = f"must not be above restart_backoff_max, which is {settings.restart_backoff_max:g}"
+            raise SettingValueError("restart_backoff", settings.restart_backoff, reason)
+        return settings
+
+    def to_json(self) -> dict[str, object]:
+        """The settings in JSON's own types.  `from_json` gives back an equal object."""
+        values: dict[str, object] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["binds"] = [str(bind) for bind in self.binds]
+        values["headers"] = [list(header) for header in self.headers]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, object]) -> Settings:
+        """The settings that `to_json` wrote; they were checked then and are not checked again."""
+        known: dict[str, Any] = dict(values)
+        known["binds"] = tuple(Bind.parse(bind) for bind in known["binds"])
+        known["headers"] = tuple((name, value) for name, value in known["headers"])
+        return cls(**known)
+
+
+# What may be given to `create` for every field whose meaning is its own, whoever gives it.
+_CHECKS: Final[dict[str, Check]] = {
+    "app_dir": optional(directory),
+    "factory": flag,
+    "interface": choice("auto", "asgi3", "asgi2", later=("wsgi",)),
+    "backlog": whole(0),
+    "dispatch": choice("connection", later=("request", "auto")),
+    "workers_source": text,
+    "max_pending": whole(1),
+    "timeout_boot": seconds(above_zero=True),
+    "timeout_graceful_shutdown": seconds(),
+    "timeout_keep_alive": whole(0),
+    # From zero, doubling would never leave zero: a dying app would be respawned in a busy loop.
+    "restart_backoff": seconds(above_zero=True),
+    "restart_backoff_max": seconds(above_zero=True),
+    "loop": choice("auto", "asyncio", "uvloop", later=("none", "zuvloop")),
+    "http": choice("auto", "h11", "httptools", "zttp", imports=True),
+    "ws": choice("auto", "none", "websockets", "websockets-sansio", "wsproto", imports=True),
+    "ws_max_size": whole(1),
+    "ws_max_queue": whole(0),
+    "ws_ping_interval": optional(seconds()),
+    "ws_ping_timeout": optional(seconds()),
+    "ws_per_message_deflate": flag,
+    "lifespan": choice("auto", "on", "off"),
+    "h11_max_incomplete_event_size": optional(whole(1)),
+    "reset_contextvars": flag,
+    "root_path": text,
+    "headers": headers,
+    "server_header": flag,
+    "date_header": flag,
+    "proxy_headers": flag,
+    "forwarded_allow_ips": optional(texts),
+    "log_level": optional(choice("critical", "error", "warning", "info", "debug", "trace", any_case=True)),
+    "log_config": optional(file),
+    "access_log": flag,
+    "use_colors": optional(flag),
+    "env_file": optional(file),
+}
+_KEYWORDS: Final = (*_CHECKS, "app", "workers", "policy", *_ADDRESSES)
+
+
+def _variable(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
+def _app(value: object) -> tuple[str, bool]:
+    """The import string without gunicorn's call brackets, and whether it had them."""
+    if not isinstance(value, str):
+        given = "nothing" if value is None else f"an object of type {type(value).__name__}"
+        raise SettingsError(f'each worker imports the app itself: pass an import string like "module:app", not {given}')
+    module, colon, attribute = value.partition(":")
+    if not colon:
+        hint = value.removesuffix(".py").strip("./").replace("/", ".") or "module"
+        raise SettingValueError("app", value, f"an app is MODULE:ATTRIBUTE; did you mean '{hint}:app'?")
+    name = attribute.removesuffix("()")
+    if not is_import(f"{module}:{name}"):
+        raise SettingValueError("app", value, "an app is MODULE:ATTRIBUTE, or MODULE:FACTORY()")
+    return f"{module}:{name}", name != attribute
+
+
+def _binds(given: dict[str, object]) -> tuple[Bind, ...]:
+    names = list(given)
+    if len(names) > 1 and names != ["host", "port"]:
+        raise SettingsError(f"{names[0]} and {names[1]} exclude each other: give bind, or uds, or fd, or host and port")
+    if "bind" in given:
+        return parse_all(given["bind"])
+    if "uds" in given:
+        return (Bind("unix", path=text("uds", given["uds"])),)
+    if "fd" in given:
+        return (Bind("fd", fd=whole(0)("fd", given["fd"])),)
+    host = text("host", given.get("host", "127.0.0.1")) or ANY_HOST
+    port, source = given.get("port", DEFAULT_PORT), "port"
+    if "port" not in given and _variable("PORT"):
+        port, source = _variable("PORT"), "PORT"
+        # gunicorn's rule: who says PORT is a platform that connects from outside.
+        host = host if "host" in given else ANY_HOST
+    return (Bind("tcp", host=host, port=whole(0, 65535)(source, port)),)
+
+
+def _workers(value: object) -> tuple[int, str]:
+    source = "workers"
+    if value is None and _variable("WEB_CONCURRENCY"):
+        value, source = _variable("WEB_CONCURRENCY"), "WEB_CONCURRENCY"
+    if value in (None, "auto"):
+        # Read late: a count that was given needs no look at /sys.
+        from clusterserve.cpus import survey
+
+        cpus = survey()
+        return cpus.count, cpus.explanation
+    return whole(1, also=", or 'auto'")(source, value), source
+
+
+def _policy(value: object) -> str:
+    source = "policy"
+    if value is None:
+        found = {name: _variable(name) for name in POLICY_VARIABLES if _variable(name)}
+        if len(set(found.values())) > 1:
+            both = " and ".join(f"{name}={policy}" for name, policy in found.items())
+            raise SettingsError(f"{both} contradict each other: unset one of them")
+        source, value = next(iter(found.items()), (source, "rr"))
+    return choice(*POLICIES, imports=True)(source, value)

@@ -1,0 +1,195 @@
+"""Serving an ASGI application with uvicorn: the one file that touches uvicorn.
+
+uvicorn's `Server` runs as it is.  What is relied upon beyond its documented API has a contract test each
+(tests/worker/test_uvicorn_contract.py): `Config.app` may be replaced before `load`, a loop factory may be given as
+`Config.loop`, `startup(sockets=…)` passes each socket to `loop.create_server`, `should_exit` and
+`config.timeout_graceful_shutdown` are read when they are needed, `server_state.tasks` are the running requests, and the
+texts of its start-up and shutdown lines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import traceback
+from socket import socket
+from typing import Any, Final, cast
+
+import uvicorn
+from uvicorn.importer import ImportFromStringError, import_from_string
+
+from ..errors import BootError
+from ..settings import Settings
+from .link import Link
+from .loop import cluster_loop
+from .server import BindSocket
+
+logger = logging.getLogger("uvicorn.error")
+
+#: Settings that uvicorn's Config takes under the same name.
+_PASSED: Final = (
+    "http", "ws", "ws_max_size", "ws_max_queue", "ws_ping_interval", "ws_ping_timeout", "ws_per_message_deflate",
+    "lifespan", "interface", "log_level", "access_log", "use_colors", "proxy_headers", "server_header", "date_header",
+    "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "factory", "h11_max_incomplete_event_size",
+    "reset_contextvars",
+)  # fmt: skip
+
+#: What uvicorn says of every start and stop.  The master says it once for all; `--log-level debug` brings these back.
+CHATTER: Final = frozenset(
+    {
+        "Started server process [%d]",
+        "Waiting for application startup.",
+        "Application startup complete.",
+        "ASGI 'lifespan' protocol appears unsupported.",
+        "Shutting down",
+        "Waiting for connections to close. (CTRL+C to force quit)",
+        "Waiting for background tasks to complete. (CTRL+C to force quit)",
+        "Waiting for application shutdown.",
+        "Application shutdown complete.",
+        "Finished server process [%d]",
+    }
+)
+
+#: Of the grace the master allows, what is left for the application's own shutdown (seconds, at most a fifth).
+_LIFESPAN_SHARE: Final = 1.0
+
+
+def serve(settings: Settings, link: Link) -> None:
+    """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started."""
+    config = _config(settings, link)
+    boot = _BootLog()
+    logger.addFilter(boot)
+    server = uvicorn.Server(config)
+    _Drainer(server, link)
+    expected = len(settings.binds)
+
+    def listening() -> None:
+        nonlocal expected
+        expected -= 1
+        if not expected:
+            boot.release()
+            # uvicorn has taken SIGINT for itself meanwhile.  A terminal's Ctrl-C reaches the whole group, and the master
+            # says what follows from it.
+            signal.signal(signal.SIGINT, _heed_the_master)
+
+    link.on_listening = listening
+    try:
+        config.app = import_from_string(settings.app)
+        config.load()
+        # What exists now lives as long as the process: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        server.run(sockets=[cast("socket", BindSocket(bind)) for bind in settings.binds])
+    except ImportFromStringError as exc:
+        raise BootError(f"Error loading ASGI app. {exc}") from None
+    except SystemExit:
+        if expected:
+            raise BootError(f"the application {settings.app!r} could not be started", boot.text()) from None
+        raise
+    except Exception as exc:
+        if expected:
+            reason = f"the application {settings.app!r} could not be loaded"
+            raise BootError(reason, boot.text() + _traceback(exc)) from None
+        raise
+
+
+def _config(settings: Settings, link: Link) -> uvicorn.Config:
+    options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
+    if settings.log_config is not None:
+        options["log_config"] = settings.log_config
+    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
+    loop_class = cluster_loop(_loop_class(settings.loop), link)
+
+    def factory() -> asyncio.AbstractEventLoop:
+        loop = loop_class()
+        link.attach(loop)
+        return loop
+
+    config.loop = factory  # type: ignore[assignment]
+    return config
+
+
+def _loop_class(name: str) -> type[Any]:
+    """The event loop class of uvicorn's `--loop`: auto, asyncio, uvloop, or module:Class."""
+    if name == "auto":
+        try:
+            import uvloop
+        except ImportError:
+            return asyncio.SelectorEventLoop
+        return uvloop.Loop
+    if name == "asyncio":
+        return asyncio.SelectorEventLoop
+    try:
+        found = import_from_string("uvloop:Loop" if name == "uvloop" else name)
+    except (ImportError, ImportFromStringError) as exc:
+        raise BootError(f"the event loop {name!r} cannot be had: {exc}") from None
+    if not isinstance(found, type) or not issubclass(found, asyncio.AbstractEventLoop):
+        raise BootError(f"--loop {name!r} is no event loop class; name one, as in 'uvloop:Loop'")
+    return found
+
+
+def _traceback(exc: BaseException) -> str:
+    """The traceback as the application's author knows it: from the first frame that is neither ours nor uvicorn's."""
+    frame = exc.__traceback__
+    while frame is not None and frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "clusterserve", "uvicorn", "importlib",
+    ):  # fmt: skip
+        frame = frame.tb_next
+    return "".join(traceback.format_exception(type(exc), exc, frame or exc.__traceback__))
+
+
+class _BootLog(logging.Filter):
+    """Keeps uvicorn's lines about starting and stopping to itself, and holds its errors until it is clear who reports.
+
+    N workers with one broken application would print one traceback N times: held errors go to the master if the boot
+    fails, and to the log if it succeeds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: list[logging.LogRecord] | None = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno <= logging.INFO and record.msg in CHATTER:
+            return logger.getEffectiveLevel() < logging.INFO
+        if self._held is not None and record.levelno >= logging.ERROR:
+            self._held.append(record)
+            return False
+        return True
+
+    def release(self) -> None:
+        """The boot has succeeded: what was held is said now, and nothing is held any more."""
+        held, self._held = self._held or [], None
+        for record in held:
+            logger.handle(record)
+
+    def text(self) -> str:
+        """What was held, as text."""
+        formatter = logging.Formatter("%(message)s")
+        return "\n".join(formatter.format(record).rstrip() for record in self._held or []) + "\n"
+
+
+class _Drainer:
+    """Does what the master's Drain asks, with uvicorn's own means."""
+
+    def __init__(self, server: uvicorn.Server, link: Link) -> None:
+        self._server = server
+        self._link = link
+        link.on_drain = self.drain
+
+    def drain(self, grace: float, quick: bool) -> None:
+        """Finish within `grace` seconds; `quick` cuts what is running, the application's shutdown runs all the same."""
+        left = 0.0 if quick else max(0.0, grace - min(_LIFESPAN_SHARE, grace / 5))
+        # Read by uvicorn when it begins to wait; a second, quick order comes while it waits and ends what it waits for.
+        self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]
+        self._server.should_exit = True
+        if quick:
+            self._link.receiver.cut()
+            for task in tuple(self._server.server_state.tasks):
+                task.cancel("the cluster is stopped quickly")
+
+
+def _heed_the_master(number: int, frame: Any) -> None:
+    """Do nothing: see `worker.main`."""

@@ -1,0 +1,93 @@
+"""A worker's start-up: become a worker, tie this process's life to the master's, load the application, serve."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import Final
+
+from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
+from ..current import VARIABLE, CurrentWorker, become
+from ..errors import BootError
+from ..settings import Settings
+from .link import MASTER_GONE, Link
+
+#: What a worker exits with when its application cannot be loaded or started (uvicorn's STARTUP_FAILURE).
+BOOT_FAILURE: Final = 3
+
+_PR_SET_PDEATHSIG: Final = 1
+
+#: A terminal sends some of these to the whole process group, and people send the others to "all of it": the master acts
+#: on them.  A handler, not SIG_IGN: what the application starts must not inherit deafness.
+_MASTERS: Final = ("SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGPWR")
+
+
+def main() -> int:
+    """Run as a worker until told to finish; returns the exit code."""
+    messages, connections, master = (int(number) for number in os.environ.pop(VARIABLE).split(","))
+    die_with(master)
+    for name in _MASTERS:
+        signal.signal(getattr(signal, name), heed_the_master)
+    channel = socket.socket(fileno=messages)
+    os.set_inheritable(messages, False)
+    os.set_inheritable(connections, False)
+    boot = _receive_boot(channel)
+    become(CurrentWorker(boot.worker, boot.slot, os.getpid()))
+    if boot.path:
+        sys.path[:] = boot.path
+    _send(channel, Online(os.getpid()))
+    # Importing uvicorn takes most of the start-up: not before the master knows that we live.
+    from .asgi import serve
+
+    try:
+        serve(Settings.from_json(boot.settings), Link(channel, socket.socket(fileno=connections)))
+    except BootError as exc:
+        _send(channel, Failed(exc.args[0], exc.traceback))
+        return BOOT_FAILURE
+    return 0
+
+
+def die_with(master: int) -> None:
+    """Be killed when the process `master` ends, even if this one is busy or blocked then (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # It may have ended before the call above.
+    if os.getppid() != master:
+        os._exit(MASTER_GONE)
+
+
+def heed_the_master(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the master hears the signal too and says what to do."""
+
+
+def _receive_boot(channel: socket.socket) -> Boot:
+    """The first frame, and not a byte more: what follows belongs to the channel's reader."""
+    header = _exactly(channel, HEADER_SIZE)
+    length = int.from_bytes(header[:4], "little")
+    for body, _ in Decoder().feed(header + _exactly(channel, length)):
+        message = decode(body)
+        if isinstance(message, Boot):
+            return message
+    os._exit(MASTER_GONE)
+
+
+def _exactly(channel: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = channel.recv(size - len(data))
+        if not part:
+            os._exit(MASTER_GONE)
+        data += part
+    return bytes(data)
+
+
+def _send(channel: socket.socket, message: Message) -> None:
+    """Before or after the loop's time: block until it is sent.  If the master is gone, nobody needs it."""
+    channel.setblocking(True)
+    try:
+        channel.sendall(encode(message))
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(MASTER_GONE)

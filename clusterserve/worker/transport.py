@@ -1,0 +1,285 @@
+"""The transport of a handed-over connection: lazy while a request may end within one turn of the loop, real after that.
+
+Most requests on a new connection are over as soon as the application has run once: the bytes are there before the
+descriptor arrives, and the response fits the socket's buffer.  For those the loop never learns of the descriptor: one
+read, one write, one close.  Everything else becomes a transport of the event loop at the end of the turn (`settle`), and
+from then on this object only passes on: what the loop's transport does best, it does.
+
+    LAZY -settle, ended------> CLOSED
+      |--settle, not ended--> PENDING -the loop's connection_made-> REAL -connection_lost-> CLOSED
+
+It becomes real when: there was nothing to read; the request is not complete, or its response is not, after one turn;
+the connection stays open (keep-alive, upgrade); a write did not fit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Final, cast
+
+if TYPE_CHECKING:
+    from .receiver import Receiver
+
+#: Bytes written but not yet taken by the kernel, above which the protocol is told to pause (asyncio's own default).
+HIGH_WATER: Final = 65536
+
+#: One `writev` takes at most this many pieces (IOV_MAX on Linux is 1024).
+_MAX_PIECES: Final = 512
+
+
+class Phase(IntEnum):
+    LAZY = 0
+    PENDING = 1
+    REAL = 2
+    CLOSED = 3
+
+
+class HandedTransport(asyncio.Transport):
+    """An `asyncio.Transport` over a descriptor that the master handed over.
+
+    Owns `fd` until the loop's transport does.  Tells `receiver.ended(id)` exactly once, after `connection_lost`'s moment:
+    everything is flushed and the descriptor closed, or about to be closed by the loop.
+    """
+
+    def __init__(
+        self,
+        receiver: Receiver,
+        id: int,
+        fd: int,
+        protocol: asyncio.Protocol,
+        peername: tuple[str, int] | None,
+        sockname: tuple[str, int] | str | None,
+    ) -> None:
+        # Not calling BaseTransport.__init__: it makes a dictionary that get_extra_info below does without.
+        self._receiver = receiver
+        self._id = id
+        self._fd = fd
+        self._protocol: asyncio.BaseProtocol = protocol
+        self._peername = peername
+        self._sockname = sockname
+        self._phase = Phase.LAZY
+        self._made = False
+        self._closing = False
+        self._abort = False
+        self._reading = True
+        self._eof = False
+        self._paused = False
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._error: OSError | None = None
+        self._real: asyncio.Transport | None = None
+
+    # -- the lazy life --------------------------------------------------------------------------------------------
+
+    def begin(self, data: bytes) -> None:
+        """Give the protocol its connection and the first bytes."""
+        self._made = True
+        protocol: Any = self._protocol
+        protocol.connection_made(self)
+        if not self._closing:
+            protocol.data_received(data)
+
+    def settle(self) -> None:
+        """The turn is over: end what is finished, give the loop what is not."""
+        if self._phase is not Phase.LAZY:
+            return
+        if not self._abort and self._pieces:
+            self._flush()
+        if self._abort or self._error is not None or (self._closing and not self._pieces):
+            self._finish(self._error)
+        else:
+            self.become_real()
+
+    def _flush(self) -> None:
+        """Write what the kernel takes now."""
+        pieces = self._pieces
+        try:
+            sent = os.writev(self._fd, pieces[:_MAX_PIECES]) if len(pieces) > 1 else os.write(self._fd, pieces[0])
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            self._error = exc
+            pieces.clear()
+            self._size = 0
+            return
+        self._size -= sent
+        if not self._size:
+            pieces.clear()
+            return
+        whole = 0
+        for piece in pieces:
+            if sent < len(piece):
+                break
+            sent -= len(piece)
+            whole += 1
+        del pieces[:whole]
+        if sent:
+            pieces[0] = pieces[0][sent:]
+
+    def _finish(self, error: Exception | None) -> None:
+        self._phase = Phase.CLOSED
+        self._closing = True
+        os.close(self._fd)
+        self._receiver.ended(self._id)
+        if self._made:
+            self._protocol.connection_lost(error)
+
+    # -- becoming real --------------------------------------------------------------------------------------------
+
+    def become_real(self, **ssl: Any) -> None:
+        """Hand the descriptor to the loop's own transport; `ssl` is for `loop.connect_accepted_socket`."""
+        self._phase = Phase.PENDING
+        self._receiver.keep(self._id, self)
+        # All three are asked from the kernel: asyncio sets TCP_NODELAY only on a socket whose `proto` says TCP.
+        sock = socket.socket(fileno=self._fd)
+        loop = self._receiver.loop
+        task = loop.create_task(loop.connect_accepted_socket(lambda: _Wire(self), sock, **ssl))
+        task.add_done_callback(self._connected)
+
+    def _connected(self, task: asyncio.Task[Any]) -> None:
+        """The loop is done with connecting: only failures (a TLS handshake, a loop that is closing) are news."""
+        error = None if task.cancelled() else task.exception()
+        if (task.cancelled() or error is not None) and self._phase is Phase.PENDING:
+            self._lost(error if isinstance(error, Exception) else None)
+
+    def _adopt(self, real: asyncio.Transport) -> None:
+        """The loop's transport is there: what happened meanwhile happens to it now, then it takes over."""
+        self._phase = Phase.REAL
+        self._real = real
+        # Instance attributes in front of the methods: from here on a call goes straight to the loop's transport.
+        for name in ("write", "writelines", "write_eof", "can_write_eof", "is_closing", "close", "abort"):
+            setattr(self, name, getattr(real, name))
+        for name in ("pause_reading", "resume_reading", "is_reading"):
+            setattr(self, name, getattr(real, name))
+        if not self._made:
+            self._made = True
+            self._protocol.connection_made(self)
+            self._receiver.made(self._id)
+        if self._paused:
+            # If what is left is still too much for the loop's transport, it pauses the protocol again itself.
+            self._paused = False
+            self._protocol.resume_writing()
+        if self._pieces:
+            real.write(b"".join(self._pieces))
+            self._pieces.clear()
+        if self._abort:
+            real.abort()
+        elif self._closing:
+            real.close()
+        else:
+            if self._eof:
+                real.write_eof()
+            if not self._reading:
+                real.pause_reading()
+
+    def _lost(self, error: Exception | None) -> None:
+        self._phase = Phase.CLOSED
+        self._closing = True
+        self._receiver.ended(self._id)
+        if self._made:
+            self._protocol.connection_lost(error)
+
+    # -- asyncio.Transport, until it is real ----------------------------------------------------------------------
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not data or self._closing or self._eof:
+            return
+        # What may change under us is copied, as asyncio does.
+        self._pieces.append(data if isinstance(data, bytes) else bytes(data))
+        self._size += len(data)
+        if self._size > HIGH_WATER and not self._paused:
+            if self._phase is Phase.LAZY:
+                self._flush()
+            if self._size > HIGH_WATER:
+                self._paused = True
+                self._protocol.pause_writing()
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        if self._phase is Phase.LAZY and self._pieces:
+            # The client need not wait for the other requests of this turn.
+            self._flush()
+
+    def abort(self) -> None:
+        self._closing = self._abort = True
+        self._pieces.clear()
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def write_eof(self) -> None:
+        self._eof = True
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def pause_reading(self) -> None:
+        self._reading = False
+
+    def resume_reading(self) -> None:
+        self._reading = True
+
+    def is_reading(self) -> bool:
+        return self._reading and not self._closing
+
+    # -- asyncio.Transport, always --------------------------------------------------------------------------------
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        if name == "peername":
+            return self._peername
+        if name == "sockname":
+            if self._sockname is None:
+                self._sockname = _sockname(self._fd)
+            return self._sockname
+        return default if self._real is None else self._real.get_extra_info(name, default)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._protocol = protocol
+        if self._real is not None:
+            # A new wire, because loops remember the bound methods of the protocol they were given.
+            self._real.set_protocol(_Wire(self))
+
+    def get_write_buffer_size(self) -> int:
+        return self._size if self._real is None else self._real.get_write_buffer_size()
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return (HIGH_WATER // 4, HIGH_WATER) if self._real is None else self._real.get_write_buffer_limits()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        if self._real is not None:
+            self._real.set_write_buffer_limits(high, low)
+
+    def __repr__(self) -> str:
+        return f"<HandedTransport connection {self._id} {self._phase.name}>"
+
+
+class _Wire(asyncio.Protocol):
+    """Between the loop's transport and the user's protocol, out of the way of the data: only the two ends are ours."""
+
+    def __init__(self, handed: HandedTransport) -> None:
+        self._handed = handed
+        protocol: Any = handed.get_protocol()
+        for name in ("data_received", "eof_received", "pause_writing", "resume_writing"):
+            setattr(self, name, getattr(protocol, name))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are no subclasses of asyncio's.
+        self._handed._adopt(cast("asyncio.Transport", transport))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._handed._lost(exc)
+
+
+def _sockname(fd: int) -> tuple[str, int] | str | None:
+    """The local address of a connection to a wildcard listener, in the shape of `peername`."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        name = sock.getsockname()
+    return (name[0], name[1]) if isinstance(name, tuple) else name
