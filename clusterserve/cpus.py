@@ -81,16 +81,13 @@ def _upwards(group: str, top: str) -> Iterator[str]:
     """The directories of `group` and of its ancestors, below the mount point whose cgroup is `top`."""
     names = [name for name in group.split("/") if name]
     above = [name for name in top.split("/") if name]
-    if names[: len(above)] == above:
-        names = names[len(above) :]
-    # Outside the mounted part, which is how a container without a cgroup namespace may look, or beside it ("/..",
-    # a process moved in from another namespace): what can be seen is the mount point alone.
-    elif above:
-        names = []
-    if ".." in names:
-        names = []
-    for depth in range(len(names), -1, -1):
-        yield "/".join(names[:depth])
+    below = names[len(above) :]
+    if names[: len(above)] != above or ".." in below:
+        # Outside the mounted part, as in a container without a cgroup namespace, or beside it ("/..", a process moved
+        # in from another namespace): what can be seen is the mount point alone.
+        below = []
+    for depth in range(len(below), -1, -1):
+        yield "/".join(below[:depth])
 
 
 def _positive(text: str) -> bool:

@@ -30,19 +30,27 @@ PATIENCE: Final = 0.010
 #: A worker that refused a connection is left alone this long, so that a connection nobody can take does not spin.
 REFUSED_PAUSE: Final = 0.1
 
+#: A stalled worker from which every offer was taken back has nothing left to acknowledge: it is tried again after this
+#: long (seconds).
+RETRY: Final = 0.1
+
 _ACK: Final = int(Kind.ACK)
 _CLOSED: Final = int(Kind.CLOSED)
 _RETURNED: Final = int(Kind.RETURNED)
 _TAKEN: Final = int(Kind.TAKEN)
 _REFUSED: Final = int(Kind.REFUSED)
 
+#: All that can be said of a connection that is being served, and of one that was offered.
+_ENDINGS: Final = frozenset(ack | ending for ack in (0, _ACK) for ending in (_CLOSED, _RETURNED, _TAKEN))
+_ANSWERS: Final = _ENDINGS | {_ACK, _REFUSED}
+
 
 class Worker:
     """What the distributor knows of a worker; policies see it as their `Candidate`."""
 
     __slots__ = (
-        "borrowed", "capacity", "held", "id", "listeners", "open", "progress", "resting", "slot", "stalled", "unacked",
-        "unread",
+        "borrowed", "capacity", "held", "id", "listeners", "open", "progress", "resting", "retry", "slot", "stalled",
+        "suspect", "unacked", "unread",
     )  # fmt: skip
 
     def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:
@@ -58,10 +66,15 @@ class Worker:
         self.open = True
         #: When it last acknowledged something, or was first offered something after being idle.
         self.progress = 0.0
-        #: It made no progress for `PATIENCE`: nothing more for it until it does.
+        #: It made no progress for `PATIENCE`: nothing more for it until it does (or `RETRY`).
         self.stalled = False
         #: Some of what it was offered may still lie unread in its channel; False once that was recalled.
         self.unread = False
+        #: All it was offered was recalled: nothing is left whose acknowledgement would clear it, so after a rest it gets
+        #: a single offer as a probe, and is trusted again when it answers.
+        self.suspect = False
+        #: When that rest ends.
+        self.retry = 0.0
         #: Not before this time, after a refusal.
         self.resting = 0.0
         #: How long a connection of its holds its loop (µs), as its answers say, at its recent worst.
@@ -77,7 +90,7 @@ class Worker:
             self.open
             and not self.stalled
             and not self.resting
-            and len(self.unacked) < WINDOW
+            and len(self.unacked) < (1 if self.suspect else WINDOW)
             and (self.capacity is None or self.load < self.capacity)
         )
 
@@ -168,7 +181,8 @@ class Distributor:
         record = handle.workers.pop(worker, None)
         if record is not None:
             record.listeners.discard(key)
-            handle.policy.remove(record)
+            if record.open:
+                handle.policy.remove(record)
 
     def drain_worker(self, worker: int) -> None:
         """Offer it nothing more."""
@@ -184,10 +198,15 @@ class Distributor:
         The shell finds out what the worker had done to each and calls `requeue` or `gone`.
         """
         record = self.workers[worker]
+        self.drain_worker(worker)
         for key in tuple(record.listeners):
             self.detach(worker, key)
         del self.workers[worker]
-        return sorted((*record.unacked.values(), *record.borrowed.values()), key=_by_ticket)
+        held = sorted((*record.unacked.values(), *record.borrowed.values()), key=_by_ticket)
+        # What still lies in its channel must not speak for connections that others have by then.
+        record.unacked.clear()
+        record.borrowed.clear()
+        return held
 
     # -- facts about connections ----------------------------------------------------------------------------------
 
@@ -211,48 +230,54 @@ class Distributor:
     def answer(self, worker: Worker, kind: int, id: int, held: int, now: float) -> Connection | None:
         """A worker's answer.  Returns the connection if the shell must act: close it if GONE, watch it if PARKED.
 
-        Raises `ProtocolError` for a connection this worker does not hold: what was recalled was never read, so an
-        honest worker cannot answer for it.
+        Raises `ProtocolError`, and changes nothing, for a connection this worker does not hold (what was recalled was
+        never read, so an honest worker cannot answer for it) and for an answer that says nothing or too much.
         """
-        connection = worker.unacked.pop(id, None)
-        if connection is not None:
-            if kind & _REFUSED:
-                worker.resting = now + REFUSED_PAUSE
-                return connection if self._back((connection,)) else None
+        connection = worker.unacked.get(id)
+        if connection is None:
+            connection = worker.borrowed.get(id)
+            if connection is None or kind not in _ENDINGS:
+                raise ProtocolError(f"worker {worker.id} answered {kind} for connection {id}, which it was not offered")
+            del worker.borrowed[id]
+        else:
+            if kind not in _ANSWERS:
+                raise ProtocolError(f"worker {worker.id} answered {kind} for connection {id}, which is no answer")
+            del worker.unacked[id]
             # A peak counts at once and fades over some hundred answers: see `held`.
             worker.held = max(held, worker.held - (worker.held >> 6) - 1)
-            if kind == _ACK:
-                worker.progress = now
-                worker.stalled = False
-                connection.step(Event.ACK)
-                worker.borrowed[id] = connection
-                return None
-        else:
-            connection = worker.borrowed.pop(id, None)
-            if connection is None or kind & _REFUSED:
-                raise ProtocolError(f"worker {worker.id} answered {kind} for connection {id}, which it does not hold")
         # Whatever it says, its loop has turned.
         worker.progress = now
-        worker.stalled = False
-        if kind & _CLOSED:
-            connection.step(Event.CLOSE)
-        elif kind & _TAKEN:
+        worker.stalled = worker.suspect = False
+        if kind == _ACK:
+            connection.step(Event.ACK)
+            worker.borrowed[id] = connection
+            return None
+        if kind == _REFUSED:
+            worker.resting = now + REFUSED_PAUSE
+            return connection if self._back((connection,)) else None
+        if kind & _TAKEN:
             connection.step(Event.TAKE)
-        elif kind & _RETURNED:
+        elif kind & _RETURNED and connection.listener in self.handles:
             connection.step(Event.RETURN)
             self.parked[id] = connection
         else:
-            raise ProtocolError(f"worker {worker.id} answered {kind} for connection {id}, which says nothing new")
+            # Closed, or given back for a listener that is gone.
+            connection.step(Event.CLOSE)
         connection.worker = 0
         return connection
 
     def recalled(self, worker: Worker, ids: Iterable[int]) -> list[Connection]:
         """These offers came back unread: to the head of their lanes, in their old order.
 
-        Returns those whose listener is gone, for the shell to close.
+        Returns those whose listener is gone, for the shell to close.  Raises `ProtocolError`, and changes nothing, if
+        the worker has answered for one of them, which it cannot have read.
         """
+        back = tuple(ids)
+        for id in back:
+            if id not in worker.unacked:
+                raise ProtocolError(f"worker {worker.id} answered for connection {id} before it had read the offer")
         worker.unread = False
-        return self._back([worker.unacked.pop(id) for id in ids])
+        return self._back([worker.unacked.pop(id) for id in back])
 
     def undelivered(self, worker: Worker, ids: Iterable[int], now: float) -> list[Connection]:
         """These offers could not be sent, its channel is full: as `recalled`, and it gets a pause."""
@@ -320,11 +345,19 @@ class Distributor:
         for worker in self.workers.values():
             if worker.resting and now >= worker.resting:
                 worker.resting = 0.0
-            if worker.unacked and now - worker.progress >= self.patience:
-                worker.stalled = True
-                if worker.unread:
-                    late.append(worker)
-        return [worker for worker in late if self._replaceable(worker)]
+            if worker.unacked:
+                # The same sum as in `wake_at`: a difference may round to the other side and spin.
+                if now >= worker.progress + self.patience:
+                    worker.stalled = True
+                    if worker.unread:
+                        late.append(worker)
+            elif worker.stalled and now >= worker.retry:
+                worker.stalled = False
+                worker.suspect = True
+        late = [worker for worker in late if self._replaceable(worker)]
+        for worker in late:
+            worker.retry = now + RETRY
+        return late
 
     def wake_at(self, now: float) -> float | None:
         """When `overdue` and `distribute` should run again though nothing happened; None if never."""
@@ -332,9 +365,12 @@ class Distributor:
         for worker in self.workers.values():
             if worker.resting:
                 times.append(worker.resting)
-            if worker.unacked and not worker.stalled:
-                times.append(worker.progress + self.patience)
-            elif worker.unread and worker.stalled:
+            if not worker.stalled:
+                if worker.unacked:
+                    times.append(worker.progress + self.patience)
+            elif not worker.unacked:
+                times.append(worker.retry)
+            elif worker.unread:
                 times.append(now + self.patience)
         if self.queued:
             wakes = (getattr(handle.policy, "wake_at", None) for handle in self.handles.values())
@@ -373,19 +409,18 @@ class Distributor:
                 continue
             connection.step(Event.BACK)
             lane = handle.lane(connection)
-            younger = []
+            older = []
             while lane and lane[0].ticket < connection.ticket:
-                younger.append(lane.popleft())
+                older.append(lane.popleft())
             lane.appendleft(connection)
-            lane.extendleft(reversed(younger))
+            lane.extendleft(reversed(older))
             self.queued += 1
         return orphans
 
     def _replaceable(self, late: Worker) -> bool:
         """Whether another ready worker listens where one of this worker's offers came from."""
-        return any(
-            other is not late and other.ready for key in late.listeners for other in self.handles[key].workers.values()
-        )
+        keys = {connection.listener for connection in late.unacked.values()} & self.handles.keys()
+        return any(other is not late and other.ready for key in keys for other in self.handles[key].workers.values())
 
 
 def _by_ticket(connection: Connection) -> int:
