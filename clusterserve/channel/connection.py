@@ -54,8 +54,8 @@ class MasterEnd:
     def offer(self, records: Sequence[bytes], fds: array.array[int]) -> bool:
         """Send offers with their descriptors, of which the caller keeps its own copies; False if it must wait.
 
-        All or nothing: a message is atomic.  Offers to a worker whose end is closed count as sent: its death brings them
-        back.
+        All or nothing: a message is atomic.  Offers to a worker whose end is closed count as sent: its death brings
+        them back.
         """
         try:
             self._own.sendmsg(records, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
@@ -106,7 +106,7 @@ class WorkerEnd:
         return self._sock.fileno()
 
     def offers(self) -> tuple[bytes, array.array[int]] | None:
-        """One message: its records, and its descriptors in the same order.  None: nothing now.  Empty: the master is gone.
+        """One message: its records and its descriptors, in the same order; None: nothing now; empty: the master is gone.
 
         At the worker's descriptor limit the kernel drops descriptors from the end (MSG_CTRUNC): then there are fewer of
         them than records, and the caller refuses the rest.

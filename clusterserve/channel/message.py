@@ -31,8 +31,9 @@ OnClosed = Callable[[ProtocolError | None], None]
 class MessageChannel:
     """One end.  Owns its socket.
 
-    `on_message(message, descriptors)` gets each message; the descriptors are the callee's to close.  `on_closed(error)` is
-    called once, on EOF (None) or on a frame that cannot be (the error); not after `close`.
+    `on_message(message, descriptors)` gets each message; the descriptors are the callee's to
+    close.  `on_closed(error)` is called once, on EOF (None) or on a frame that cannot be (the error); not after
+    `close`.
     """
 
     def __init__(

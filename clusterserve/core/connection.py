@@ -69,7 +69,8 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State]]] = MappingProxyType(
     }
 )
 
-# The same table as nested tuples: indexing costs half of two dictionary look-ups, and this runs four times a connection.
+# The same table as nested tuples: indexing costs half of two dictionary look-ups, and this runs four times a
+# connection.
 _NEXT: Final = tuple(tuple(TRANSITIONS[state].get(event) for event in Event) for state in State)
 
 
@@ -80,9 +81,10 @@ class IllegalStep(ValueError):  # noqa: N818 - reads as the fact it states
 class Connection:
     """One accepted connection as the master sees it.
 
-    `fd` is the master's own copy of the descriptor (an opaque number here; the shell owns and closes it).  `id` is never
-    reused, unlike `fd`.  `client` is the peer's address as 16 bytes, IPv4 in its IPv4-mapped form, so that one client has
-    one spelling; empty when it has none (unix sockets).  `ticket` is its place among all that were ever queued.
+    `fd` is the master's own copy of the descriptor (an opaque number here; the shell owns and closes it).  `id` is
+    never reused, unlike `fd`.  `client` is the peer's address as 16 bytes, IPv4 in its IPv4-mapped form, so that one
+    client has one spelling; empty when it has none (unix sockets).  `ticket` is its place among all that were ever
+    queued.
     """
 
     __slots__ = ("client", "family", "fd", "id", "listener", "port", "since", "state", "ticket", "worker")

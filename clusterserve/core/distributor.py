@@ -21,7 +21,8 @@ from .connection import Connection, Event
 from .policies import Policy
 from .records import Kind
 
-#: Un-acked offers a worker may have.  Recall makes a wide window harmless: what a stalled worker has not read comes back.
+#: Un-acked offers a worker may have.  Recall makes a wide window harmless: what a stalled worker has not read comes
+#: back.
 WINDOW: Final = 64
 
 #: How long a worker may sit on offers without acknowledging any before it is stalled (seconds).
@@ -70,8 +71,8 @@ class Worker:
         self.stalled = False
         #: Some of what it was offered may still lie unread in its channel; False once that was recalled.
         self.unread = False
-        #: All it was offered was recalled: nothing is left whose acknowledgement would clear it, so after a rest it gets
-        #: a single offer as a probe, and is trusted again when it answers.
+        #: All it was offered was recalled: nothing is left whose acknowledgement would clear it, so after a rest it
+        #: gets a single offer as a probe, and is trusted again when it answers.
         self.suspect = False
         #: When that rest ends.
         self.retry = 0.0

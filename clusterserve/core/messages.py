@@ -47,8 +47,8 @@ class Listen:
     """The worker wants to listen.  `request` comes back with the answer.
 
     `bind` is the address as text and `index` counts this worker's requests for that same text, so that two servers on
-    port 0 are two listeners, each common to all workers (Node: address:port:fd:index).  `client_speaks_first` allows the
-    master to wait for bytes before it hands a connection over: only HTTP servers of ours set it.
+    port 0 are two listeners, each common to all workers (Node: address:port:fd:index).  `client_speaks_first` allows
+    the master to wait for bytes before it hands a connection over: only HTTP servers of ours set it.
     """
 
     request: int
@@ -150,7 +150,7 @@ class Decoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, int]]:
-        """The frames completed by `data`.  Raises `ProtocolError` on a header that cannot be; the stream is lost then."""
+        """The frames completed by `data`.  Raises `ProtocolError` on a header that cannot be, and the stream is lost."""
         buffer = self._buffer
         buffer += data
         while len(buffer) >= HEADER_SIZE:

@@ -51,9 +51,9 @@ class Waiting(Protocol):
 class Policy(Protocol):
     """What `--policy package.module:Class` must provide; the class is called without arguments, once per listener.
 
-    Two attributes are optional.  `wake_at` (float or None): ask again at this time, on the clock of `pick`'s `now`, even
-    if nothing changed.  `lane(connection)`: connections with the same lane wait in one queue; without it all of a
-    listener do, and a connection that must wait holds up those behind it.
+    Two attributes are optional.  `wake_at` (float or None): ask again at this time, on the clock of `pick`'s `now`,
+    even if nothing changed.  `lane(connection)`: connections with the same lane wait in one queue; without it all of
+    a listener do, and a connection that must wait holds up those behind it.
     """
 
     def add(self, worker: Candidate) -> None:

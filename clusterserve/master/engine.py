@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 
+from ..binds import Bind
 from ..channel.message import MessageChannel
 from ..core.distributor import Distributor, Statistics
 from ..core.lifecycle import WorkerEvent, WorkerState
@@ -291,8 +293,6 @@ class Engine:
     # -- listeners ------------------------------------------------------------------------------------------------
 
     def _open(self, bind: str, index: int, backlog: int, *, pinned: bool) -> Listener:
-        from ..settings import Bind
-
         self._keys += 1
         listener = open_listener(self._keys, Bind.parse(bind), backlog, pinned=pinned)
         self.listeners[listener.key] = listener
@@ -306,14 +306,14 @@ class Engine:
         try:
             if key is None:
                 if self._stopping is not Stop.NO:
-                    raise BindError(108, "the cluster is stopping", request.bind)
+                    raise BindError(errno.ESHUTDOWN, "the cluster is stopping", request.bind)
                 listener = self._open(request.bind, request.index, request.backlog, pinned=False)
             else:
                 listener = self.listeners[key]
                 if request.backlog > listener.backlog and listener.sock.fileno() >= 0:
                     listener.listen(request.backlog)
         except BindError as exc:
-            channel.send(Listened(request.request, 0, exc.errno or 22, str(exc), socket.AF_UNSPEC, "", False))
+            channel.send(Listened(request.request, 0, exc.errno or errno.EINVAL, str(exc), socket.AF_UNSPEC, "", False))
             return
         listener.workers.add(worker)
         shared = self._make_policy is None

@@ -13,7 +13,7 @@ logger = logging.getLogger("clusterserve.policy")
 
 
 class GuardedPolicy:
-    """A third-party policy that cannot take the cluster down: a fault is logged once, and round robin decides instead."""
+    """A third-party policy that cannot take the cluster down: its first fault is logged, and round robin stands in."""
 
     def __init__(self, policy: Policy, name: str) -> None:
         self._policy = policy

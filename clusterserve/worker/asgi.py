@@ -70,8 +70,8 @@ def serve(settings: Settings, link: Link) -> None:
         expected -= 1
         if not expected:
             boot.release()
-            # uvicorn has taken SIGINT for itself meanwhile.  A terminal's Ctrl-C reaches the whole group, and the master
-            # says what follows from it.
+            # uvicorn has taken SIGINT for itself meanwhile.  A terminal's Ctrl-C reaches the whole group, and the
+            # master says what follows from it.
             signal.signal(signal.SIGINT, _heed_the_master)
 
     link.on_listening = listening

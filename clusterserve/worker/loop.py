@@ -66,10 +66,7 @@ class ClusterLoopMixin:
                 protocol_factory, path, sock=sock, backlog=backlog, **options
             )
             return server
-        text = os.fspath(path)
-        # The master's directory is not ours; abstract names have none.
-        text = text if text.startswith("@") else os.path.abspath(text)
-        return await self._listen(protocol_factory, Bind("unix", path=text), backlog, options)
+        return await self._listen(protocol_factory, Bind("unix", path=_absolute(os.fspath(path))), backlog, options)
 
     async def _listen(
         self,
@@ -96,6 +93,11 @@ class ClusterLoopMixin:
         )
         self.link.listening(answer.listener)
         return server
+
+
+def _absolute(path: str) -> str:
+    """The master's working directory is not ours; abstract names have none."""
+    return path if path.startswith(("@", "\0")) else os.path.abspath(path)
 
 
 def cluster_loop(base: type[Any], link: Link) -> type[asyncio.AbstractEventLoop]:

@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def die_with(master: int) -> None:
-    """Be killed when the process `master` ends, even if this one is busy or blocked then (prctl(2), PR_SET_PDEATHSIG)."""
+    """Be killed when the process `master` ends, even if this one is busy or blocked (prctl(2), PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # It may have ended before the call above.
     if os.getppid() != master:

@@ -154,7 +154,7 @@ class Receiver:
             self._send([pack_answer(kind, id, held) for id, kind in fresh.items()])
 
     def _held(self) -> float:
-        """How long the turn held the loop (seconds): what it took, or less if other processes had the processor meanwhile.
+        """How long the turn held the loop (seconds): what it took, less what other processes had of it.
 
         A handler that sleeps or waits gives up the processor of its own will, and its time counts in full.
         """

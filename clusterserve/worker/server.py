@@ -1,4 +1,4 @@
-"""The faux server: what `loop.create_server` returns in a worker.  It has no listening socket; connections are handed in."""
+"""The faux server: what `loop.create_server` returns in a worker.  It has no socket; connections are handed in."""
 
 from __future__ import annotations
 

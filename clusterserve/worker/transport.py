@@ -2,8 +2,8 @@
 
 Most requests on a new connection are over as soon as the application has run once: the bytes are there before the
 descriptor arrives, and the response fits the socket's buffer.  For those the loop never learns of the descriptor: one
-read, one write, one close.  Everything else becomes a transport of the event loop at the end of the turn (`settle`), and
-from then on this object only passes on: what the loop's transport does best, it does.
+read, one write, one close.  Everything else becomes a transport of the event loop at the end of the turn (`settle`),
+and from then on this object only passes on: what the loop's transport does best, it does.
 
     LAZY -settle, ended------> CLOSED
       |--settle, not ended--> PENDING -the loop's connection_made-> REAL -connection_lost-> CLOSED
@@ -40,8 +40,8 @@ class Phase(IntEnum):
 class HandedTransport(asyncio.Transport):
     """An `asyncio.Transport` over a descriptor that the master handed over.
 
-    Owns `fd` until the loop's transport does.  Tells `receiver.ended(id)` exactly once, after `connection_lost`'s moment:
-    everything is flushed and the descriptor closed, or about to be closed by the loop.
+    Owns `fd` until the loop's transport does.  Tells `receiver.ended(id)` exactly once, after `connection_lost`'s
+    moment: everything is flushed and the descriptor closed, or about to be closed by the loop.
     """
 
     def __init__(
