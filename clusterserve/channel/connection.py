@@ -106,7 +106,7 @@ class WorkerEnd:
         return self._sock.fileno()
 
     def offers(self) -> tuple[bytes, array.array[int]] | None:
-        """One message: its records and its descriptors, in the same order; None: nothing now; empty: the master is gone.
+        """One message: its records and its descriptors, in order; None: nothing now; empty: the master is gone.
 
         At the worker's descriptor limit the kernel drops descriptors from the end (MSG_CTRUNC): then there are fewer of
         them than records, and the caller refuses the rest.

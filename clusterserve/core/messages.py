@@ -150,7 +150,7 @@ class Decoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, int]]:
-        """The frames completed by `data`.  Raises `ProtocolError` on a header that cannot be, and the stream is lost."""
+        """The frames completed by `data`.  Raises `ProtocolError` on a header that cannot be: the stream is lost."""
         buffer = self._buffer
         buffer += data
         while len(buffer) >= HEADER_SIZE:

@@ -54,7 +54,7 @@ MAX_MICROSECONDS: Final = 2**32 - 1
 
 
 def pack_offer(id: int, listener: int, queued: int, family: int, client: bytes, port: int) -> bytes:
-    """One offer.  `queued` in microseconds; the local address is left to be set by a PROXY header (zero: ask the kernel)."""
+    """One offer.  `queued` in microseconds; the local address is left for a PROXY header (zero: ask the kernel)."""
     return _pack_offer(VERSION, family, 0, listener, id, min(queued, MAX_MICROSECONDS), port, 0, client, b"")
 
 

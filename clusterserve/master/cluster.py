@@ -102,7 +102,7 @@ class Cluster:
     @property
     def urls(self) -> list[str]:
         """Where each bind is reached from this machine; "unix:PATH" for a unix socket."""
-        return self._ask(lambda engine: [listener.url for listener in engine.listeners.values() if listener.pinned])
+        return self._ask(lambda engine: [listener.url for listener in engine.handles if listener.pinned])
 
     @property
     def url(self) -> str:

@@ -216,7 +216,7 @@ class Dispatcher:
     # -- listeners and workers ------------------------------------------------------------------------------------
 
     def add_listener(self, listener: Listener, *, client_speaks_first: bool) -> None:
-        """Accept from it from now on.  Clients that must speak first and did not are parked, if the kernel cannot wait."""
+        """Accept from it from now on.  Clients that must speak first are parked until they do, if the kernel cannot."""
         fd = listener.sock.fileno()
         deferred = client_speaks_first and listener.defer(True)
         self._listeners[fd] = listener

@@ -14,11 +14,9 @@ import os
 import signal
 import socket
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..binds import Bind
 from ..channel.message import MessageChannel
 from ..core.distributor import Distributor, Statistics
 from ..core.lifecycle import WorkerEvent, WorkerState
@@ -28,7 +26,7 @@ from ..core.reconcile import Drain, Kill, Limits, Member, Roster, Spawn, Stop, T
 from ..errors import BindError, BootError, ProtocolError
 from ..settings import Settings
 from .dispatcher import Dispatcher
-from .listeners import Listener, open_listener
+from .handles import Handles
 from .policies import policy_factory
 from .process import Exit, WorkerProcess
 
@@ -37,9 +35,6 @@ logger = logging.getLogger("clusterserve")
 #: Between SIGTERM and the closing of the listeners (seconds): clients whose handshake is done, but whose first bytes
 #: are still under way, are not in the backlog yet that TCP_DEFER_ACCEPT keeps.
 LISTENER_LINGER = 0.05
-
-#: How long a listener that no worker is left on is kept for the next one, if the last crashed (seconds).
-ORPHAN_TIME = 30.0
 
 
 @dataclass
@@ -62,15 +57,15 @@ class Engine:
     def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
         self.settings = settings
         self.seats: dict[int, Seat] = {}
-        self.listeners: dict[int, Listener] = {}
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
         self._loop = loop
-        self._make_policy = policy_factory(settings.policy, slots=settings.workers, long_lived=True)
         self._distributor = Distributor()
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )
+        policy = policy_factory(settings.policy, slots=settings.workers, long_lived=True)
+        self.handles = Handles(loop, self._dispatcher, policy)
         self._roster = Roster(
             Limits(
                 boot=settings.timeout_boot,
@@ -82,8 +77,6 @@ class Engine:
         self._target = Target(settings.workers)
         self._stopping = Stop.NO
         self._stop_deadline = 0.0
-        self._names: dict[tuple[str, int], int] = {}
-        self._keys = 0
         self._deadline: asyncio.TimerHandle | None = None
         self._planning = False
         self._failure: Failed | None = None
@@ -93,11 +86,8 @@ class Engine:
 
     def start(self) -> None:
         """Open every `--bind` and start the workers.  Raises `BindError`; nothing is left open then."""
-        counts: Counter[str] = Counter()
         try:
-            for bind in self.settings.binds:
-                listener = self._open(str(bind), counts[str(bind)], self.settings.backlog, pinned=True)
-                counts[str(bind)] += 1
+            for listener in self.handles.open_pinned(self.settings.binds, self.settings.backlog):
                 logger.info("Listening on %s", listener.address)
         except BindError:
             self._close()
@@ -132,17 +122,14 @@ class Engine:
             self._loop.call_at(self._stop_deadline, self._stop_workers)
 
     def _close_listeners(self) -> None:
-        if any(listener.sock.fileno() >= 0 for listener in self.listeners.values()):
+        if self.handles.open:
             self._dispatcher.accept_rest()
-            for listener in self.listeners.values():
-                self._dispatcher.remove_listener(listener)
-                listener.close()
+            self.handles.close()
             self._queue_is_empty()
 
     def _queue_is_empty(self) -> None:
         """Once nothing more can come and nothing waits, the workers may go."""
-        closed = all(listener.sock.fileno() < 0 for listener in self.listeners.values())
-        if self._stopping is not Stop.NO and closed and not self._distributor.queued:
+        if self._stopping is not Stop.NO and not self.handles.open and not self._distributor.queued:
             self._stop_workers()
 
     def _stop_workers(self) -> None:
@@ -153,9 +140,7 @@ class Engine:
             self._reconcile()
 
     def _close(self) -> None:
-        for listener in self.listeners.values():
-            self._dispatcher.remove_listener(listener)
-            listener.close()
+        self.handles.close()
         self._dispatcher.close()
         if self._deadline is not None:
             self._deadline.cancel()
@@ -248,7 +233,7 @@ class Engine:
         elif isinstance(message, Listening):
             self._listening(worker, message.listener)
         elif isinstance(message, Closed):
-            self._leave(worker, message.listener, crashed=False)
+            self.handles.leave(worker, message.listener, crashed=False)
         elif isinstance(message, Online):
             self._happened(worker, WorkerEvent.ONLINE)
         elif isinstance(message, Failed):
@@ -281,8 +266,7 @@ class Engine:
         del self.seats[worker]
         self._dispatcher.remove_worker(worker)
         asked = seat.member.drained is not None
-        for key in tuple(self.listeners):
-            self._leave(worker, key, crashed=not asked)
+        self.handles.leave_all(worker, crashed=not asked)
         self._last_exit = self._last_exit if seat.member.killed else f"worker {worker} {ended}"
         if self._roster.proven and not asked:
             logger.error("Worker %d (slot %d, pid %d) %s", worker, seat.member.slot, seat.process.pid, ended)
@@ -292,36 +276,18 @@ class Engine:
 
     # -- listeners ------------------------------------------------------------------------------------------------
 
-    def _open(self, bind: str, index: int, backlog: int, *, pinned: bool) -> Listener:
-        self._keys += 1
-        listener = open_listener(self._keys, Bind.parse(bind), backlog, pinned=pinned)
-        self.listeners[listener.key] = listener
-        self._names[bind, index] = listener.key
-        return listener
-
     def _listen(self, worker: int, request: Listen) -> None:
         """Give a worker a listener: the one of this name, or a new one (Node: queryServer)."""
         channel = self.seats[worker].channel
-        key = self._names.get((request.bind, request.index))
         try:
-            if key is None:
-                if self._stopping is not Stop.NO:
-                    raise BindError(errno.ESHUTDOWN, "the cluster is stopping", request.bind)
-                listener = self._open(request.bind, request.index, request.backlog, pinned=False)
-            else:
-                listener = self.listeners[key]
-                if request.backlog > listener.backlog and listener.sock.fileno() >= 0:
-                    listener.listen(request.backlog)
+            if self._stopping is not Stop.NO:
+                raise BindError(errno.ESHUTDOWN, "the cluster is stopping", request.bind)
+            listener = self.handles.listen(worker, request)
         except BindError as exc:
-            channel.send(Listened(request.request, 0, exc.errno or errno.EINVAL, str(exc), socket.AF_UNSPEC, "", False))
+            code = exc.errno or errno.EINVAL
+            channel.send(Listened(request.request, 0, code, str(exc), socket.AF_UNSPEC, "", False))
             return
-        listener.workers.add(worker)
-        shared = self._make_policy is None
-        if listener.key not in self._distributor.handles and self._make_policy is not None:
-            self._distributor.add_handle(
-                listener.key, self._make_policy(), client_speaks_first=request.client_speaks_first
-            )
-            self._dispatcher.add_listener(listener, client_speaks_first=request.client_speaks_first)
+        shared = self.handles.shared
         channel.send(
             Listened(request.request, listener.key, 0, "", listener.sock.family, listener.sockname, shared),
             [listener.sock.fileno()] if shared else [],
@@ -329,42 +295,12 @@ class Engine:
 
     def _listening(self, worker: int, key: int) -> None:
         seat = self.seats[worker]
-        listener = self.listeners.get(key)
-        if listener is None or worker not in listener.workers:
-            raise ProtocolError(f"it says it listens on listener {key}, which it did not ask for")
+        self.handles.attach(worker, key)
         seat.listening.add(key)
-        if self._make_policy is not None:
-            self._dispatcher.attach(worker, key)
-        pinned = {key for key, listener in self.listeners.items() if listener.pinned}
-        if pinned <= seat.listening and seat.member.listening is None:
+        if self.handles.pinned <= seat.listening and seat.member.listening is None:
             if seat.member.current:
                 logger.info("Worker %d (slot %d, pid %d) is listening", worker, seat.member.slot, seat.process.pid)
             self._happened(worker, WorkerEvent.LISTENING)
-
-    def _leave(self, worker: int, key: int, *, crashed: bool) -> None:
-        """The worker no longer listens there; a listener that was only the workers' goes with the last of them."""
-        listener = self.listeners.get(key)
-        if listener is None or worker not in listener.workers:
-            return
-        listener.workers.discard(worker)
-        if worker in self._distributor.workers and key in self._distributor.handles:
-            self._distributor.detach(worker, key)
-        if not listener.pinned and not listener.workers:
-            if crashed:
-                self._loop.call_later(ORPHAN_TIME, self._release, key)
-            else:
-                self._release(key)
-
-    def _release(self, key: int) -> None:
-        listener = self.listeners.get(key)
-        if listener is None or listener.workers:
-            return
-        self._dispatcher.remove_listener(listener)
-        if key in self._distributor.handles:
-            self._dispatcher.forget(key)
-        listener.close()
-        del self.listeners[key]
-        self._names = {name: number for name, number in self._names.items() if number != key}
 
     # -- looking in -----------------------------------------------------------------------------------------------
 

@@ -47,6 +47,10 @@ class Listener:
         return name if isinstance(name, str) else "@" + os.fsdecode(name[1:])
 
     @property
+    def is_open(self) -> bool:
+        return self.sock.fileno() >= 0
+
+    @property
     def url(self) -> str:
         """Where a client on this machine reaches it."""
         name = self.sock.getsockname()

@@ -1,0 +1,130 @@
+"""The cluster's listeners by name, and which worker is on which: Node's RoundRobinHandle and SharedHandle, one registry.
+
+A handle is known by the address as it was asked for and a count, so that a worker's second server on port 0 is a second
+listener, the same for all workers.  Under a policy the master accepts and the distributor has a handle of the same key;
+under `none` (`shared`) the workers get the listening socket itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from ..binds import Bind
+from ..core.messages import Listen
+from ..core.policies import Policy
+from ..errors import ProtocolError
+from .dispatcher import Dispatcher
+from .listeners import Listener, open_listener
+
+#: How long a listener that no worker is left on is kept for the next one, if the last crashed (seconds).
+ORPHAN_TIME: Final = 30.0
+
+
+class Handles:
+    """Owns the listeners.  `make_policy` gives each its own policy object; None: the workers accept."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, dispatcher: Dispatcher, make_policy: Callable[[], Policy] | None
+    ) -> None:
+        self._loop = loop
+        self._dispatcher = dispatcher
+        self._distributor = dispatcher.distributor
+        self._make_policy = make_policy
+        self._listeners: dict[int, Listener] = {}
+        self._names: dict[tuple[str, int], int] = {}
+        self._keys = 0
+
+    def __iter__(self) -> Iterator[Listener]:
+        return iter(self._listeners.values())
+
+    @property
+    def shared(self) -> bool:
+        """Whether workers get the listening sockets themselves."""
+        return self._make_policy is None
+
+    @property
+    def open(self) -> bool:
+        """Whether any listener is still open."""
+        return any(listener.is_open for listener in self)
+
+    @property
+    def pinned(self) -> set[int]:
+        """The keys of the listeners that live as long as the master."""
+        return {key for key, listener in self._listeners.items() if listener.pinned}
+
+    def open_pinned(self, binds: Iterable[Bind], backlog: int) -> Iterator[Listener]:
+        """Open the listeners of `--bind`, one by one; raises `BindError`."""
+        seen: Counter[str] = Counter()
+        for bind in binds:
+            yield self._open(bind, seen[str(bind)], backlog, pinned=True)
+            seen[str(bind)] += 1
+
+    def listen(self, worker: int, request: Listen) -> Listener:
+        """The listener a worker asks for, opened if nobody had; raises `BindError`, and the next try starts clean."""
+        key = self._names.get((request.bind, request.index))
+        if key is None:
+            listener = self._open(Bind.parse(request.bind), request.index, request.backlog, pinned=False)
+        else:
+            listener = self._listeners[key]
+            if request.backlog > listener.backlog:
+                listener.listen(request.backlog)
+        listener.workers.add(worker)
+        if self._make_policy is not None and listener.key not in self._distributor.handles:
+            first = request.client_speaks_first
+            self._distributor.add_handle(listener.key, self._make_policy(), client_speaks_first=first)
+            self._dispatcher.add_listener(listener, client_speaks_first=first)
+        return listener
+
+    def attach(self, worker: int, key: int) -> None:
+        """The worker's server on listener `key` is in place.  Raises `ProtocolError` if it never asked for it."""
+        listener = self._listeners.get(key)
+        if listener is None or worker not in listener.workers:
+            raise ProtocolError(f"it says it listens on listener {key}, which it did not ask for")
+        if not self.shared:
+            self._dispatcher.attach(worker, key)
+
+    def leave(self, worker: int, key: int, *, crashed: bool) -> None:
+        """The worker no longer listens there; a listener that was only the workers' goes with the last of them."""
+        listener = self._listeners.get(key)
+        if listener is None or worker not in listener.workers:
+            return
+        listener.workers.discard(worker)
+        if worker in self._distributor.workers and key in self._distributor.handles:
+            self._distributor.detach(worker, key)
+        if not listener.pinned and not listener.workers:
+            if crashed:
+                self._loop.call_later(ORPHAN_TIME, self._release, key)
+            else:
+                self._release(key)
+
+    def leave_all(self, worker: int, *, crashed: bool) -> None:
+        """The worker is dead."""
+        for key in tuple(self._listeners):
+            self.leave(worker, key, crashed=crashed)
+
+    def close(self) -> None:
+        """Close every listener; what was accepted stays with the dispatcher."""
+        for listener in self:
+            self._dispatcher.remove_listener(listener)
+            listener.close()
+
+    def _open(self, bind: Bind, index: int, backlog: int, *, pinned: bool) -> Listener:
+        self._keys += 1
+        listener = open_listener(self._keys, bind, backlog, pinned=pinned)
+        self._listeners[listener.key] = listener
+        self._names[str(bind), index] = listener.key
+        return listener
+
+    def _release(self, key: int) -> None:
+        listener = self._listeners.get(key)
+        if listener is None or listener.workers:
+            return
+        self._dispatcher.remove_listener(listener)
+        if key in self._distributor.handles:
+            self._dispatcher.forget(key)
+        listener.close()
+        del self._listeners[key]
+        self._names = {name: number for name, number in self._names.items() if number != key}
