@@ -42,7 +42,7 @@ class BootError(ClusterError):
 
     def __str__(self) -> str:
         message = super().__str__()
-        return f"{message}\n\n{self.traceback.rstrip()}" if self.traceback else message
+        return f"{message}\n{self.traceback.rstrip()}" if self.traceback else message
 
 
 class ProtocolError(ClusterError):

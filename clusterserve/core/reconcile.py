@@ -139,7 +139,11 @@ class Roster:
     def happened(self, id: int, event: WorkerEvent, now: float) -> Member:
         """A fact about worker `id`; raises `IllegalStep` for one that cannot be."""
         member = self.members[id]
+        current = member.current
         member.state = step(member.state, event)
+        if current and event in (WorkerEvent.DISCONNECTED, WorkerEvent.EXITED):
+            # Unasked, and counted when it stops serving: the channel's end and the exit are one failure.
+            self._failed(member, now)
         if event is WorkerEvent.LISTENING and member.state is WorkerState.LISTENING and member.listening is None:
             member.listening = now
             self.proven = max(self.proven, member.generation)
@@ -147,8 +151,6 @@ class Roster:
             member.disconnected = now
         elif event is WorkerEvent.EXITED:
             del self.members[id]
-            if member.drained is None:
-                self._failed(member, now)
         return member
 
     def drained(self, id: int, quick: bool, now: float) -> None:
@@ -213,14 +215,15 @@ def _stop(target: Target, roster: Roster) -> _Due:
 
 def _start(target: Target, roster: Roster) -> _Due:
     """Fill empty slots; in a reload, also start replacements, `surge` at a time."""
-    here = {member.slot: member for member in roster.members.values() if member.current}
-    fresh = {member.slot for member in here.values() if member.generation == target.generation}
-    booting = sum(member.current and member.listening is None for member in roster.members.values())
+    here = [member for member in roster.members.values() if member.current and not _abandoned(member, target)]
+    taken = {member.slot for member in here}
+    fresh = {member.slot for member in here if member.generation == target.generation}
+    booting = sum(member.listening is None for member in here)
     for number in range(target.count):
         if number in fresh:
             continue
         slot = roster.slots.get(number, Slot())
-        if number not in here:
+        if number not in taken:
             # Before anyone ever listened, a slot whose first worker died stays empty: no respawn loop of a broken app.
             if roster.proven or not slot.failures:
                 yield slot.not_before, Spawn(number, target.generation)
@@ -230,16 +233,23 @@ def _start(target: Target, roster: Roster) -> _Due:
 
 
 def _retire(target: Target, roster: Roster) -> _Due:
-    """Workers of slots no longer wanted, and old ones whose replacement listens."""
-    replaced = {
-        member.slot
-        for member in roster.members.values()
-        if member.generation == target.generation and member.state is WorkerState.LISTENING
-    }
+    """Workers of slots no longer wanted, and those of other generations that are replaced or not needed any more."""
+    # The best of each slot: one of the wanted generation, else the newest.
+    best: dict[int, Member] = {}
     for member in roster.members.values():
-        outdated = member.generation != target.generation and member.slot in replaced
-        if member.current and (member.slot >= target.count or outdated):
+        if member.state is WorkerState.LISTENING:
+            known = best.get(member.slot)
+            if known is None or known.generation != target.generation:
+                best[member.slot] = member
+    for member in roster.members.values():
+        replaced = member.generation != target.generation and best.get(member.slot, member) is not member
+        if member.current and (member.slot >= target.count or replaced or _abandoned(member, target)):
             yield 0.0, Drain(member.id, quick=False, interrupt=member.listening is None)
+
+
+def _abandoned(member: Member, target: Target) -> bool:
+    """Whether it boots for a generation that is not wanted any more."""
+    return member.generation != target.generation and member.listening is None
 
 
 def _kill(roster: Roster) -> _Due:

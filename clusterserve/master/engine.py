@@ -60,11 +60,11 @@ class Engine:
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
         self._loop = loop
+        policy = policy_factory(settings.policy, slots=settings.workers, long_lived=True)
         self._distributor = Distributor()
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )
-        policy = policy_factory(settings.policy, slots=settings.workers, long_lived=True)
         self.handles = Handles(loop, self._dispatcher, policy)
         self._roster = Roster(
             Limits(
@@ -196,7 +196,9 @@ class Engine:
                 seat.process.send_signal(signal.SIGTERM)
         else:
             self._roster.killed(action.worker)
-            logger.warning("Worker %d (pid %d) is killed: %s", action.worker, seat.process.pid, action.why)
+            # Before anybody ever listened, the story is told once, when the cluster fails.
+            level = logging.WARNING if self._roster.proven else logging.DEBUG
+            logger.log(level, "Worker %d (pid %d) is killed: %s", action.worker, seat.process.pid, action.why)
             self._last_exit = f"worker {action.worker} was killed, {action.why}"
             seat.process.send_signal(signal.SIGKILL)
 
@@ -215,8 +217,8 @@ class Engine:
         self.seats[member.id] = Seat(member, process, channel)
         self._dispatcher.add_worker(member.id, action.slot, process.connections)
         path = list(sys.path)
-        if self.settings.app_dir is not None:
-            path.insert(0, os.path.abspath(self.settings.app_dir))
+        if self.settings.app_dir is not None and (first := os.path.abspath(self.settings.app_dir)) != path[0]:
+            path.insert(0, first)
         channel.send(Boot(member.id, action.slot, self.settings.to_json(), path))
 
     # -- facts about workers --------------------------------------------------------------------------------------

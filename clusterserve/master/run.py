@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from typing import Any, Final
 
 import uvloop
@@ -36,6 +37,9 @@ def run(app: str, **settings: Any) -> int:
 def run_settings(settings: Settings) -> int:
     """`run`, with settings that have been checked."""
     configure(settings)
+    if settings.app_dir is not None:
+        # For a policy of the application's own; a program that embeds us has its path in order.
+        sys.path.insert(0, os.path.abspath(settings.app_dir))
     loop = uvloop.new_event_loop()
     try:
         return loop.run_until_complete(_serve(settings, loop))

@@ -168,7 +168,7 @@ class _BootLog(logging.Filter):
     def text(self) -> str:
         """What was held, as text."""
         formatter = logging.Formatter("%(message)s")
-        return "\n".join(formatter.format(record).rstrip() for record in self._held or []) + "\n"
+        return "".join(formatter.format(record).rstrip() + "\n" for record in self._held or [])
 
 
 class _Drainer:
