@@ -28,6 +28,9 @@ WINDOW: Final = 64
 #: How long a worker may sit on offers without acknowledging any before it is stalled (seconds).
 PATIENCE: Final = 0.010
 
+#: Lanes of a handle beyond which the empty ones are dropped: a policy may have one for every client it ever saw.
+MANY_LANES: Final = 1024
+
 #: A worker that refused a connection is left alone this long, so that a connection nobody can take does not spin.
 REFUSED_PAUSE: Final = 0.1
 
@@ -116,6 +119,8 @@ class Handle:
         name = None if self._lane is None else self._lane(connection)
         lane = self.lanes.get(name)
         if lane is None:
+            if len(self.lanes) >= MANY_LANES:
+                self.lanes = {name: lane for name, lane in self.lanes.items() if lane}
             lane = self.lanes[name] = deque()
         return lane
 

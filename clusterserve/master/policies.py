@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from importlib import import_module
 
 from ..core.policies import NAMES, TURN, Candidate, Policy, RoundRobin, Waiting, make_policy
@@ -40,6 +40,18 @@ class GuardedPolicy:
         except Exception as exc:  # noqa: BLE001 - anything may come out of other people's code; it is logged
             self._complain("raised", exc)
         return self._fallback.pick(connection, now)
+
+    def lane(self, connection: Waiting) -> Hashable:
+        lane = getattr(self._policy, "lane", None)
+        if lane is None:
+            return None
+        try:
+            name: Hashable = lane(connection)
+            hash(name)
+        except Exception as exc:  # noqa: BLE001 - as above
+            self._complain("raised", exc)
+            return None
+        return name
 
     @property
     def wake_at(self) -> float | None:
