@@ -95,6 +95,11 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Leave:
+    """The worker was asked to go (SIGTERM), and asks to be drained: the master decides when."""
+
+
+@dataclass(frozen=True)
 class Drain:
     """Master to worker: finish what you hold within `grace` seconds (`quick`: cut it), shut down, exit 0."""
 
@@ -102,10 +107,10 @@ class Drain:
     quick: bool
 
 
-Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Drain
+Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Leave | Drain
 
 _KINDS: Final = MappingProxyType(
-    {kind.__name__: kind for kind in (Boot, Online, Listen, Listened, Listening, Closed, Failed, Drain)}
+    {kind.__name__: kind for kind in (Boot, Online, Listen, Listened, Listening, Closed, Failed, Leave, Drain)}
 )
 _JSON_TYPES: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     {"int": int, "float": (int, float), "str": str, "bool": bool, "dict[str, Any]": dict, "list[str]": list,

@@ -62,7 +62,13 @@ class Cluster:
         Raises `BindError` if an address cannot be had, `BootError` (with the worker's own traceback) if the application
         cannot be loaded or started, `ClusterError` if it was started before.
         """
-        self._begin().result()
+        started = self._begin()
+        try:
+            started.result()
+        except BaseException:
+            # A Ctrl-C as well: `with` does not stop what did not start.
+            self.stop(quick=True)
+            raise
 
     def stop(self, *, quick: bool = False) -> None:
         """Stop and return when every process is gone: requests in flight finish within `timeout_graceful_shutdown`.

@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -81,16 +82,16 @@ class Dispatcher:
             if channel is not None:
                 self._answers(channel[0], channel[1], now)
             elif fd in self._listeners:
-                self._accept(fd, now)
+                self._accept(fd, now, min(_ACCEPTS, self._max_pending - self.distributor.queued))
             else:
                 self._unpark(fd, event)
         self._distribute(now)
 
-    def _accept(self, fd: int, now: float) -> None:
+    def _accept(self, fd: int, now: float, limit: int) -> None:
         listener = self._listeners[fd]
         accept = listener.sock._accept  # type: ignore[attr-defined]  # without a socket object for each
         family, parks, distributor = listener.sock.family, self._parks[fd], self.distributor
-        for _ in range(min(_ACCEPTS, self._max_pending - distributor.queued)):
+        for _ in range(limit):
             try:
                 new, address = accept()
             except BlockingIOError:
@@ -228,10 +229,8 @@ class Dispatcher:
         now = self._loop.time()
         for fd, listener in tuple(self._listeners.items()):
             listener.defer(False)
-            before = -1
-            while before != self._ids and self.distributor.queued < self._max_pending:
-                before = self._ids
-                self._accept(fd, now)
+            # However many: they were let in before, and the backlog bounds them.
+            self._accept(fd, now, sys.maxsize)
         self._distribute(now)
 
     def remove_listener(self, listener: Listener) -> None:

@@ -20,7 +20,7 @@ from functools import partial
 from ..channel.message import MessageChannel
 from ..core.distributor import Distributor, Statistics
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Boot, Closed, Failed, Listen, Listened, Listening, Message, Online
+from ..core.messages import Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Drain, Kill, Limits, Member, Roster, Spawn, Stop, Target, Verdict, plan
 from ..errors import BindError, BootError, ProtocolError
@@ -238,10 +238,20 @@ class Engine:
             self.handles.leave(worker, message.listener, crashed=False)
         elif isinstance(message, Online):
             self._happened(worker, WorkerEvent.ONLINE)
+        elif isinstance(message, Leave):
+            self._leave(worker)
         elif isinstance(message, Failed):
             self._failed(worker, message)
         else:
             raise ProtocolError(f"the master does not expect {type(message).__name__}")
+
+    def _leave(self, worker: int) -> None:
+        """Somebody sent it SIGTERM: drain and replace it, unless all go anyway, each in its time."""
+        seat = self.seats[worker]
+        if self._stopping is Stop.NO and seat.member.current:
+            logger.info("Worker %d (slot %d, pid %d) was told to go", worker, seat.member.slot, seat.process.pid)
+            self._perform(Drain(worker, quick=False, interrupt=False), self._loop.time())
+            self._reconcile()
 
     def _failed(self, worker: int, message: Failed) -> None:
         if self._failure is None:
@@ -282,8 +292,6 @@ class Engine:
         """Give a worker a listener: the one of this name, or a new one (Node: queryServer)."""
         channel = self.seats[worker].channel
         try:
-            if self._stopping is not Stop.NO:
-                raise BindError(errno.ESHUTDOWN, "the cluster is stopping", request.bind)
             listener = self.handles.listen(worker, request)
         except BindError as exc:
             code = exc.errno or errno.EINVAL
@@ -291,7 +299,7 @@ class Engine:
             return
         shared = self.handles.shared
         channel.send(
-            Listened(request.request, listener.key, 0, "", listener.sock.family, listener.sockname, shared),
+            Listened(request.request, listener.key, 0, "", listener.family, listener.sockname, shared),
             [listener.sock.fileno()] if shared else [],
         )
 

@@ -1,4 +1,4 @@
-"""The cluster's listeners by name, and which worker is on which: Node's RoundRobinHandle and SharedHandle, one registry.
+"""The cluster's listeners by name, and which worker is on which: Node's RoundRobinHandle and SharedHandle.
 
 A handle is known by the address as it was asked for and a count, so that a worker's second server on port 0 is a second
 listener, the same for all workers.  Under a policy the master accepts and the distributor has a handle of the same key;
@@ -8,6 +8,7 @@ under `none` (`shared`) the workers get the listening socket itself.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -15,7 +16,7 @@ from typing import Final
 from ..binds import Bind
 from ..core.messages import Listen
 from ..core.policies import Policy
-from ..errors import ProtocolError
+from ..errors import BindError, ProtocolError, SettingsError
 from .dispatcher import Dispatcher
 from .listeners import Listener, open_listener
 
@@ -36,6 +37,7 @@ class Handles:
         self._listeners: dict[int, Listener] = {}
         self._names: dict[tuple[str, int], int] = {}
         self._keys = 0
+        self._closed = False
 
     def __iter__(self) -> Iterator[Listener]:
         return iter(self._listeners.values())
@@ -66,16 +68,19 @@ class Handles:
         """The listener a worker asks for, opened if nobody had; raises `BindError`, and the next try starts clean."""
         key = self._names.get((request.bind, request.index))
         if key is None:
-            listener = self._open(Bind.parse(request.bind), request.index, request.backlog, pinned=False)
+            listener = self._open(_parse(request.bind), request.index, request.backlog, pinned=False)
         else:
             listener = self._listeners[key]
+            if self.shared and not listener.is_open:
+                raise _stopping(request.bind)
             if request.backlog > listener.backlog:
                 listener.listen(request.backlog)
         listener.workers.add(worker)
         if self._make_policy is not None and listener.key not in self._distributor.handles:
             first = request.client_speaks_first
             self._distributor.add_handle(listener.key, self._make_policy(), client_speaks_first=first)
-            self._dispatcher.add_listener(listener, client_speaks_first=first)
+            if listener.is_open:
+                self._dispatcher.add_listener(listener, client_speaks_first=first)
         return listener
 
     def attach(self, worker: int, key: int) -> None:
@@ -106,12 +111,15 @@ class Handles:
             self.leave(worker, key, crashed=crashed)
 
     def close(self) -> None:
-        """Close every listener; what was accepted stays with the dispatcher."""
+        """Close every listener and open none again; what was accepted stays with the dispatcher."""
+        self._closed = True
         for listener in self:
             self._dispatcher.remove_listener(listener)
             listener.close()
 
     def _open(self, bind: Bind, index: int, backlog: int, *, pinned: bool) -> Listener:
+        if self._closed:
+            raise _stopping(str(bind))
         self._keys += 1
         listener = open_listener(self._keys, bind, backlog, pinned=pinned)
         self._listeners[listener.key] = listener
@@ -128,3 +136,15 @@ class Handles:
         listener.close()
         del self._listeners[key]
         self._names = {name: number for name, number in self._names.items() if number != key}
+
+
+def _parse(text: str) -> Bind:
+    """The address a worker asks for; what cannot be one is that worker's error."""
+    try:
+        return Bind.parse(text)
+    except SettingsError as exc:
+        raise BindError(errno.EINVAL, str(exc), text) from None
+
+
+def _stopping(address: str) -> BindError:
+    return BindError(errno.ESHUTDOWN, f"cannot listen on {address}: the cluster is stopping", address)

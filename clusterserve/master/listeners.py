@@ -38,39 +38,43 @@ class Listener:
     #: Workers that asked for it.
     workers: set[int] = field(default_factory=set)
 
-    @property
-    def sockname(self) -> list[object] | str:
-        """What getsockname() says, as JSON can carry it."""
+    def __post_init__(self) -> None:
+        # Remembered: while a cluster stops, its listeners are closed and its last workers may still be starting.
+        self.family = self.sock.family
         name = self.sock.getsockname()
+        #: What getsockname() says, as JSON can carry it: [host, port, …], or a path, "@" first if it is abstract.
+        self.sockname: list[object] | str
         if isinstance(name, tuple):
-            return list(name)
-        return name if isinstance(name, str) else "@" + os.fsdecode(name[1:])
+            self.sockname = list(name)
+        else:
+            self.sockname = name if isinstance(name, str) else "@" + os.fsdecode(name[1:])
 
     @property
     def is_open(self) -> bool:
         return self.sock.fileno() >= 0
 
     @property
-    def url(self) -> str:
-        """Where a client on this machine reaches it."""
-        name = self.sock.getsockname()
-        if not isinstance(name, tuple):
-            return f"unix:{self.sockname}"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name[0], name[0])
-        return f"http://[{host}]:{name[1]}" if ":" in str(host) else f"http://{host}:{name[1]}"
-
-    @property
     def address(self) -> str:
         """What it listens on, for the log."""
-        name = self.sock.getsockname()
-        if not isinstance(name, tuple):
+        return self._url({})
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches it."""
+        return self._url({"0.0.0.0": "127.0.0.1", "::": "::1"})
+
+    def _url(self, instead: dict[str, str]) -> str:
+        if isinstance(self.sockname, str):
             return f"unix:{self.sockname}"
-        return f"http://[{name[0]}]:{name[1]}" if ":" in name[0] else f"http://{name[0]}:{name[1]}"
+        host = str(self.sockname[0])
+        host = instead.get(host, host)
+        return f"http://[{host}]:{self.sockname[1]}" if ":" in host else f"http://{host}:{self.sockname[1]}"
 
     def listen(self, backlog: int) -> None:
         """Listen with the largest backlog anyone asked for."""
         self.backlog = max(backlog, self.backlog)
-        self.sock.listen(self.backlog)
+        if self.is_open:
+            self.sock.listen(self.backlog)
 
     def defer(self, on: bool) -> bool:
         """Let the kernel keep clients that say nothing; False where it cannot (unix sockets)."""

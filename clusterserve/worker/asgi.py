@@ -70,9 +70,10 @@ def serve(settings: Settings, link: Link) -> None:
         expected -= 1
         if not expected:
             boot.release()
-            # uvicorn has taken SIGINT for itself meanwhile.  A terminal's Ctrl-C reaches the whole group, and the
-            # master says what follows from it.
+            # uvicorn has taken both for itself meanwhile.  A terminal's Ctrl-C and systemd's SIGTERM reach the whole
+            # group, and what was accepted is served only if the master says who goes when.
             signal.signal(signal.SIGINT, _heed_the_master)
+            signal.signal(signal.SIGTERM, lambda number, frame: link.ask_to_leave())
 
     link.on_listening = listening
     try:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel
-from ..core.messages import Closed, Drain, Listen, Listened, Listening, Message
+from ..core.messages import Closed, Drain, Leave, Listen, Listened, Listening, Message
 from ..errors import ProtocolError
 from .receiver import Receiver
 from .server import FauxServer
@@ -92,6 +92,11 @@ class Link:
         """Tell the master that the server on listener `key` is in place."""
         self.send(Listening(key))
         self.on_listening()
+
+    def ask_to_leave(self) -> None:
+        """Ask the master to be drained.  May be called from a signal handler."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.send, Leave())
 
     def _server_closed(self, server: FauxServer) -> None:
         self.receiver.servers.pop(server.key, None)
