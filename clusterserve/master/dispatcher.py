@@ -13,7 +13,6 @@ import logging
 import os
 import select
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -229,8 +228,8 @@ class Dispatcher:
         now = self._loop.time()
         for fd, listener in tuple(self._listeners.items()):
             listener.defer(False)
-            # However many: they were let in before, and the backlog bounds them.
-            self._accept(fd, now, sys.maxsize)
+            # More than `max_pending` if need be: the kernel has let them in, and the backlog bounds them.
+            self._accept(fd, now, listener.backlog + 1)
         self._distribute(now)
 
     def remove_listener(self, listener: Listener) -> None:
