@@ -33,8 +33,8 @@ class Listener:
     sock: socket.socket
     pinned: bool
     backlog: int
-    #: Device and inode of the socket file, if we made one.
-    file: tuple[int, int] | None = None
+    #: Path, device and inode of the socket file, if we made one.
+    file: tuple[str, int, int] | None = None
     #: Workers that asked for it.
     workers: set[int] = field(default_factory=set)
 
@@ -87,11 +87,12 @@ class Listener:
         """Close it, and remove its file if it is still the one we made."""
         self.sock.close()
         if self.file is not None:
-            with contextlib.suppress(FileNotFoundError):
-                found = os.stat(self.bind.path)
-                if (found.st_dev, found.st_ino) == self.file:
-                    os.unlink(self.bind.path)
+            path, *ours = self.file
             self.file = None
+            with contextlib.suppress(FileNotFoundError):
+                found = os.stat(path)
+                if [found.st_dev, found.st_ino] == ours:
+                    os.unlink(path)
 
 
 def open_listener(key: int, bind: Bind, backlog: int, *, pinned: bool) -> Listener:
@@ -110,7 +111,8 @@ def open_listener(key: int, bind: Bind, backlog: int, *, pinned: bool) -> Listen
         sock.setblocking(False)
         if bind.kind == "unix" and not bind.path.startswith("@"):
             made = os.stat(bind.path)
-            file = (made.st_dev, made.st_ino)
+            # The program that embeds us may be in another directory when it stops.
+            file = (os.path.abspath(bind.path), made.st_dev, made.st_ino)
             os.chmod(bind.path, UNIX_MODE)
         if sock.family != socket.AF_UNIX:
             # Accepted sockets inherit it: no system call for each of them.
@@ -128,6 +130,8 @@ def _open_tcp(bind: Bind) -> socket.socket:
     family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
     try:
         found = socket.getaddrinfo(bind.host, bind.port, family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    except UnicodeError:
+        raise socket.gaierror(socket.EAI_NONAME, "not the name of a host") from None
     except socket.gaierror:
         found = socket.getaddrinfo(bind.host, bind.port, socket.AF_UNSPEC, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     family, kind, proto, _, address = found[0]

@@ -52,6 +52,9 @@ CHATTER: Final = frozenset(
     }
 )
 
+#: What uvicorn says when its time limit for requests in flight is over.
+CANCELLED: Final = "Cancel %s running task(s), timeout graceful shutdown exceeded"
+
 #: Of the grace the master allows, what is left for the application's own shutdown (seconds, at most a fifth).
 _LIFESPAN_SHARE: Final = 1.0
 
@@ -155,6 +158,9 @@ class _BootLog(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno <= logging.INFO and record.msg in CHATTER:
             return logger.getEffectiveLevel() < logging.INFO
+        if record.msg == CANCELLED and record.args == (0,):
+            # Nothing was running: an error that did not happen.
+            return False
         if self._held is not None and record.levelno >= logging.ERROR:
             self._held.append(record)
             return False
