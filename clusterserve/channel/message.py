@@ -24,6 +24,12 @@ MAX_DESCRIPTORS: Final = 16
 _CHUNK: Final = 65536
 _SPACE: Final = socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
 
+#: Reads in one turn of the loop: more than the kernel keeps of a sender that is gone, and an end to one that never stops.
+_READS: Final = 64
+
+#: Among the descriptors that have arrived: here some were lost at our descriptor limit, all of one message.
+_LOST: Final = -1
+
 OnMessage = Callable[[Message, list[int]], None]
 OnClosed = Callable[[ProtocolError | None], None]
 
@@ -79,7 +85,8 @@ class MessageChannel:
         self._loop.remove_writer(self._sock)
         self._sock.close()
         for fd in (*self._arrived, *(fd for _, copies in self._waiting for fd in copies)):
-            os.close(fd)
+            if fd != _LOST:
+                os.close(fd)
         self._arrived.clear()
         self._waiting.clear()
 
@@ -89,12 +96,16 @@ class MessageChannel:
             pass
 
     def _read(self) -> None:
-        self._receive()
+        # Not one read a turn: uvloop looks away from a socket after telling once of an error, and a sender that went
+        # without reading everything is one (ECONNRESET, behind what it had sent).
+        for _ in range(_READS):
+            if not self._open or not self._receive():
+                return
 
     def _receive(self) -> bool:
         """One read; False if nothing was there."""
         try:
-            data, ancillary, _, _ = self._sock.recvmsg(_CHUNK, _SPACE, socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, flags, _ = self._sock.recvmsg(_CHUNK, _SPACE, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return False
         except ConnectionResetError:
@@ -105,19 +116,32 @@ class MessageChannel:
                 fds: array.array[int] = array.array("i")
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
                 self._arrived.extend(fds)
+        if flags & socket.MSG_CTRUNC:
+            self._arrived.append(_LOST)
         if not data:
             self._end(None)
             return True
         try:
             for body, count in self._decoder.feed(data):
-                # Fewer than announced if our descriptor limit was hit: the receiver sees that.
-                descriptors = [self._arrived.popleft() for _ in range(min(count, len(self._arrived)))]
-                self._on_message(decode(body), descriptors)
+                message = decode(body)
+                self._on_message(message, self._claim(count))
                 if not self._open:
-                    break
+                    return True
+            if len(self._arrived) > MAX_DESCRIPTORS:
+                raise ProtocolError(f"{len(self._arrived)} descriptors that no message announces")
         except ProtocolError as exc:
             self._end(exc)
         return True
+
+    def _claim(self, count: int) -> list[int]:
+        """The descriptors of a message; fewer than announced if our limit was hit, which the receiver sees."""
+        claimed: list[int] = []
+        while len(claimed) < count and self._arrived:
+            fd = self._arrived.popleft()
+            if fd == _LOST:
+                break
+            claimed.append(fd)
+        return claimed
 
     def _write(self, frame: memoryview, descriptors: list[int]) -> int:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
@@ -144,5 +168,6 @@ class MessageChannel:
         self._loop.remove_writer(self._sock)
 
     def _end(self, error: ProtocolError | None) -> None:
-        self.close()
-        self._on_closed(error)
+        if self._open:
+            self.close()
+            self._on_closed(error)

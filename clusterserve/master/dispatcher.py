@@ -70,6 +70,7 @@ class Dispatcher:
         self._accepting = True
         self._pause: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._lingering: set[Callable[[], None]] = set()
         loop.add_reader(self._epoll.fileno(), self._poll)
 
     # -- the hot path ---------------------------------------------------------------------------------------------
@@ -179,8 +180,15 @@ class Dispatcher:
         self._timer = None
         now = self._loop.time()
         for worker in self.distributor.overdue(now):
-            self._close(self.distributor.recalled(worker, self._ends[worker.id].recall()))
+            self._recall(worker, self._ends[worker.id])
         self._distribute(now)
+
+    def _recall(self, worker: Worker, end: MasterEnd) -> None:
+        try:
+            self._close(self.distributor.recalled(worker, end.recall()))
+        except ProtocolError as exc:
+            # What came back stays in its name: its death will show that nobody has touched it.
+            self._on_fault(worker.id, exc)
 
     def _park(self, connection: Connection) -> None:
         self._parked[connection.fd] = connection
@@ -200,6 +208,8 @@ class Dispatcher:
             os.close(connection.fd)
 
     def _exhausted(self, exc: OSError) -> None:
+        if self._pause is not None:
+            return
         logger.warning("Cannot accept: %s; trying again in %g s", exc.strerror, _EXHAUSTED_PAUSE)
         self._set_accepting(False)
         self._pause = self._loop.call_later(_EXHAUSTED_PAUSE, self._resume)
@@ -257,7 +267,7 @@ class Dispatcher:
         record, _ = self._channels.pop(end.fileno())
         while self._answers(record, end, now):
             pass
-        self._close(self.distributor.recalled(record, end.recall()))
+        self._recall(record, end)
         untouched = []
         for connection in self.distributor.remove_worker(worker):
             fate = fate_of(connection.fd)
@@ -265,9 +275,11 @@ class Dispatcher:
                 untouched.append(connection)
                 continue
             self.distributor.gone(connection)
-            if fate is Fate.READ:
-                answer_bad_gateway(self._loop, connection.fd)
+            handle = self.distributor.handles.get(connection.listener)
+            if fate is Fate.READ and handle is not None and handle.client_speaks_first:
+                answer_bad_gateway(self._loop, connection.fd, self._lingering)
             else:
+                # A response that was begun cannot be mended; a protocol that is not ours has no 502.
                 os.close(connection.fd)
         self._close(self.distributor.requeue(untouched))
         self._epoll.unregister(end.fileno())
@@ -290,12 +302,17 @@ class Dispatcher:
                 timer.cancel()
         for key in tuple(self.distributor.handles):
             self.forget(key)
+        for end in tuple(self._lingering):
+            end()
         self._epoll.close()
 
 
 def _has_data(fd: int) -> bool:
-    with socket.socket(fileno=os.dup(fd)) as sock:
-        try:
-            return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except OSError:
-            return False
+    # Borrowed, not copied: that works at the descriptor limit too.
+    sock = socket.socket(fileno=fd)
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False
+    finally:
+        sock.detach()

@@ -87,11 +87,12 @@ class Engine:
     def start(self) -> None:
         """Open every `--bind` and start the workers.  Raises `BindError`; nothing is left open then."""
         try:
-            for listener in self.handles.open_pinned(self.settings.binds, self.settings.backlog):
-                logger.info("Listening on %s", listener.address)
+            opened = self.handles.open_pinned(self.settings.binds, self.settings.backlog)
         except BindError:
             self._close()
             raise
+        for listener in opened:
+            logger.info("Listening on %s", listener.address)
         count, reason = self.settings.workers, self.settings.workers_source
         logger.info(
             "Serving %s with %d worker%s%s, policy %s, dispatch %s, master process %d",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import array
 import asyncio
-import contextlib
 import fcntl
-import os
 import socket
 import struct
 import termios
+from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
@@ -38,21 +37,25 @@ class Fate(Enum):
 
 def fate_of(fd: int) -> Fate:
     """The fate of an accepted connection that its worker held from its first byte on (TCP(7), TCP_INFO)."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    sock = socket.socket(fileno=fd)
+    try:
         if sock.family == socket.AF_UNIX:
             return Fate.BEGUN
-        try:
-            unread = _queued(fd, termios.FIONREAD)
-            state, acked, received = _TCP_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136))
-            # Read again: bytes that arrived in between must not look as if the worker had taken them.
-            unread = max(unread, _queued(fd, termios.FIONREAD))
-            unsent = _queued(fd, _SIOCOUTQ)
-        except OSError:
-            return Fate.BEGUN
+        unread = _queued(fd, termios.FIONREAD)
+        state, acked, received = _TCP_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136))
+        # Read again: bytes that arrived in between must not look as if the worker had taken them.
+        unread = max(unread, _queued(fd, termios.FIONREAD))
+        unsent = _queued(fd, _SIOCOUTQ)
+    except OSError:
+        return Fate.BEGUN
+    finally:
+        # Borrowed, not copied: at the descriptor limit a dead worker's clients are helped all the same.
+        sock.detach()
+    # First of all: a server may speak before it has read anything, and must not do so twice.
+    if acked or unsent:
+        return Fate.BEGUN
     # The client's FIN counts as one byte received.
-    if received - (state == _CLOSE_WAIT) <= unread:
-        return Fate.UNTOUCHED
-    return Fate.READ if not acked and not unsent else Fate.BEGUN
+    return Fate.UNTOUCHED if received - (state == _CLOSE_WAIT) <= unread else Fate.READ
 
 
 def _queued(fd: int, request: int) -> int:
@@ -61,10 +64,10 @@ def _queued(fd: int, request: int) -> int:
     return buffer[0]
 
 
-def answer_bad_gateway(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+def answer_bad_gateway(loop: asyncio.AbstractEventLoop, fd: int, lingering: set[Callable[[], None]]) -> None:
     """Answer 502 and close once the client has stopped sending: closing at once would reset what it has not read.
 
-    Takes over `fd`.
+    Takes over `fd`.  As long as it waits for the client, what ends the waiting is in `lingering`.
     """
     sock = socket.socket(fileno=fd)
     sock.setblocking(False)
@@ -76,18 +79,22 @@ def answer_bad_gateway(loop: asyncio.AbstractEventLoop, fd: int) -> None:
         return
 
     def discard() -> None:
-        with contextlib.suppress(BlockingIOError):
-            try:
-                if sock.recv(65536):
-                    return
-            except ConnectionResetError:
-                pass
-            end()
+        try:
+            if sock.recv(65536):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            # Reset, timed out: nobody is left to wait for.
+            pass
+        end()
 
     def end() -> None:
+        lingering.discard(end)
         timer.cancel()
         loop.remove_reader(sock)
         sock.close()
 
     loop.add_reader(sock, discard)
     timer = loop.call_later(LINGER, end)
+    lingering.add(end)

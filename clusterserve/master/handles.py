@@ -57,12 +57,13 @@ class Handles:
         """The keys of the listeners that live as long as the master."""
         return {key for key, listener in self._listeners.items() if listener.pinned}
 
-    def open_pinned(self, binds: Iterable[Bind], backlog: int) -> Iterator[Listener]:
-        """Open the listeners of `--bind`, one by one; raises `BindError`."""
+    def open_pinned(self, binds: Iterable[Bind], backlog: int) -> list[Listener]:
+        """Open the listeners of `--bind`; raises `BindError`, and `close` closes those that were opened before."""
         seen: Counter[str] = Counter()
         for bind in binds:
-            yield self._open(bind, seen[str(bind)], backlog, pinned=True)
+            self._open(bind, seen[str(bind)], backlog, pinned=True)
             seen[str(bind)] += 1
+        return list(self)
 
     def listen(self, worker: int, request: Listen) -> Listener:
         """The listener a worker asks for, opened if nobody had; raises `BindError`, and the next try starts clean."""

@@ -1,0 +1,73 @@
+"""What all tests share: the project's root on the path, the mark for tests that need a Debian tool, and `serve`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# `examples` and `tests.helpers` are found here whatever directory the tests are started from.
+sys.path.insert(0, str(ROOT))
+pytest.register_assert_rewrite("tests.helpers")
+
+from tests.helpers.server import Serve, serving  # noqa: E402
+
+_NOT_RUN = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "needs_tool(name): needs a program of .ci/packages; without it the test is listed as not run, "
+        "and fails where CI=true",
+    )
+    config.stash[_NOT_RUN] = {}
+
+
+def _missing_tool(item: pytest.Item) -> str | None:
+    for mark in item.iter_markers("needs_tool"):
+        for tool in mark.args:
+            if shutil.which(tool) is None:
+                return str(tool)
+    return None
+
+
+# Last: what -k and -m have left.
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("CI") == "true":
+        return
+    missing = {item.nodeid: tool for item in items if (tool := _missing_tool(item)) is not None}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in missing])
+    items[:] = [item for item in items if item.nodeid not in missing]
+    config.stash[_NOT_RUN].update(missing)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    tool = _missing_tool(item)
+    if tool is not None:
+        pytest.fail(f"{tool} is not installed, and with CI=true every tool must be (.ci/packages)", pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for nodeid, tool in config.stash[_NOT_RUN].items():
+        terminalreporter.write_line(f"NOT RUN {nodeid} - needs the program {tool}", yellow=True)
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts servers for one test; see `Server` for what it takes and what it proves at the end."""
+    with serving() as factory:
+        yield factory
+
+
+@pytest.fixture(scope="module")
+def serve_module() -> Iterator[Serve]:
+    """Starts servers that all tests of a module share."""
+    with serving() as factory:
+        yield factory

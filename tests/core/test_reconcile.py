@@ -1,0 +1,736 @@
+"""The reconciler: what is ordered when, and that every cluster comes to rest.
+
+`Driver` executes plans against processes that do what the test says; the machine at the end lets them do anything.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from clusterserve.core.connection import IllegalStep
+from clusterserve.core.lifecycle import WorkerEvent, WorkerState
+from clusterserve.core.reconcile import (
+    Action,
+    Drain,
+    Kill,
+    Limits,
+    Member,
+    Plan,
+    Roster,
+    Spawn,
+    Stop,
+    Target,
+    Verdict,
+    plan,
+)
+
+ONLINE, LISTENING, DISCONNECTED, EXITED = (
+    WorkerEvent.ONLINE, WorkerEvent.LISTENING, WorkerEvent.DISCONNECTED, WorkerEvent.EXITED,
+)  # fmt: skip
+
+
+class Driver:
+    """A shell without processes: it executes plans, and every execution is a fact."""
+
+    def __init__(self, target: Target, limits: Limits | None = None) -> None:
+        self.roster = Roster(limits or Limits())
+        self.target = target
+        self.now = 1000.0
+        self.deadline: float | None = None
+        self.verdict = Verdict.RUNNING
+        #: (when, what) of all that was ever ordered.
+        self.log: list[tuple[float, Action]] = []
+
+    def ask(self) -> Plan:
+        """Ask once; the plan is checked for what holds of any plan."""
+        roster, before = self.roster, deepcopy(self.roster)
+        answer = plan(self.target, roster, self.now)
+        assert roster == before
+        assert answer.deadline is None or answer.deadline > self.now
+        assert len(set(answer.actions)) == len(answer.actions)
+        return answer
+
+    def reconcile(self) -> list[Action]:
+        """Execute plans until there is nothing to do; no action may be ordered twice on the way."""
+        done: list[Action] = []
+        for _ in range(5):
+            answer = self.ask()
+            self.deadline, self.verdict = answer.deadline, answer.verdict
+            if not answer.actions:
+                return done
+            assert set(done).isdisjoint(answer.actions)
+            for action in answer.actions:
+                self.execute(action)
+                done.append(action)
+        raise AssertionError(f"there is no end to it: {done}")
+
+    def execute(self, action: Action) -> None:
+        self.log.append((self.now, action))
+        if isinstance(action, Spawn):
+            self.roster.spawned(action.slot, action.generation, self.now)
+        elif isinstance(action, Drain):
+            self.roster.drained(action.worker, action.quick, self.now)
+        else:
+            self.roster.killed(action.worker)
+
+    def happens(self, id: int, *events: WorkerEvent) -> list[Action]:
+        for event in events:
+            self.roster.happened(id, event, self.now)
+        return self.reconcile()
+
+    def at(self, now: float) -> list[Action]:
+        assert now >= self.now
+        self.now = now
+        return self.reconcile()
+
+    def wants(self, **changes: object) -> list[Action]:
+        self.target = replace(self.target, **changes)  # type: ignore[arg-type]
+        return self.reconcile()
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """Which worker serves or boots in which slot."""
+        return {member.slot: member.id for member in self.roster.members.values() if member.current}
+
+
+def running(count: int = 2, limits: Limits | None = None) -> Driver:
+    """A cluster whose workers 1 … count have been listening for a while, at time 1010."""
+    driver = Driver(Target(count), limits)
+    driver.reconcile()
+    for id in range(1, count + 1):
+        driver.happens(id, ONLINE, LISTENING)
+    driver.at(1010.0)
+    assert driver.verdict is Verdict.SETTLED
+    return driver
+
+
+class TestStart:
+    def test_all_workers_start_at_once(self) -> None:
+        driver = Driver(Target(3))
+        assert driver.reconcile() == [Spawn(0, 1), Spawn(1, 1), Spawn(2, 1)]
+        assert [(member.id, member.slot) for member in driver.roster.members.values()] == [(1, 0), (2, 1), (3, 2)]
+        assert driver.verdict is Verdict.RUNNING
+
+    def test_settled_when_all_listen(self) -> None:
+        driver = Driver(Target(2))
+        driver.reconcile()
+        driver.happens(1, ONLINE, LISTENING)
+        assert driver.verdict is Verdict.RUNNING
+        driver.happens(2, ONLINE)
+        assert driver.verdict is Verdict.RUNNING
+        driver.happens(2, LISTENING)
+        assert (driver.verdict, driver.deadline) == (Verdict.SETTLED, None)
+
+    def test_the_second_server_of_a_worker_changes_nothing(self) -> None:
+        driver = running()
+        since = driver.roster.members[1].listening
+        assert driver.happens(1, LISTENING) == []
+        assert driver.roster.members[1].listening == since
+
+    def test_who_does_not_listen_in_time_is_killed_once(self) -> None:
+        driver = Driver(Target(2), Limits(boot=60.0))
+        driver.reconcile()
+        driver.happens(1, ONLINE, LISTENING)
+        driver.happens(2, ONLINE)
+        assert driver.deadline == 1060.0
+        assert driver.at(1059.9) == []
+        assert driver.at(1060.0) == [Kill(2, "it did not listen within 60 s")]
+        assert (driver.at(1100.0), driver.deadline) == ([], None)
+        assert driver.happens(2, EXITED) == []
+        assert driver.deadline == pytest.approx(1100.1)
+        assert driver.at(driver.deadline) == [Spawn(1, 1)]
+
+    def test_without_a_limit_it_may_take_for_ever(self) -> None:
+        driver = Driver(Target(1), Limits(boot=0))
+        driver.reconcile()
+        assert (driver.at(1e9), driver.deadline) == ([], None)
+
+    def test_nobody_wanted_is_settled_at_once(self) -> None:
+        driver = Driver(Target(0))
+        assert driver.reconcile() == []
+        assert driver.verdict is Verdict.SETTLED
+
+
+class TestABrokenApplication:
+    @pytest.mark.parametrize("how", [(EXITED,), (ONLINE, EXITED), (ONLINE, DISCONNECTED, EXITED)])
+    def test_no_respawn_before_anyone_ever_listened(self, how: tuple[WorkerEvent, ...]) -> None:
+        driver = Driver(Target(3))
+        driver.reconcile()
+        for id in (1, 2, 3):
+            assert driver.verdict is Verdict.RUNNING
+            for event in how:
+                assert driver.happens(id, event) == []
+        assert (driver.verdict, driver.deadline) == (Verdict.FAILED, None)
+        assert driver.at(2000.0) == []
+        assert driver.verdict is Verdict.FAILED
+
+    def test_it_has_not_failed_while_one_still_boots(self) -> None:
+        driver = Driver(Target(2))
+        driver.reconcile()
+        driver.happens(1, EXITED)
+        assert driver.verdict is Verdict.RUNNING
+        assert driver.deadline == 1060.0
+        assert driver.at(1060.0) == [Kill(2, "it did not listen within 60 s")]
+        assert driver.verdict is Verdict.RUNNING
+        driver.happens(2, EXITED)
+        assert driver.verdict is Verdict.FAILED
+
+    def test_once_one_listens_the_others_get_their_second_chance(self) -> None:
+        driver = Driver(Target(2))
+        driver.reconcile()
+        driver.happens(1, EXITED)
+        driver.now += 5
+        assert driver.happens(2, ONLINE, LISTENING) == [Spawn(0, 1)]
+
+    def test_a_cluster_that_has_served_never_fails(self) -> None:
+        driver = running(1)
+        driver.happens(1, EXITED)
+        for id in range(2, 12):
+            assert driver.verdict is Verdict.RUNNING
+            if id not in driver.roster.members:
+                assert driver.deadline is not None
+                driver.at(driver.deadline)
+            driver.happens(id, EXITED)
+        assert driver.verdict is Verdict.RUNNING
+
+
+class TestRespawn:
+    def test_a_healthy_worker_is_replaced_at_once_in_its_slot(self) -> None:
+        driver = running()
+        assert driver.happens(1, EXITED) == [Spawn(0, 1)]
+        assert driver.slots == {0: 3, 1: 2}
+
+    def test_the_delay_doubles_up_to_its_limit(self) -> None:
+        driver = running(2, Limits(backoff=0.1, backoff_max=1.0))
+        driver.happens(1, EXITED)
+        delays = []
+        for id in range(3, 10):
+            assert driver.happens(id, EXITED) == []
+            assert driver.deadline is not None
+            delays.append(driver.deadline - driver.now)
+            assert driver.at(driver.deadline) == [Spawn(0, 1)]
+        assert delays == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0])
+
+    def test_it_doubles_for_ever_without_an_overflow(self) -> None:
+        driver = running()
+        driver.happens(1, EXITED)
+        driver.roster.slots[0].failures = 5000
+        driver.happens(3, EXITED)
+        assert driver.deadline == 1010.0 + 15.0
+
+    def test_one_that_listened_long_enough_was_healthy(self) -> None:
+        driver = running(2, Limits(backoff=0.1, min_uptime=1.0))
+        driver.happens(1, EXITED)
+        driver.happens(3, EXITED)
+        driver.at(1010.1)
+        driver.happens(4, ONLINE, LISTENING)
+        # Not long enough.
+        driver.at(1011.0)
+        assert driver.happens(4, EXITED) == []
+        assert driver.deadline == pytest.approx(1011.2)
+        driver.at(1012.0)
+        driver.happens(5, ONLINE, LISTENING)
+        # Long enough: at once, and the next failure starts over.
+        driver.at(1013.0)
+        assert driver.happens(5, EXITED) == [Spawn(0, 1)]
+        assert driver.happens(6, EXITED) == []
+        assert driver.deadline == pytest.approx(1013.1)
+
+    def test_slots_fail_each_for_itself(self) -> None:
+        driver = running(2, Limits(backoff=1.0))
+        driver.happens(1, EXITED)
+        driver.happens(3, EXITED)
+        assert driver.happens(2, EXITED) == [Spawn(1, 1)]
+
+    def test_a_worker_that_closed_its_channel_is_replaced_and_killed_if_it_stays(self) -> None:
+        driver = running(2, Limits(disconnected=5.0))
+        assert driver.happens(1, DISCONNECTED) == [Spawn(0, 1)]
+        driver.happens(3, ONLINE, LISTENING)
+        assert (driver.verdict, driver.deadline) == (Verdict.RUNNING, 1015.0)
+        assert driver.at(1015.0) == [Kill(1, "it closed its channel but did not exit")]
+        assert driver.at(1030.0) == []
+        driver.happens(1, EXITED)
+        assert driver.verdict is Verdict.SETTLED
+
+    def test_a_channel_that_closes_before_the_exit_is_one_failure_and_waited_for(self) -> None:
+        """Every death begins with the end of the channel; the exit is learned a moment later."""
+        driver = running(1, Limits(backoff=1.0))
+        driver.happens(1, EXITED)
+        driver.happens(2, ONLINE)
+        assert driver.happens(2, DISCONNECTED) == []
+        assert driver.deadline == 1011.0
+        driver.now += 0.5
+        assert driver.happens(2, EXITED) == []
+        assert driver.roster.slots[0].failures == 1
+        assert driver.deadline == 1011.0
+        assert driver.at(1011.0) == [Spawn(0, 1)]
+
+
+class TestScale:
+    def test_up(self) -> None:
+        driver = running(2)
+        assert driver.wants(count=4) == [Spawn(2, 1), Spawn(3, 1)]
+
+    def test_down_takes_the_highest_slots(self) -> None:
+        driver = running(4)
+        assert driver.wants(count=2) == [Drain(3, False, False), Drain(4, False, False)]
+        assert driver.verdict is Verdict.RUNNING
+        driver.happens(3, DISCONNECTED, EXITED)
+        assert driver.happens(4, EXITED) == []
+        assert driver.verdict is Verdict.SETTLED
+        assert driver.slots == {0: 1, 1: 2}
+
+    def test_down_while_one_boots(self) -> None:
+        driver = Driver(Target(2))
+        driver.reconcile()
+        assert driver.wants(count=1) == [Drain(2, False, True)]
+        # What it had sent before it read that is late and changes nothing.
+        assert driver.happens(2, ONLINE, LISTENING) == []
+        assert driver.roster.members[2].state is WorkerState.DRAINING
+        assert driver.roster.proven == 0
+
+    def test_down_and_up_again_starts_a_new_worker_beside_the_leaving_one(self) -> None:
+        driver = running(2)
+        driver.wants(count=1)
+        assert driver.wants(count=2) == [Spawn(1, 1)]
+        assert driver.slots == {0: 1, 1: 3}
+
+    def test_one_that_was_asked_to_leave_did_not_fail(self) -> None:
+        driver = running(2)
+        driver.wants(count=1)
+        driver.happens(2, EXITED)
+        assert driver.roster.slots[1].failures == 0
+        assert driver.wants(count=2) == [Spawn(1, 1)]
+
+    def test_who_does_not_finish_in_time_is_killed(self) -> None:
+        driver = running(2, Limits(graceful=30.0))
+        driver.wants(count=1)
+        assert driver.deadline == 1040.0
+        assert driver.at(1040.0) == [Kill(2, "it did not finish within 30 s")]
+
+    def test_one_that_disconnects_while_it_drains_has_a_time_of_its_own(self) -> None:
+        driver = running(2, Limits(graceful=30.0, disconnected=5.0))
+        driver.wants(count=1)
+        driver.at(1020.0)
+        driver.happens(2, DISCONNECTED)
+        assert driver.deadline == 1025.0
+        assert driver.at(1025.0) == [Kill(2, "it closed its channel but did not exit")]
+        driver.happens(2, EXITED)
+        assert driver.verdict is Verdict.SETTLED
+
+
+class TestReload:
+    def test_one_at_a_time_and_the_old_one_leaves_when_the_new_one_listens(self) -> None:
+        driver = running(3)
+        assert driver.wants(generation=2) == [Spawn(0, 2)]
+        driver.happens(4, ONLINE)
+        assert driver.happens(4, LISTENING) == [Spawn(1, 2), Drain(1, False, False)]
+        assert driver.happens(1, DISCONNECTED, EXITED) == []
+        assert driver.happens(5, ONLINE, LISTENING) == [Spawn(2, 2), Drain(2, False, False)]
+        assert driver.happens(6, ONLINE, LISTENING) == [Drain(3, False, False)]
+        driver.happens(2, EXITED)
+        assert driver.verdict is Verdict.RUNNING
+        driver.happens(3, EXITED)
+        assert driver.verdict is Verdict.SETTLED
+        assert driver.slots == {0: 4, 1: 5, 2: 6}
+
+    def test_surge_at_a_time(self) -> None:
+        driver = running(5, Limits(surge=2))
+        assert driver.wants(generation=2) == [Spawn(0, 2), Spawn(1, 2)]
+        assert driver.happens(6, ONLINE, LISTENING) == [Spawn(2, 2), Drain(1, False, False)]
+        assert driver.happens(7, ONLINE, LISTENING) == [Spawn(3, 2), Drain(2, False, False)]
+
+    def test_a_generation_that_cannot_start_leaves_the_old_one_serving(self) -> None:
+        driver = running(2, Limits(backoff=1.0, backoff_max=4.0))
+        driver.wants(generation=2)
+        for id in range(3, 9):
+            driver.happens(id, ONLINE, EXITED)
+            assert driver.slots == {0: 1, 1: 2}
+            assert driver.verdict is Verdict.RUNNING
+            assert driver.deadline is not None
+            assert driver.at(driver.deadline) == [Spawn(0, 2)]
+        assert {type(action) for _, action in driver.log} == {Spawn}
+
+    def test_a_worker_of_the_old_generation_that_dies_meanwhile_is_replaced_by_a_new_one(self) -> None:
+        driver = running(3)
+        driver.wants(generation=2)
+        assert driver.happens(3, EXITED) == [Spawn(2, 2)]
+        # Two boot now, one more than in a reload alone: an empty slot is worth more than the pace.
+        assert driver.happens(4, ONLINE, LISTENING) == [Drain(1, False, False)]
+        assert driver.happens(5, ONLINE, LISTENING) == [Spawn(1, 2)]
+
+    def test_another_reload_before_the_first_is_over(self) -> None:
+        """1. A replacement of generation 2 boots.  2. Generation 3 is wanted.
+        Result: the one that boots is of no use to anybody and leaves; a replacement of generation 3 takes its place.
+        """
+        driver = running(2)
+        driver.wants(generation=2)
+        assert driver.wants(generation=3) == [Spawn(0, 3), Drain(3, False, True)]
+        driver.happens(3, EXITED)
+        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(1, 3), Drain(1, False, False)]
+
+    def test_another_reload_in_the_moment_a_replacement_came_up(self) -> None:
+        """1. A replacement listens.  2. Before that is acted upon, the next generation is wanted.
+        Result: the oldest leaves all the same, so that the slot never has three.
+        """
+        driver = running(2)
+        driver.wants(generation=2)
+        driver.roster.happened(3, ONLINE, driver.now)
+        driver.roster.happened(3, LISTENING, driver.now)
+        assert driver.wants(generation=3) == [Spawn(0, 3), Drain(1, False, False)]
+        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(1, 3), Drain(3, False, False)]
+
+    def test_back_to_the_old_generation(self) -> None:
+        driver = running(3, Limits(surge=2))
+        driver.wants(generation=2)
+        driver.happens(4, ONLINE, LISTENING)
+        # Slot 0 has been replaced, slots 1 and 2 are being.
+        assert driver.wants(generation=1) == [Spawn(0, 1), Drain(5, False, True), Drain(6, False, True)]
+        assert driver.happens(7, ONLINE, LISTENING) == [Drain(4, False, False)]
+        for id in (1, 4, 5, 6):
+            driver.happens(id, EXITED)
+        assert driver.verdict is Verdict.SETTLED
+        assert driver.slots == {0: 7, 1: 2, 2: 3}
+
+    def test_back_to_the_old_generation_in_the_moment_a_replacement_came_up(self) -> None:
+        driver = running(2)
+        driver.wants(generation=2)
+        driver.roster.happened(3, ONLINE, driver.now)
+        driver.roster.happened(3, LISTENING, driver.now)
+        assert driver.wants(generation=1) == [Drain(3, False, False)]
+        assert driver.slots == {0: 1, 1: 2}
+
+    def test_a_reload_of_a_cluster_that_has_not_come_up_starts_over(self) -> None:
+        driver = Driver(Target(2))
+        driver.reconcile()
+        assert driver.wants(generation=2) == [Spawn(0, 2), Spawn(1, 2), Drain(1, False, True), Drain(2, False, True)]
+
+
+class TestStop:
+    @pytest.mark.parametrize(("stop", "quick"), [(Stop.GRACEFUL, False), (Stop.QUICK, True)])
+    def test_everybody_is_told_once(self, stop: Stop, quick: bool) -> None:
+        driver = running(2)
+        assert driver.wants(stop=stop) == [Drain(1, quick, False), Drain(2, quick, False)]
+        driver.happens(1, DISCONNECTED, EXITED)
+        assert driver.verdict is Verdict.RUNNING
+        driver.happens(2, EXITED)
+        assert (driver.verdict, driver.deadline) == (Verdict.STOPPED, None)
+
+    def test_who_boots_is_interrupted(self) -> None:
+        driver = Driver(Target(1))
+        driver.reconcile()
+        assert driver.wants(stop=Stop.GRACEFUL) == [Drain(1, False, True)]
+
+    def test_from_graceful_to_quick(self) -> None:
+        driver = running(1, Limits(graceful=30.0, quick=2.0))
+        driver.wants(stop=Stop.GRACEFUL)
+        assert driver.deadline == 1040.0
+        driver.at(1020.0)
+        assert driver.wants(stop=Stop.QUICK) == [Drain(1, True, False)]
+        assert driver.deadline == 1022.0
+        assert driver.at(1022.0) == [Kill(1, "it did not finish within 2 s")]
+        assert driver.happens(1, EXITED) == []
+        assert driver.verdict is Verdict.STOPPED
+
+    def test_quick_is_the_end_of_it(self) -> None:
+        driver = running(1)
+        driver.wants(stop=Stop.QUICK)
+        assert driver.wants(stop=Stop.GRACEFUL) == []
+        assert driver.deadline == 1012.0
+
+    def test_who_has_left_is_not_told_and_who_already_drains_not_again(self) -> None:
+        driver = running(3)
+        driver.wants(count=2)
+        driver.happens(1, DISCONNECTED)
+        driver.happens(4, ONLINE, LISTENING)
+        assert driver.wants(stop=Stop.GRACEFUL) == [Drain(2, False, False), Drain(4, False, False)]
+
+    def test_nobody_is_replaced_any_more(self) -> None:
+        driver = running(2)
+        driver.wants(stop=Stop.GRACEFUL)
+        assert driver.happens(1, EXITED) == []
+
+    def test_before_anyone_ever_listened_it_is_a_stop_and_no_failure(self) -> None:
+        driver = Driver(Target(1))
+        driver.reconcile()
+        driver.wants(stop=Stop.GRACEFUL)
+        driver.happens(1, EXITED)
+        assert driver.verdict is Verdict.STOPPED
+
+
+class TestRoster:
+    def test_ids_are_never_reused(self) -> None:
+        driver = running(1)
+        ids = [1]
+        for _ in range(5):
+            driver.happens(ids[-1], EXITED)
+            driver.at(driver.now + 20)
+            ids.extend(driver.roster.members)
+        assert ids == [1, 2, 3, 4, 5, 6]
+
+    @pytest.mark.parametrize("event", [LISTENING, *WorkerEvent])
+    def test_a_fact_about_nobody(self, event: WorkerEvent) -> None:
+        roster = Roster(Limits())
+        with pytest.raises(KeyError):
+            roster.happened(1, event, 0.0)
+
+    def test_a_fact_that_cannot_be_changes_nothing(self) -> None:
+        driver = Driver(Target(1))
+        driver.reconcile()
+        before = deepcopy(driver.roster)
+        with pytest.raises(IllegalStep):
+            driver.roster.happened(1, LISTENING, 1.0)
+        assert driver.roster == before
+
+    def test_counts_by_state(self) -> None:
+        driver = running(3)
+        driver.wants(count=2)
+        counts = {state: driver.roster.count(state) for state in WorkerState}
+        assert counts == {
+            WorkerState.NONE: 0, WorkerState.ONLINE: 0, WorkerState.LISTENING: 2, WorkerState.DRAINING: 1,
+            WorkerState.DISCONNECTED: 0, WorkerState.DEAD: 0,
+        }  # fmt: skip
+
+    def test_the_newest_generation_that_ever_listened_is_remembered(self) -> None:
+        driver = running(1)
+        assert driver.roster.proven == 1
+        driver.wants(generation=5)
+        driver.happens(2, ONLINE, LISTENING)
+        assert driver.roster.proven == 5
+
+    def test_who_died_is_told_once_more(self) -> None:
+        driver = running(1)
+        member = driver.roster.happened(1, EXITED, 1010.0)
+        assert member.state is WorkerState.DEAD
+        assert not member.current
+        assert driver.roster.members == {}
+
+
+LIMITS = Limits(boot=10.0, graceful=5.0, quick=2.0, disconnected=3.0, backoff=0.1, backoff_max=2.0, min_uptime=1.0)
+#: How long a process that behaves takes for anything.
+PACE = 0.25
+ONE = st.integers(0, 11)
+
+
+class Cluster(RuleBasedStateMachine):
+    """Processes that boot, hang, disconnect and die as they like, under a target that changes as it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver = Driver(Target(0))
+        #: Those that do nothing more by themselves: only a kill ends them.
+        self.hung: set[int] = set()
+        self.ever: list[int] = []
+        #: Per slot, when its last worker left unasked without ever having been healthy; absent if the last one was.
+        self.failed: dict[int, float] = {}
+        self.unproven: set[int] = set()
+
+    @initialize(count=st.integers(1, 4), surge=st.integers(1, 2))
+    def start(self, count: int, surge: int) -> None:
+        self.driver = Driver(Target(count), replace(LIMITS, surge=surge))
+        self.reconcile()
+
+    # -- what happens to processes --
+
+    def members(self, *states: WorkerState) -> list[Member]:
+        return [member for member in self.driver.roster.members.values() if member.state in states]
+
+    @rule(number=ONE, fate=st.sampled_from(["goes on", "goes on", "hangs", "disconnects", "dies"]), then=st.booleans())
+    def one(self, number: int, fate: str, then: bool) -> None:
+        """It comes up, or goes down if it was told to; or does not."""
+        members = list(self.driver.roster.members.values())
+        if not members:
+            return
+        member = members[number % len(members)]
+        if fate == "goes on":
+            self.advance(member.id)
+        elif fate == "hangs":
+            self.hung.add(member.id)
+        elif fate == "dies":
+            self.exits(member.id)
+        elif member.disconnected is None:
+            self.leaves(member, DISCONNECTED)
+        if then:
+            self.reconcile()
+
+    @rule()
+    def all_come_up(self) -> None:
+        for member in self.members(WorkerState.NONE, WorkerState.ONLINE):
+            while self.advance(member.id) and member.state is WorkerState.ONLINE:
+                pass
+        self.reconcile()
+
+    @rule(delay=st.sampled_from([0.0, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0]))
+    def time_passes(self, delay: float) -> None:
+        self.driver.now += delay
+        self.reconcile()
+
+    # -- what is wanted --
+
+    @rule(count=st.integers(0, 5), then=st.booleans())
+    def scale(self, count: int, then: bool) -> None:
+        self.want(then, count=count)
+
+    @rule(then=st.booleans(), back=st.booleans())
+    def reload(self, then: bool, back: bool) -> None:
+        """To the next generation, or back to the newest that ever listened."""
+        proven = self.driver.roster.proven
+        self.want(then, generation=proven if back and proven else self.driver.target.generation + 1)
+
+    # A stop is the end of everything else, so it comes late or not at all.
+    @precondition(lambda self: len(self.driver.log) > 12)
+    @rule(quick=st.booleans())
+    def stop(self, quick: bool) -> None:
+        worse = quick or self.driver.target.stop is Stop.QUICK
+        self.want(True, stop=Stop.QUICK if worse else Stop.GRACEFUL)
+
+    # -- and in the end --
+
+    @rule(stop=st.sampled_from([Stop.NO, Stop.NO, Stop.NO, Stop.GRACEFUL, Stop.QUICK]))
+    def disturbances_cease(self, stop: Stop) -> None:
+        """What starts comes up, what is told to leave does; what hangs hangs until it is killed."""
+        driver = self.driver
+        if stop is not Stop.NO and driver.target.stop is Stop.NO:
+            driver.target = replace(driver.target, stop=stop)
+        self.reconcile()
+        begin = driver.now
+        events: dict[int, float] = {}
+        while driver.verdict is Verdict.RUNNING:
+            for member in driver.roster.members.values():
+                moves = member.id not in self.hung and (member.drained is not None or member.listening is None)
+                if moves or member.killed or (member.disconnected is not None and member.id not in self.hung):
+                    events.setdefault(member.id, driver.now + PACE)
+                else:
+                    events.pop(member.id, None)
+            times = [*events.values(), *([] if driver.deadline is None else [driver.deadline])]
+            assert times, f"nothing will ever happen: {driver.roster}"
+            driver.now = min(times)
+            for id in [id for id, when in events.items() if when <= driver.now]:
+                del events[id]
+                if id in driver.roster.members:
+                    self.advance(id)
+            self.reconcile()
+            # Each slot may wait for a kill, a back-off and two boots, one slot after another.
+            bound = (len(driver.roster.slots) + 1) * (LIMITS.boot + LIMITS.graceful + LIMITS.backoff_max + 8 * PACE)
+            assert driver.now - begin <= bound
+
+        if driver.target.stop is not Stop.NO:
+            assert driver.verdict is Verdict.STOPPED
+        elif driver.verdict is Verdict.FAILED:
+            assert not driver.roster.proven
+        else:
+            assert driver.verdict is Verdict.SETTLED
+            assert sorted(driver.slots) == list(range(driver.target.count))
+            generations = {member.generation for member in driver.roster.members.values()}
+            assert generations <= {driver.target.generation}
+        assert driver.ask().actions == ()
+
+    # -- the shell --
+
+    def advance(self, id: int) -> bool:
+        """The next step of a process that does as it should, if it has one to make; whether it had."""
+        member = self.driver.roster.members[id]
+        if member.killed:
+            self.exits(id)
+        elif id in self.hung:
+            return False
+        elif member.drained is not None or member.state is WorkerState.DISCONNECTED:
+            self.exits(id)
+        elif member.state is WorkerState.LISTENING:
+            return False
+        else:
+            event = ONLINE if member.state is WorkerState.NONE else LISTENING
+            self.driver.roster.happened(id, event, self.driver.now)
+        return True
+
+    def exits(self, id: int) -> None:
+        self.leaves(self.driver.roster.members[id], EXITED)
+        self.hung.discard(id)
+
+    def leaves(self, member: Member, event: WorkerEvent) -> None:
+        now = self.driver.now
+        unasked = member.drained is None and member.disconnected is None
+        healthy = member.listening is not None and now - member.listening >= LIMITS.min_uptime
+        self.driver.roster.happened(member.id, event, now)
+        if unasked and healthy:
+            self.failed.pop(member.slot, None)
+        elif unasked:
+            self.failed[member.slot] = now
+            if not self.driver.roster.proven:
+                self.unproven.add(member.slot)
+
+    def want(self, then: bool, **changes: object) -> None:
+        if self.driver.target.stop is not Stop.NO and "stop" not in changes:
+            return
+        self.driver.target = replace(self.driver.target, **changes)  # type: ignore[arg-type]
+        if then:
+            self.reconcile()
+
+    def reconcile(self) -> None:
+        driver = self.driver
+        was_proven = driver.roster.proven
+        for action in driver.reconcile():
+            if isinstance(action, Spawn):
+                assert driver.target.stop is Stop.NO
+                assert action.slot < driver.target.count
+                assert action.generation == driver.target.generation
+                assert was_proven or action.slot not in self.unproven
+                assert driver.now >= self.failed.get(action.slot, 0.0) + LIMITS.backoff
+        self.ever += [id for id in driver.roster.members if id > (self.ever[-1] if self.ever else 0)]
+        self.check_nobody_is_too_many()
+
+    # -- what must hold --
+
+    def check_nobody_is_too_many(self) -> None:
+        """After every plan; between a fact and the plan it leads to there is nothing to hold."""
+        current = [member for member in self.driver.roster.members.values() if member.current]
+        if self.driver.target.stop is not Stop.NO:
+            assert current == []
+            return
+        assert len(current) <= self.driver.target.count + self.driver.roster.limits.surge
+        places = Counter((member.slot, member.generation) for member in current)
+        assert all(count == 1 for count in places.values())
+        assert all(member.slot < self.driver.target.count for member in current)
+
+    @invariant()
+    def ids_count_up(self) -> None:
+        assert self.ever == sorted(set(self.ever))
+        assert list(self.driver.roster.members) == sorted(self.driver.roster.members)
+
+    @invariant()
+    def each_signal_is_ordered_once(self) -> None:
+        drains: dict[int, list[Drain]] = {}
+        kills: list[int] = []
+        for _, action in self.driver.log:
+            if isinstance(action, Drain):
+                drains.setdefault(action.worker, []).append(action)
+            elif isinstance(action, Kill):
+                kills.append(action.worker)
+        assert len(set(kills)) == len(kills)
+        for orders in drains.values():
+            assert [order.quick for order in orders] in ([False], [True], [False, True])
+
+    @invariant()
+    def no_kill_comes_before_its_time(self) -> None:
+        born: list[float] = []
+        # The earliest kill: of one that closed its channel at once, or was told to be quick.
+        earliest: dict[int, float] = {}
+        for when, action in self.driver.log:
+            if isinstance(action, Spawn):
+                born.append(when)
+                earliest[len(born)] = when + LIMITS.disconnected
+            elif isinstance(action, Drain):
+                earliest[action.worker] = when + (LIMITS.quick if action.quick else LIMITS.disconnected)
+            else:
+                assert when >= min(earliest[action.worker], born[action.worker - 1] + LIMITS.boot)
+
+
+TestCluster = Cluster.TestCase
+TestCluster.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)

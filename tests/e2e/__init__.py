@@ -1,0 +1,1 @@
+"""Through real processes: the command line, sockets and signals, seen from outside."""

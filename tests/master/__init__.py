@@ -1,0 +1,1 @@
+"""The master's shell, driven in-process with real sockets, real channels and, where it matters, real processes."""
