@@ -24,7 +24,7 @@ MAX_DESCRIPTORS: Final = 16
 _CHUNK: Final = 65536
 _SPACE: Final = socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
 
-#: Reads in one turn of the loop: more than the kernel keeps of a sender that is gone, and an end to one that never stops.
+#: Reads in one turn of the loop: more than the kernel keeps of a sender that is gone, and an end with one that goes on.
 _READS: Final = 64
 
 #: Among the descriptors that have arrived: here some were lost at our descriptor limit, all of one message.

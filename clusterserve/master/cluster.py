@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import uvloop
 
 from ..core.distributor import Statistics
 from ..core.reconcile import Stop
-from ..errors import BootError, ClusterError, SettingsError
+from ..errors import ClusterError, SettingsError
 from ..settings import Settings
 from .engine import Engine
 
@@ -48,11 +49,12 @@ class Cluster:
                 f"an application is given as an import string like 'package.module:app', not as {type(app).__name__}: "
                 "each worker imports it afresh"
             )
-        self.settings = Settings.create(app=app, **settings)
+        self._settings = Settings.create(app=app, **settings)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
-        self._ended: concurrent.futures.Future[BootError | None] = concurrent.futures.Future()
+        self._ordered = Stop.NO
+        self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -92,18 +94,35 @@ class Cluster:
         started = self._begin()
         try:
             await asyncio.wrap_future(started)
-        except asyncio.CancelledError:
-            self._order_stop(quick=True)
+        except BaseException:
+            await self._leave(quick=True)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._order_stop(quick=False)
-        await asyncio.wrap_future(self._ended)
+        await self._leave(quick=False)
+
+    async def _leave(self, quick: bool) -> None:
+        """Stop, and wait until nothing is left; who is cancelled meanwhile is in a hurry."""
+        self._order_stop(quick)
+        try:
+            await asyncio.wrap_future(self._ended)
+        except asyncio.CancelledError:
+            self._order_stop(quick=True)
+            await asyncio.wrap_future(self._ended)
+            raise
+        finally:
+            if self._thread is not None and self._ended.done():
+                self._thread.join()
 
     # -- looking in -----------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """What it was made with; frozen, itself and what it holds."""
+        return self._settings
 
     @property
     def urls(self) -> list[str]:
@@ -134,64 +153,75 @@ class Cluster:
         if self._thread is not None:
             raise ClusterError("a Cluster starts once; make a new one")
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        for future in (started, self._ended):
+            # Running: to cancel who awaits it must not cancel what the engine's thread is about to set.
+            future.set_running_or_notify_cancel()
         # A thread of its own also for the workers' sake: the kernel kills them when the thread that spawned them ends.
         self._thread = threading.Thread(target=self._run, args=(started,), name="clusterserve", daemon=True)
         self._thread.start()
         return started
 
     def _run(self, started: concurrent.futures.Future[None]) -> None:
-        loop = uvloop.new_event_loop()
+        """The thread.  An end is reported when all is closed: whoever hears of it finds nothing left."""
+        failure: Exception | None = None
         try:
-            self._ended.set_result(loop.run_until_complete(self._serve(loop, started)))
-        except ClusterError as exc:
-            self._ended.set_result(None)
-            started.set_exception(exc)
-        finally:
-            loop.close()
+            loop = uvloop.new_event_loop()
+            try:
+                loop.run_until_complete(self._serve(loop, started))
+            finally:
+                self._engine = None
+                loop.close()
+        except Exception as exc:  # noqa: BLE001 - whatever it is, somebody waits to hear of it
+            failure = exc
+        told = started.done()
+        if not told:
+            started.set_exception(failure or ClusterError("it was stopped before it had started"))
+        self._ended.set_result(None)
+        if told and failure is not None:
+            raise failure
 
-    async def _serve(
-        self, loop: asyncio.AbstractEventLoop, started: concurrent.futures.Future[None]
-    ) -> BootError | None:
+    async def _serve(self, loop: asyncio.AbstractEventLoop, started: concurrent.futures.Future[None]) -> None:
         engine = Engine(self.settings, loop)
         engine.start()
         self._loop, self._engine = loop, engine
+        self._obey()
         either: list[asyncio.Future[Any]] = [engine.settled, engine.finished]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if engine.finished.done():
-            started.set_exception(engine.finished.result() or ClusterError("it was stopped before it had started"))
-        else:
+        if engine.settled.done():
             started.set_result(None)
         error = await engine.finished
-        self._engine = None
-        return error
+        if error is not None:
+            raise error
 
     def _order_stop(self, quick: bool) -> None:
-        how = Stop.QUICK if quick else Stop.GRACEFUL
-
-        def order() -> None:
-            if self._engine is not None:
-                self._engine.stop(how)
-
-        try:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(order)
-        except RuntimeError:
-            # Its loop is closed: it has ended by itself.
+        """Have the engine stop, as soon as there is one."""
+        if self._thread is None:
             return
+        if quick or self._ordered is Stop.NO:
+            self._ordered = Stop.QUICK if quick else Stop.GRACEFUL
+        if self._loop is not None:
+            # A closed loop has ended by itself.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._obey)
+
+    def _obey(self) -> None:
+        if self._engine is not None:
+            self._engine.stop(self._ordered)
 
     def _ask(self, question: Callable[[Engine], T]) -> T:
         """Ask the engine on its own loop."""
-        if self._engine is None or self._loop is None:
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def ask() -> None:
+            if self._engine is not None:
+                answer.set_result(question(self._engine))
+
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(ask)
+                # The loop may end without having come to it.
+                either: list[concurrent.futures.Future[Any]] = [answer, self._ended]
+                concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
+        if not answer.done():
             raise ClusterError("the cluster does not run")
-
-        async def ask() -> T:
-            if self._engine is None:
-                raise ClusterError("the cluster does not run")
-            return question(self._engine)
-
-        coroutine = ask()
-        try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-        except RuntimeError:
-            coroutine.close()
-            raise ClusterError("the cluster does not run") from None
+        return answer.result()

@@ -18,7 +18,7 @@ from typing import Final
 
 from ..channel.connection import MAX_BATCH, MasterEnd
 from ..core.connection import Connection, State
-from ..core.distributor import Distributor, Worker
+from ..core.distributor import PATIENCE, Distributor, Worker
 from ..core.records import IPV4, IPV6, NO_ADDRESS, pack_offer, unpack_answers
 from ..errors import ProtocolError
 from .fate import Fate, answer_bad_gateway, fate_of
@@ -142,6 +142,8 @@ class Dispatcher:
         ]
         if not self._ends[worker.id].offer(records, array.array("i", [c.fd for c in connections])):
             self._close(self.distributor.undelivered(worker, [c.id for c in connections], now))
+            # Another may be ready for them.
+            self._wake(now)
 
     def _answers(self, worker: Worker, end: MasterEnd, now: float) -> bool:
         data = end.answers()
@@ -171,10 +173,19 @@ class Dispatcher:
             self._set_accepting(queued < self._max_pending)
         if not queued:
             self._on_idle()
-        if self._timer is None:
+        if self._timer is None or self._timer.when() > now + PATIENCE:
+            # A look that is due within `PATIENCE` is soon enough for what has just begun.
             wake = self.distributor.wake_at(now)
             if wake is not None:
-                self._timer = self._loop.call_at(max(wake, now + 0.001), self._tick)
+                self._wake(max(wake, now + 0.001))
+
+    def _wake(self, when: float) -> None:
+        """Look again at `when`, or sooner if that is set already."""
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._tick)
 
     def _tick(self) -> None:
         self._timer = None

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..channel.message import MessageChannel
+from ..core.connection import IllegalStep
 from ..core.distributor import Distributor, Statistics
 from ..core.lifecycle import WorkerEvent, WorkerState
 from ..core.messages import Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online
@@ -217,8 +218,10 @@ class Engine:
         )
         self.seats[member.id] = Seat(member, process, channel)
         self._dispatcher.add_worker(member.id, action.slot, process.connections)
-        path = list(sys.path)
-        if self.settings.app_dir is not None and (first := os.path.abspath(self.settings.app_dir)) != path[0]:
+        # Python overlooks what is no text there, a Path for one; so do we.
+        entries: list[object] = [*sys.path]
+        path = [entry for entry in entries if isinstance(entry, str)]
+        if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
             path.insert(0, first)
         channel.send(Boot(member.id, action.slot, self.settings.to_json(), path))
 
@@ -227,6 +230,13 @@ class Engine:
     def _happened(self, worker: int, event: WorkerEvent) -> None:
         self._roster.happened(worker, event, self._loop.time())
         self._reconcile()
+
+    def _says(self, worker: int, event: WorkerEvent) -> None:
+        """What a worker says of itself; what cannot be is its fault."""
+        try:
+            self._happened(worker, event)
+        except IllegalStep as exc:
+            raise ProtocolError(str(exc)) from None
 
     def _on_message(self, worker: int, message: Message, descriptors: list[int]) -> None:
         for fd in descriptors:
@@ -238,7 +248,7 @@ class Engine:
         elif isinstance(message, Closed):
             self.handles.leave(worker, message.listener, crashed=False)
         elif isinstance(message, Online):
-            self._happened(worker, WorkerEvent.ONLINE)
+            self._says(worker, WorkerEvent.ONLINE)
         elif isinstance(message, Leave):
             self._leave(worker)
         elif isinstance(message, Failed):
@@ -268,18 +278,27 @@ class Engine:
 
     def _broke_protocol(self, worker: int, error: ProtocolError) -> None:
         seat = self.seats[worker]
+        if seat.member.killed:
+            # It goes on talking until it is dead.
+            return
+        self._roster.killed(worker)
         logger.error("Worker %d (pid %d) is killed: %s", worker, seat.process.pid, error)
+        self._last_exit = f"worker {worker} was killed: {error}"
+        self._dispatcher.distributor.drain_worker(worker)
         seat.process.send_signal(signal.SIGKILL)
 
     def _exited(self, worker: int, ended: Exit) -> None:
         seat = self.seats[worker]
+        # Nothing is planned before all of it is known: until then the plan would count on this worker.
+        self._planning = True
         # What it said last counts: why it failed, above all.
         seat.channel.drain()
         seat.channel.close()
-        del self.seats[worker]
         self._dispatcher.remove_worker(worker)
+        del self.seats[worker]
         asked = seat.member.drained is not None
         self.handles.leave_all(worker, crashed=not asked)
+        self._planning = False
         self._last_exit = self._last_exit if seat.member.killed else f"worker {worker} {ended}"
         if self._roster.proven and not asked:
             logger.error("Worker %d (slot %d, pid %d) %s", worker, seat.member.slot, seat.process.pid, ended)
@@ -311,7 +330,7 @@ class Engine:
         if self.handles.pinned <= seat.listening and seat.member.listening is None:
             if seat.member.current:
                 logger.info("Worker %d (slot %d, pid %d) is listening", worker, seat.member.slot, seat.process.pid)
-            self._happened(worker, WorkerEvent.LISTENING)
+            self._says(worker, WorkerEvent.LISTENING)
 
     # -- looking in -----------------------------------------------------------------------------------------------
 

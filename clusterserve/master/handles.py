@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from ..binds import Bind
+from ..checks import MAX_INT
 from ..core.messages import Listen
 from ..core.policies import Policy
 from ..errors import BindError, ProtocolError, SettingsError
@@ -36,6 +37,7 @@ class Handles:
         self._make_policy = make_policy
         self._listeners: dict[int, Listener] = {}
         self._names: dict[tuple[str, int], int] = {}
+        self._orphans: dict[int, asyncio.TimerHandle] = {}
         self._keys = 0
         self._closed = False
 
@@ -67,16 +69,20 @@ class Handles:
 
     def listen(self, worker: int, request: Listen) -> Listener:
         """The listener a worker asks for, opened if nobody had; raises `BindError`, and the next try starts clean."""
-        key = self._names.get((request.bind, request.index))
+        bind, backlog = _parse(request.bind), min(request.backlog, MAX_INT)
+        key = self._names.get((str(bind), request.index))
         if key is None:
-            listener = self._open(_parse(request.bind), request.index, request.backlog, pinned=False)
+            listener = self._open(bind, request.index, backlog, pinned=False)
         else:
             listener = self._listeners[key]
             if self.shared and not listener.is_open:
                 raise _stopping(request.bind)
-            if request.backlog > listener.backlog:
-                listener.listen(request.backlog)
+            if backlog > listener.backlog:
+                listener.listen(backlog)
         listener.workers.add(worker)
+        orphan = self._orphans.pop(listener.key, None)
+        if orphan is not None:
+            orphan.cancel()
         if self._make_policy is not None and listener.key not in self._distributor.handles:
             first = request.client_speaks_first
             self._distributor.add_handle(listener.key, self._make_policy(), client_speaks_first=first)
@@ -102,7 +108,7 @@ class Handles:
             self._distributor.detach(worker, key)
         if not listener.pinned and not listener.workers:
             if crashed:
-                self._loop.call_later(ORPHAN_TIME, self._release, key)
+                self._orphans[key] = self._loop.call_later(ORPHAN_TIME, self._release, key)
             else:
                 self._release(key)
 
@@ -128,14 +134,12 @@ class Handles:
         return listener
 
     def _release(self, key: int) -> None:
-        listener = self._listeners.get(key)
-        if listener is None or listener.workers:
-            return
+        listener = self._listeners.pop(key)
+        self._orphans.pop(key, None)
         self._dispatcher.remove_listener(listener)
         if key in self._distributor.handles:
             self._dispatcher.forget(key)
         listener.close()
-        del self._listeners[key]
         self._names = {name: number for name, number in self._names.items() if number != key}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from importlib import import_module
+from math import isfinite
 
 from ..core.policies import NAMES, TURN, Candidate, Policy, RoundRobin, Waiting, make_policy
 from ..errors import SettingsError
@@ -19,13 +20,16 @@ class GuardedPolicy:
         self._policy = policy
         self._name = name
         self._fallback = RoundRobin()
+        self._workers: dict[int, Candidate] = {}
         self._complained = False
 
     def add(self, worker: Candidate) -> None:
+        self._workers[worker.id] = worker
         self._fallback.add(worker)
         self._call(self._policy.add, worker)
 
     def remove(self, worker: Candidate) -> None:
+        self._workers.pop(worker.id, None)
         self._fallback.remove(worker)
         self._call(self._policy.remove, worker)
 
@@ -34,18 +38,21 @@ class GuardedPolicy:
             worker = self._policy.pick(connection, now)
             if worker is None:
                 return None
-            if worker.ready:
+            if self._workers.get(worker.id) is not worker:
+                self._complain("chose a worker that does not listen", None)
+            elif not worker.ready:
+                self._complain("chose a worker that is not ready", None)
+            else:
                 return worker
-            self._complain("chose a worker that is not ready", None)
         except Exception as exc:  # noqa: BLE001 - anything may come out of other people's code; it is logged
             self._complain("raised", exc)
         return self._fallback.pick(connection, now)
 
     def lane(self, connection: Waiting) -> Hashable:
-        lane = getattr(self._policy, "lane", None)
-        if lane is None:
-            return None
         try:
+            lane = getattr(self._policy, "lane", None)
+            if lane is None:
+                return None
             name: Hashable = lane(connection)
             hash(name)
         except Exception as exc:  # noqa: BLE001 - as above
@@ -55,7 +62,14 @@ class GuardedPolicy:
 
     @property
     def wake_at(self) -> float | None:
-        return getattr(self._policy, "wake_at", None)
+        try:
+            wake: float | None = getattr(self._policy, "wake_at", None)
+            if wake is None or isfinite(wake):
+                return wake
+            self._complain("has a wake_at that never comes", None)
+        except Exception as exc:  # noqa: BLE001 - as above
+            self._complain("raised", exc)
+        return None
 
     def _call(self, method: Callable[[Candidate], None], worker: Candidate) -> None:
         try:
@@ -81,15 +95,27 @@ def policy_factory(name: str, *, slots: int, long_lived: bool) -> Callable[[], P
         return lambda: make_policy(name, slots=slots, patience=TURN if long_lived else 0.0)
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
-    except ImportError as exc:
-        raise SettingsError(f"the policy {name!r} cannot be imported: {exc}") from exc
-    except AttributeError:
-        raise SettingsError(f"the module {module!r} has no policy {attribute!r}") from None
+        imported = import_module(module)
+    except Exception as exc:  # as above
+        reason = str(exc) if isinstance(exc, ImportError) else f"{type(exc).__name__}: {exc}"
+        raise SettingsError(f"the policy {name!r} cannot be imported: {reason}") from exc
+    found = getattr(imported, attribute, None)
+    if found is None:
+        raise SettingsError(f"the module {module!r} has no policy {attribute!r}")
     try:
         probe = found()
     except TypeError as exc:
-        raise SettingsError(f"the policy {name!r} must be a class that needs no arguments: {exc}") from None
+        raise SettingsError(f"the policy {name!r} must be a class that needs no arguments: {exc}") from exc
+    except Exception as exc:  # as above
+        raise SettingsError(f"the policy {name!r} cannot be made: {type(exc).__name__}: {exc}") from exc
     if not isinstance(probe, Policy):
         raise SettingsError(f"the policy {name!r} needs the methods add, remove and pick (docs/policies.md)")
-    return lambda: GuardedPolicy(found(), name)
+
+    def make() -> Policy:
+        try:
+            return GuardedPolicy(found(), name)
+        except Exception:  # as above
+            logger.exception("Policy %s cannot be made any more; connections go round robin", name)
+            return RoundRobin()
+
+    return make

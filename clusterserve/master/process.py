@@ -8,6 +8,7 @@ our own processes are waited for, because the program that embeds us has childre
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -33,7 +34,9 @@ class Exit:
 
     def __str__(self) -> str:
         if self.signal is not None:
-            return f"was killed by {signal.Signals(self.signal).name}"
+            # Most real-time signals have no name.
+            known = self.signal in set(signal.Signals)
+            return f"was killed by {signal.Signals(self.signal).name if known else f'signal {self.signal}'}"
         if self.code is not None:
             return f"exited with code {self.code}"
         return "ended in an unknown way: another part of this program waits for all children"
@@ -47,27 +50,27 @@ class WorkerProcess:
 
         Must be called by a thread that lives as long as the worker shall: the parent-death signal follows the thread.
         """
-        self.messages, their_messages = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.connections: MasterEnd
-        self.connections, their_connections = connection_channel()
-        descriptors = (their_messages.fileno(), their_connections.fileno())
-        environment = {
-            **os.environ,
-            VARIABLE: f"{descriptors[0]},{descriptors[1]},{os.getpid()}",
-            SLOT_VARIABLE: str(slot),
-        }
         # The same interpreter options as ours (-O, -W, -X …): what multiprocessing and the test runner of CPython use.
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        try:
-            self._popen = subprocess.Popen([sys.executable, *flags, _ENTRY], env=environment, pass_fds=descriptors)
+        with contextlib.ExitStack() as undo:
+            self.messages, their_messages = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            undo.callback(self.messages.close)
+            # Their end is closed here; not that of the other channel, which keeps a copy for `recall`.
+            with their_messages:
+                self.connections: MasterEnd
+                self.connections, their_connections = connection_channel()
+                undo.callback(self.connections.close)
+                descriptors = (their_messages.fileno(), their_connections.fileno())
+                environment = {
+                    **os.environ,
+                    VARIABLE: f"{descriptors[0]},{descriptors[1]},{os.getpid()}",
+                    SLOT_VARIABLE: str(slot),
+                }
+                self._popen = subprocess.Popen([sys.executable, *flags, _ENTRY], env=environment, pass_fds=descriptors)
+                undo.callback(self._popen.wait)
+                undo.callback(self._popen.kill)
             self._pidfd = os.pidfd_open(self._popen.pid)
-        except OSError:
-            self.messages.close()
-            self.connections.close()
-            raise
-        finally:
-            # Not their_connections: the channel keeps the copy, to recall what the worker has not read.
-            their_messages.close()
+            undo.pop_all()
         self.pid = self._popen.pid
         self._loop = loop
         self._on_exit = on_exit
@@ -75,10 +78,9 @@ class WorkerProcess:
 
     def send_signal(self, number: int) -> None:
         """Signal it; nothing happens if it has exited already (no pid is ever signalled that may be another's)."""
-        try:
-            signal.pidfd_send_signal(self._pidfd, number)
-        except ProcessLookupError:
-            return
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def _exited(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -87,6 +89,7 @@ class WorkerProcess:
         except ChildProcessError:
             result = None
         os.close(self._pidfd)
+        self._pidfd = -1
         if result is None:
             ended = Exit(None, None)
         elif result.si_code == os.CLD_EXITED:

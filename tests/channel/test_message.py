@@ -264,7 +264,7 @@ class TestDescriptorsArriving:
     async def test_what_one_message_has_lost_the_next_does_not_pay_for(
         self, loop: asyncio.AbstractEventLoop, end: End, peer: Peer, pipes: list[int], room: int
     ) -> None:
-        """The first message is still incomplete when its descriptors are cut, and the second one's come with its end."""
+        """The first is still incomplete when its descriptors are cut, and the second one's come with its end."""
         frame = encode(Online(1), 2)
         peer.send(frame[:3], pipes[:2])
         with room_for(room):

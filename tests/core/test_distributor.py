@@ -180,6 +180,25 @@ class TestTheQueue:
         distributor.attach(2, 1)
         assert distribute(distributor) == [(2, 1), (2, 2)]
 
+    def test_lanes_that_nobody_waits_in_do_not_pile_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "MANY_LANES", 4)
+
+        class LanePerClient(RoundRobin):
+            def lane(self, connection: Waiting) -> bytes:
+                return connection.client
+
+            def pick(self, connection: Waiting, now: float) -> Candidate | None:
+                return None if connection.client == b"waits" else super().pick(connection, now)
+
+        distributor = rig(workers=1, policy=LanePerClient())
+        accept(distributor, 1, client=b"waits")
+        for id in range(2, 30):
+            accept(distributor, id, client=b"%d" % id)
+            assert distribute(distributor) == [(1, id)]
+            say(distributor, 1, Kind.CLOSED, id)
+        assert waiting(distributor) == [1]
+        assert len(distributor.handles[1].lanes) <= 4
+
     def test_statistics(self) -> None:
         distributor = rig()
         accept(distributor, 1, 2, 3)

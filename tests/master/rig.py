@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
+import select
 import socket
 import struct
 import time
@@ -262,20 +264,12 @@ def reset(client: socket.socket) -> None:
 
 def readable(sock: socket.socket) -> bool:
     """Whether there is something to read, the connection's end included."""
-    try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+    return bool(select.select([sock], [], [], 0)[0])
 
 
 @contextlib.contextmanager
 def no_more_descriptors() -> Iterator[None]:
     """Whatever needs a new descriptor in this block fails with EMFILE."""
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.dup(0)
     os.close(lowest)

@@ -1,0 +1,355 @@
+"""The registry of listeners: who shares which, and when each ends."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from clusterserve.binds import Bind
+from clusterserve.core.messages import Listen
+from clusterserve.core.policies import Policy, RoundRobin
+from clusterserve.errors import BindError, ProtocolError
+from clusterserve.master.handles import ORPHAN_TIME, Handles
+from clusterserve.master.listeners import Listener
+
+from .rig import FakeWorker, Rig, connect, no_more_descriptors
+
+
+@pytest.fixture
+def handles(rig: Rig) -> Iterator[Handles]:
+    """The registry of a cluster whose master accepts."""
+    yield from _handles(rig, RoundRobin)
+
+
+@pytest.fixture
+def shared(rig: Rig) -> Iterator[Handles]:
+    """The registry of a cluster whose workers accept."""
+    yield from _handles(rig, None)
+
+
+def _handles(rig: Rig, make_policy: Callable[[], Policy] | None) -> Iterator[Handles]:
+    handles = Handles(rig.loop, rig.dispatcher, make_policy)
+    yield handles
+    handles.close()
+
+
+def ask(
+    handles: Handles, worker: FakeWorker, bind: str, index: int = 0, backlog: int = 16, *, first: bool = False
+) -> Listener:
+    """The listener that the worker asks for, with its server in place."""
+    listener = handles.listen(worker.id, Listen(1, bind, index, backlog, first))
+    handles.attach(worker.id, listener.key)
+    return listener
+
+
+def address(listener: Listener) -> str:
+    return listener.address.removeprefix("http://")
+
+
+def refused(listener: Listener) -> bool:
+    """Whether a new client is turned down."""
+    host, port = listener.address.removeprefix("http://").rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+# ── who shares which ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_address_is_the_same_listener(rig: Rig, handles: Handles) -> None:
+    one, other = rig.worker(), rig.worker()
+    listener = ask(handles, one, "127.0.0.1:0")
+    assert ask(handles, other, "127.0.0.1:0") is listener
+    assert listener.workers == {one.id, other.id}
+    assert list(handles) == [listener]
+    clients = [connect(listener) for _ in range(2)]
+    assert len(one.receive()) == len(other.receive()) == 1
+    for client in clients:
+        client.close()
+
+
+def test_the_same_address_in_another_spelling(rig: Rig, handles: Handles) -> None:
+    name = f"@clusterserve-{uuid.uuid4().hex}"
+    listener = ask(handles, rig.worker(), f"unix:{name}")
+    assert ask(handles, rig.worker(), f"unix://{name}") is listener
+
+
+def test_a_second_server_on_port_0_is_another_listener(rig: Rig, handles: Handles) -> None:
+    one, other = rig.worker(), rig.worker()
+    first, second = ask(handles, one, "127.0.0.1:0"), ask(handles, one, "127.0.0.1:0", 1)
+    assert first.address != second.address
+    assert ask(handles, other, "127.0.0.1:0", 1) is second
+    assert ask(handles, other, "127.0.0.1:0", 0) is first
+
+
+def test_the_largest_backlog_counts(rig: Rig, handles: Handles) -> None:
+    listener = ask(handles, rig.worker(), "127.0.0.1:0", backlog=5)
+    assert listener.backlog == 5
+    ask(handles, rig.worker(), "127.0.0.1:0", backlog=9)
+    assert listener.backlog == 9
+    ask(handles, rig.worker(), "127.0.0.1:0", backlog=2)
+    assert listener.backlog == 9
+
+
+@pytest.mark.parametrize("backlog", [-7, 10**30])
+def test_a_backlog_that_is_none(rig: Rig, handles: Handles, backlog: int) -> None:
+    listener = ask(handles, rig.worker(), "127.0.0.1:0", backlog=backlog)
+    assert ask(handles, rig.worker(), "127.0.0.1:0", backlog=10**30) is listener
+    with connect(listener):
+        pass
+
+
+def test_silent_clients_are_waited_for_only_where_they_speak_first(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    speaking = ask(handles, worker, "127.0.0.1:0", 0, first=True)
+    waiting = ask(handles, worker, "127.0.0.1:0", 1, first=False)
+    with connect(speaking), connect(waiting):
+        (offer,) = worker.receive()
+        assert offer.listener == waiting.key
+
+
+def test_workers_that_accept_get_the_socket_itself(rig: Rig, shared: Handles) -> None:
+    worker = rig.worker()
+    listener = ask(shared, worker, "127.0.0.1:0", first=True)
+    assert shared.shared
+    with connect(listener):
+        rig.loop.turn(10)
+        # It is the worker's to accept, not the master's.
+        assert rig.distributor.statistics().queued == 0
+        listener.sock.accept()[0].close()
+    shared.leave(worker.id, listener.key, crashed=False)
+    assert not listener.is_open
+
+
+# ── pinned ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_pinned_listeners_wait_for_the_first_worker(rig: Rig, handles: Handles) -> None:
+    (listener,) = handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
+    assert handles.pinned == {listener.key}
+    with connect(listener):
+        rig.loop.turn()
+        assert rig.distributor.handles == {}
+        worker = rig.worker()
+        assert ask(handles, worker, "127.0.0.1:0") is listener
+        worker.receive()
+
+
+def test_pinned_listeners_outlive_their_workers(rig: Rig, handles: Handles) -> None:
+    (listener,) = handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
+    for crashed in (False, True):
+        worker = rig.worker()
+        ask(handles, worker, "127.0.0.1:0")
+        worker.die()
+        handles.leave_all(worker.id, crashed=crashed)
+        rig.loop.forward(ORPHAN_TIME)
+        rig.loop.turn()
+        assert listener.is_open
+
+
+def test_port_0_pinned_several_times(rig: Rig, handles: Handles) -> None:
+    bind = Bind.parse("127.0.0.1:0")
+    listeners = handles.open_pinned([bind, bind, Bind.parse("[::1]:0")], 16)
+    assert len({listener.address for listener in listeners}) == 3
+    worker = rig.worker()
+    assert [ask(handles, worker, "127.0.0.1:0", index) for index in range(2)] == listeners[:2]
+
+
+def test_one_that_cannot_be_had_and_those_before_it(handles: Handles, tmp_path: Path) -> None:
+    binds = [Bind.parse(f"unix:{tmp_path}/s"), Bind.parse("192.0.2.1:80")]
+    with pytest.raises(BindError, match=r"192\.0\.2\.1:80"):
+        handles.open_pinned(binds, 16)
+    handles.close()
+    assert not handles.open
+    assert list(tmp_path.iterdir()) == []
+
+
+# ── the workers' own ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_it_goes_with_the_last_worker(rig: Rig, handles: Handles) -> None:
+    one, other = rig.worker(), rig.worker()
+    listener = ask(handles, one, "127.0.0.1:0")
+    ask(handles, other, "127.0.0.1:0")
+    handles.leave(one.id, listener.key, crashed=False)
+    handles.leave(one.id, listener.key, crashed=False)
+    with connect(listener) as client:
+        other.receive()
+        handles.leave_all(other.id, crashed=False)
+        assert refused(listener)
+        # What it holds it keeps.
+        next(iter(other.offers.values())).sock.sendall(b"still")
+        assert client.recv(5) == b"still"
+    assert list(handles) == []
+    assert rig.distributor.handles == {}
+
+
+def test_what_waits_for_it_goes_with_it(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    listener = handles.listen(worker.id, Listen(1, "127.0.0.1:0", 0, 16, False))
+    with connect(listener) as client:
+        rig.queued(1)
+        handles.leave(worker.id, listener.key, crashed=False)
+        assert client.recv(1) == b""
+
+
+def test_the_next_one_of_that_name_is_new(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    first = ask(handles, worker, "127.0.0.1:0")
+    handles.leave(worker.id, first.key, crashed=False)
+    second = ask(handles, worker, "127.0.0.1:0")
+    assert second.key > first.key
+    with connect(second):
+        worker.receive()
+
+
+def test_it_is_kept_for_a_while_after_a_crash(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    listener = ask(handles, worker, "127.0.0.1:0")
+    worker.die()
+    handles.leave_all(worker.id, crashed=True)
+    with connect(listener):
+        rig.queued(1)
+        rig.loop.forward(ORPHAN_TIME - 1)
+        rig.loop.turn()
+        successor = rig.worker()
+        assert ask(handles, successor, "127.0.0.1:0") is listener
+        successor.receive()
+
+
+def test_and_no_longer_than_that(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    listener = ask(handles, worker, "127.0.0.1:0")
+    worker.die()
+    handles.leave_all(worker.id, crashed=True)
+    with connect(listener) as client:
+        rig.queued(1)
+        rig.loop.forward(ORPHAN_TIME)
+        rig.loop.until(lambda: not listener.is_open, "it is closed")
+        assert client.recv(1) == b""
+    assert refused(listener)
+    assert list(handles) == []
+
+
+def test_each_crash_starts_the_time_anew(rig: Rig, handles: Handles) -> None:
+    crashed = rig.worker()
+    listener = ask(handles, crashed, "127.0.0.1:0")
+    crashed.die()
+    handles.leave_all(crashed.id, crashed=True)
+    rig.loop.forward(ORPHAN_TIME - 1)
+    rig.loop.turn()
+    successor = rig.worker()
+    ask(handles, successor, "127.0.0.1:0")
+    successor.die()
+    handles.leave_all(successor.id, crashed=True)
+    rig.loop.forward(ORPHAN_TIME - 1)
+    rig.loop.turn()
+    assert listener.is_open
+    rig.loop.forward(1)
+    rig.loop.until(lambda: not listener.is_open, "it is closed")
+
+
+def test_who_asked_and_died_before_it_listened_counts(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    listener = handles.listen(worker.id, Listen(1, "127.0.0.1:0", 0, 16, False))
+    worker.die()
+    handles.leave_all(worker.id, crashed=False)
+    assert not listener.is_open
+
+
+# ── what cannot be had ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x:99999", "http://localhost", "unix:", "[::1", "fd://x", "unix:a\0b", "\udcff:1", "a b:1"]
+)
+def test_what_is_no_address_is_that_workers_error(rig: Rig, handles: Handles, text: str) -> None:
+    worker = rig.worker()
+    with pytest.raises(BindError) as caught:
+        ask(handles, worker, text)
+    assert caught.value.errno == errno.EINVAL
+    assert caught.value.address == text
+    ask(handles, worker, "127.0.0.1:0")
+
+
+def test_an_error_leaves_nothing_and_the_next_try_starts_clean(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        bind = f"127.0.0.1:{other.getsockname()[1]}"
+        for _ in range(2):
+            with pytest.raises(BindError) as caught:
+                ask(handles, worker, bind)
+            assert caught.value.errno == errno.EADDRINUSE
+        assert list(handles) == []
+        assert rig.distributor.handles == {}
+    listener = ask(handles, worker, bind)
+    with connect(listener):
+        worker.receive()
+
+
+def test_no_descriptor_for_a_listener(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    with no_more_descriptors(), pytest.raises(BindError) as caught:
+        ask(handles, worker, "127.0.0.1:0")
+    assert caught.value.errno == errno.EMFILE
+    ask(handles, worker, "127.0.0.1:0")
+
+
+def test_listening_on_what_was_never_asked_for(rig: Rig, handles: Handles) -> None:
+    one, other = rig.worker(), rig.worker()
+    listener = ask(handles, one, "127.0.0.1:0")
+    for key in (listener.key, 99, -1):
+        with pytest.raises(ProtocolError, match="did not ask for"):
+            handles.attach(other.id, key)
+    handles.leave(other.id, listener.key, crashed=False)
+    handles.leave(other.id, 99, crashed=False)
+    assert listener.is_open
+
+
+# ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_when_all_is_closed_a_late_worker_may_still_serve_what_waits(rig: Rig, handles: Handles) -> None:
+    (listener,) = handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
+    first = rig.worker()
+    handles.listen(first.id, Listen(1, "127.0.0.1:0", 0, 16, False))
+    with connect(listener):
+        rig.queued(1)
+        handles.close()
+        late = rig.worker()
+        assert ask(handles, late, "127.0.0.1:0", backlog=100) is listener
+        late.receive()
+        with pytest.raises(BindError, match="the cluster is stopping") as caught:
+            ask(handles, late, "127.0.0.1:0", 1)
+        assert caught.value.errno == errno.ESHUTDOWN
+    handles.close()
+
+
+def test_a_pinned_listener_nobody_had_asked_for_yet(rig: Rig, handles: Handles) -> None:
+    (listener,) = handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
+    handles.close()
+    assert ask(handles, rig.worker(), "127.0.0.1:0") is listener
+
+
+def test_when_all_is_closed_nobody_gets_the_socket_itself(rig: Rig, shared: Handles) -> None:
+    shared.open_pinned([Bind.parse("127.0.0.1:0")], 16)
+    shared.close()
+    with pytest.raises(BindError, match="the cluster is stopping"):
+        ask(shared, rig.worker(), "127.0.0.1:0")
+
+
+def test_the_last_worker_leaves_after_the_end(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    listener = ask(handles, worker, "127.0.0.1:0")
+    handles.close()
+    handles.leave_all(worker.id, crashed=False)
+    assert list(handles) == []
+    assert not listener.is_open
