@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..channel.connection import WorkerEnd
 from ..core.records import IPV4, IPV6, Kind, pack_answer, unpack_offers
+from ..errors import ProtocolError
 from .transport import HandedTransport
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _REFUSED: Final = int(Kind.REFUSED)
 class Receiver:
     """Takes offers for the faux servers in `servers` and answers for every connection.
 
-    Owns `end`.  `on_lost` is called when the master has closed the channel.
+    Owns `end`.  `on_lost` is called when the master has closed the channel, or speaks another version of it.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, end: WorkerEnd, on_lost: Callable[[], None]) -> None:
@@ -53,6 +54,8 @@ class Receiver:
         self._lazy: list[HandedTransport] = []
         self._fresh: dict[int, int] = {}
         self._turning = False
+        # Those that are acknowledged when their protocol has its connection.
+        self._making: set[int] = set()
         # Answers outside of a turn, and whether their sending is scheduled.
         self._answers: dict[int, int] = {}
         self._scheduled = False
@@ -70,15 +73,20 @@ class Receiver:
         if message is None:
             return False
         data, fds = message
-        if not data:
+        try:
+            offers = unpack_offers(data)
+        except ProtocolError:
+            # Empty: the end.
             self.loop.remove_reader(self._end.fileno())
+            for fd in fds:
+                os.close(fd)
             self._on_lost()
             return False
         if not self._fresh:
             self._usage = getrusage(RUSAGE_THREAD)
             self._began = perf_counter()
         arrived = len(fds)
-        for number, (_, family, _, key, id, _, port, _, client, _) in enumerate(unpack_offers(data)):
+        for number, (_, family, _, key, id, _, port, _, client, _) in enumerate(offers):
             server = self.servers.get(key)
             if server is None or number >= arrived:
                 # No such server (any more), or the descriptor was lost at our limit: somebody else's, please.
@@ -114,11 +122,17 @@ class Receiver:
                 os.close(fd)
                 self._fresh[id] = _ACK | _CLOSED
                 return
+        elif server.ssl:
+            # A client that dribbles its handshake must not hold the acknowledgement.
+            self._fresh[id] = _ACK
+        else:
+            self._making.add(id)
         try:
             transport = HandedTransport(self, id, fd, server.protocol_factory(), peername, server.sockname)
         except Exception as exc:  # noqa: BLE001 - the user's factory; as a loop does, and this client alone pays
-            self._fault(exc, "protocol factory")
+            self.fault(exc, "protocol factory")
             os.close(fd)
+            self._making.discard(id)
             self._fresh[id] = _ACK | _CLOSED
             return
         if data is None:
@@ -128,11 +142,12 @@ class Receiver:
         try:
             transport.begin(data)
         except Exception as exc:  # noqa: BLE001 - the user's protocol; as a loop's transport does
-            self._fault(exc, "protocol")
+            self.fault(exc, "protocol")
             transport.abort()
 
-    def _fault(self, exc: Exception, where: str) -> None:
-        message = f"the server's {where} raised on a new connection"
+    def fault(self, exc: Exception, where: str) -> None:
+        """What the user's code raised is the loop's exception handler's to report."""
+        message = f"the server's {where} raised"
         self.loop.call_exception_handler({"message": message, "exception": exc})
 
     def drain(self) -> None:
@@ -167,8 +182,15 @@ class Receiver:
         return usage.ru_utime + usage.ru_stime - self._usage.ru_utime - self._usage.ru_stime
 
     def made(self, id: int) -> None:
-        """A connection whose client need not speak first has its protocol: acknowledged one turn later."""
-        self._later(id, _ACK)
+        """A connection has its protocol: if its client need not speak first, acknowledged one turn later."""
+        if id in self._making:
+            # Not `_later`, which may be scheduled already, in front of the tasks that this protocol will create.
+            self.loop.call_soon(self._acknowledge, id)
+
+    def _acknowledge(self, id: int) -> None:
+        if id in self._making:
+            self._making.remove(id)
+            self._later(id, _ACK)
 
     def ended(self, id: int) -> None:
         """A connection is over and its descriptor closed."""
@@ -176,6 +198,7 @@ class Receiver:
         if id in self._fresh:
             self._fresh[id] |= _CLOSED
         else:
+            self._making.discard(id)
             self._later(id, _CLOSED)
 
     def _later(self, id: int, kind: int) -> None:
@@ -211,7 +234,7 @@ class Receiver:
 
     def cut(self) -> None:
         """Abort every connection that is still open."""
-        for transport in tuple(self.kept.values()):
+        for transport in (*self._lazy, *self.kept.values()):
             transport.abort()
 
     def close(self) -> None:

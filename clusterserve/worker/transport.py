@@ -67,6 +67,8 @@ class HandedTransport(asyncio.Transport):
         self._reading = True
         self._eof = False
         self._paused = False
+        self._full = False
+        self._limits: tuple[int | None, int | None] | None = None
         self._pieces: list[bytes] = []
         self._size = 0
         self._error: OSError | None = None
@@ -77,9 +79,10 @@ class HandedTransport(asyncio.Transport):
     def begin(self, data: bytes) -> None:
         """Give the protocol its connection and the first bytes."""
         self._made = True
-        protocol: Any = self._protocol
-        protocol.connection_made(self)
+        self._protocol.connection_made(self)
         if not self._closing:
+            # Also if it has paused reading, which no HTTP protocol does here: they are read already.
+            protocol: Any = self._protocol
             protocol.data_received(data)
 
     def settle(self) -> None:
@@ -124,8 +127,10 @@ class HandedTransport(asyncio.Transport):
         self._closing = True
         os.close(self._fd)
         self._receiver.ended(self._id)
-        if self._made:
+        try:
             self._protocol.connection_lost(error)
+        except Exception as exc:  # noqa: BLE001 - the user's protocol; the other connections of this turn must go on
+            self._receiver.fault(exc, "protocol")
 
     # -- becoming real --------------------------------------------------------------------------------------------
 
@@ -136,19 +141,37 @@ class HandedTransport(asyncio.Transport):
         # All three are asked from the kernel: asyncio sets TCP_NODELAY only on a socket whose `proto` says TCP.
         sock = socket.socket(fileno=self._fd)
         loop = self._receiver.loop
-        task = loop.create_task(loop.connect_accepted_socket(lambda: _Wire(self), sock, **ssl))
-        task.add_done_callback(self._connected)
+        wires: list[_Wire] = []
+
+        def factory() -> Any:
+            wires.append(_wire(self))
+            return wires[0]
+
+        def connected(task: asyncio.Task[Any]) -> None:
+            if not wires:
+                # The loop never got to making a transport, which would own it.
+                sock.close()
+            self._connected(task)
+
+        loop.create_task(loop.connect_accepted_socket(factory, sock, **ssl)).add_done_callback(connected)
 
     def _connected(self, task: asyncio.Task[Any]) -> None:
         """The loop is done with connecting: only failures (a TLS handshake, a loop that is closing) are news."""
         error = None if task.cancelled() else task.exception()
-        if (task.cancelled() or error is not None) and self._phase is Phase.PENDING:
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            # Not the client's fault; uvloop has caught what the user's `connection_made` raised.
+            self._receiver.fault(error, "protocol")
+        if task.cancelled() or error is not None:
             self._lost(error if isinstance(error, Exception) else None)
 
-    def _adopt(self, real: asyncio.Transport) -> None:
+    def _adopt(self, real: asyncio.Transport, protocol: asyncio.BaseProtocol) -> None:
         """The loop's transport is there: what happened meanwhile happens to it now, then it takes over."""
         self._phase = Phase.REAL
         self._real = real
+        if protocol is not self._protocol:
+            real.set_protocol(_wire(self))
+        if self._limits is not None:
+            real.set_write_buffer_limits(*self._limits)
         # Instance attributes in front of the methods: from here on a call goes straight to the loop's transport.
         for name in ("write", "writelines", "write_eof", "can_write_eof", "is_closing", "close", "abort"):
             setattr(self, name, getattr(real, name))
@@ -156,15 +179,15 @@ class HandedTransport(asyncio.Transport):
             setattr(self, name, getattr(real, name))
         if not self._made:
             self._made = True
-            self._protocol.connection_made(self)
+            # First, because the protocol may raise.
             self._receiver.made(self._id)
-        if self._paused:
-            # If what is left is still too much for the loop's transport, it pauses the protocol again itself.
-            self._paused = False
-            self._protocol.resume_writing()
+            self._protocol.connection_made(self)
         if self._pieces:
             real.write(b"".join(self._pieces))
             self._pieces.clear()
+        if not self._full:
+            # The loop's transport has taken it all: what the protocol writes now goes behind it.
+            self._resume()
         if self._abort:
             real.abort()
         elif self._closing:
@@ -175,7 +198,22 @@ class HandedTransport(asyncio.Transport):
             if not self._reading:
                 real.pause_reading()
 
+    def _pause(self) -> None:
+        """The loop's transport has too much to write; the protocol may have been told already."""
+        self._full = True
+        if not self._paused:
+            self._paused = True
+            self._protocol.pause_writing()
+
+    def _resume(self) -> None:
+        self._full = False
+        if self._paused:
+            self._paused = False
+            self._protocol.resume_writing()
+
     def _lost(self, error: Exception | None) -> None:
+        if self._phase is Phase.CLOSED:
+            return
         self._phase = Phase.CLOSED
         self._closing = True
         self._receiver.ended(self._id)
@@ -208,6 +246,7 @@ class HandedTransport(asyncio.Transport):
     def abort(self) -> None:
         self._closing = self._abort = True
         self._pieces.clear()
+        self._size = 0
 
     def is_closing(self) -> bool:
         return self._closing
@@ -231,11 +270,12 @@ class HandedTransport(asyncio.Transport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "peername":
-            return self._peername
+            return default if self._peername is None else self._peername
         if name == "sockname":
-            if self._sockname is None:
+            # Once it is closed, its number may be somebody else's.
+            if self._sockname is None and self._phase is not Phase.CLOSED:
                 self._sockname = _sockname(self._fd)
-            return self._sockname
+            return default if self._sockname is None else self._sockname
         return default if self._real is None else self._real.get_extra_info(name, default)
 
     def get_protocol(self) -> asyncio.BaseProtocol:
@@ -245,7 +285,7 @@ class HandedTransport(asyncio.Transport):
         self._protocol = protocol
         if self._real is not None:
             # A new wire, because loops remember the bound methods of the protocol they were given.
-            self._real.set_protocol(_Wire(self))
+            self._real.set_protocol(_wire(self))
 
     def get_write_buffer_size(self) -> int:
         return self._size if self._real is None else self._real.get_write_buffer_size()
@@ -254,28 +294,51 @@ class HandedTransport(asyncio.Transport):
         return (HIGH_WATER // 4, HIGH_WATER) if self._real is None else self._real.get_write_buffer_limits()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        if self._real is not None:
+        if self._real is None:
+            self._limits = (high, low)
+        else:
             self._real.set_write_buffer_limits(high, low)
 
     def __repr__(self) -> str:
         return f"<HandedTransport connection {self._id} {self._phase.name}>"
 
 
-class _Wire(asyncio.Protocol):
-    """Between the loop's transport and the user's protocol, out of the way of the data: only the two ends are ours."""
+class _Wire(asyncio.BaseProtocol):
+    """Between the loop's transport and the user's protocol, out of the way of the data."""
+
+    #: What goes straight to the user's protocol.
+    straight: tuple[str, ...]
 
     def __init__(self, handed: HandedTransport) -> None:
         self._handed = handed
-        protocol: Any = handed.get_protocol()
-        for name in ("data_received", "eof_received", "pause_writing", "resume_writing"):
-            setattr(self, name, getattr(protocol, name))
+        self._protocol = handed.get_protocol()
+        for name in self.straight:
+            setattr(self, name, getattr(self._protocol, name))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses of asyncio's.
-        self._handed._adopt(cast("asyncio.Transport", transport))
+        self._handed._adopt(cast("asyncio.Transport", transport), self._protocol)
+
+    def pause_writing(self) -> None:
+        self._handed._pause()
+
+    def resume_writing(self) -> None:
+        self._handed._resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._handed._lost(exc)
+
+
+class _StreamWire(_Wire, asyncio.Protocol):
+    straight = ("data_received", "eof_received")
+
+
+class _BufferedWire(_Wire, asyncio.BufferedProtocol):
+    straight = ("get_buffer", "buffer_updated", "eof_received")
+
+
+def _wire(handed: HandedTransport) -> _Wire:
+    return (_BufferedWire if isinstance(handed.get_protocol(), asyncio.BufferedProtocol) else _StreamWire)(handed)
 
 
 def _sockname(fd: int) -> tuple[str, int] | str | None:

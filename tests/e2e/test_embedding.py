@@ -211,7 +211,7 @@ def test_policy_and_dispatch_are_frozen(name: str) -> None:
         with pytest.raises(AttributeError):
             setattr(settings, name, "rr")
         with pytest.raises(AttributeError):
-            cluster.settings = settings
+            cluster.settings = settings  # type: ignore[misc]
 
 
 def test_a_change_of_the_environment_after_the_start_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,24 @@ def test_above_max_pending_clients_wait_in_the_backlog(serve: Serve) -> None:
             client.close()
 
 
+def test_more_clients_than_descriptors_are_all_served(serve: Serve) -> None:
+    server = serve(workers=2, open_files=64)
+    clients: list[Client] = []
+    try:
+        for number in range(200):
+            client = server.connect()
+            clients.append(client)
+            client.send(request("POST", "/echo", body=b"from %d" % number))
+        # None of them asks for an end: there is room for the next ones only when somebody leaves.
+        for number, client in enumerate(clients):
+            assert client.response().body == b"from %d" % number
+            client.close()
+    finally:
+        for client in clients:
+            client.close()
+    assert [server.get("/").status for _ in range(4)] == [200] * 4
+
+
 # ── what an application's own children get ──────────────────────────────────────────────────────────────────────────
 
 

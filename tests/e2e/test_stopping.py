@@ -143,6 +143,18 @@ def test_idle_and_silent_connections_do_not_hold_the_exit(serve: Serve) -> None:
             assert silent.rest() == b""
 
 
+@pytest.mark.parametrize("policy", ["rr", "none"])
+def test_idle_and_silent_connections_of_a_unix_socket_are_closed(serve: Serve, tmp_path: Path, policy: str) -> None:
+    server = serve("--policy", policy, workers=2, bind=f"unix:{tmp_path / 's'}")
+    with server.connect() as silent, server.connect() as idle, server.connect() as partial:
+        partial.send(b"GET / HT")
+        assert idle.ask("GET", "/").status == 200
+        server.terminate()
+        for client in (idle, silent, partial):
+            assert client.rest() == b""
+        assert server.wait(SOON) == 0
+
+
 def test_websockets_get_1012(serve: Serve) -> None:
     server = serve(workers=2)
     url = server.url.replace("http://", "ws://") + "/ws"

@@ -120,14 +120,14 @@ class Server:
         env: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
         noise: bool = False,
-        addresses: int | None = None,
+        open_files: int | None = None,
     ) -> None:
         binds = [bind] if isinstance(bind, str) else list(bind or ())
         arguments = [app, *(part for each in binds for part in ("--bind", each)), *options]
         if workers is not None:
             arguments += ["--workers", str(workers)]
         self.wanted_workers = workers or 1
-        self.wanted_addresses = addresses if addresses is not None else max(1, len(binds))
+        self.wanted_addresses = max(1, len(binds))
         self.noise = noise
         self.killed = False
         mark, self._mark = new_mark()
@@ -138,6 +138,8 @@ class Server:
         self._more = threading.Condition()
         self._open_streams = 2
         self.command = python(*arguments)
+        if open_files is not None:
+            self.command = ["sh", "-c", f'ulimit -Sn {open_files}; exec "$@"', "sh", *self.command]
         self._process = subprocess.Popen(
             self.command,
             cwd=ROOT,
