@@ -80,7 +80,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "Which worker gets a connection: rr (in turn), least (fewest connections), hash (by the client's address), "
             "none (the workers accept by themselves) or MODULE:CLASS.  [default: $CLUSTERSERVE_SCHED_POLICY, or rr]",
         ),
-        _value("--dispatch", "[connection]", "What is handed to a worker."),
+        _value(
+            "--dispatch",
+            "[connection|request]",
+            "How long a worker has a connection: until it ends, or for one request.",
+        ),
         _value("--max-pending", "N", "Stop accepting while this many connections wait for a worker."),
         _value("--timeout-boot", "SECONDS", "How long a worker may take from its start until it listens."),
         _value(

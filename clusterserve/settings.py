@@ -113,6 +113,8 @@ class Settings:
         if settings.restart_backoff > settings.restart_backoff_max:
             reason = f"must not be above restart_backoff_max, which is {settings.restart_backoff_max:g}"
             raise SettingValueError("restart_backoff", settings.restart_backoff, reason)
+        if settings.policy == "none" and settings.dispatch == "request":
+            raise SettingValueError("dispatch", "request", "needs a policy: under 'none' the workers keep what they accept")
         return settings
 
     def to_json(self) -> dict[str, object]:
@@ -137,7 +139,7 @@ _CHECKS: Final[dict[str, Check]] = {
     "factory": flag,
     "interface": choice("auto", "asgi3", "asgi2", later=("wsgi",)),
     "backlog": whole(0),
-    "dispatch": choice("connection", later=("request", "auto")),
+    "dispatch": choice("connection", "request", later=("auto",)),
     "workers_source": text,
     "max_pending": whole(1),
     "timeout_boot": seconds(above_zero=True),

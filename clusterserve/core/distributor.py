@@ -11,6 +11,7 @@ worker; within a lane, who was queued first is offered first; a lost worker lose
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,14 @@ WINDOW: Final = 64
 #: How long a worker may sit on offers without acknowledging any before it is stalled (seconds).
 PATIENCE: Final = 0.010
 
+#: The same where a connection is given back after every request: being spread evenly matters less than not waiting.
+REQUEST_PATIENCE: Final = 0.002
+
 #: Lanes of a handle beyond which the empty ones are dropped: a policy may have one for every client it ever saw.
 MANY_LANES: Final = 1024
+
+#: How long a connection that was given back may be idle (seconds), unless told otherwise.
+KEEP_ALIVE: Final = 5.0
 
 #: A worker that refused a connection is left alone this long, so that a connection nobody can take does not spin.
 REFUSED_PAUSE: Final = 0.1
@@ -139,11 +146,14 @@ class Statistics:
 class Distributor:
     """All connections the master knows, and who may have them."""
 
-    def __init__(self, patience: float = PATIENCE) -> None:
+    def __init__(self, patience: float = PATIENCE, keep_alive: float = KEEP_ALIVE) -> None:
         self.patience = patience
+        self.keep_alive = keep_alive
         self.handles: dict[int, Handle] = {}
         self.workers: dict[int, Worker] = {}
         self.parked: dict[int, Connection] = {}
+        #: When a parked connection that was served before is closed, by id, soonest first.
+        self._expiries: dict[int, float] = {}
         #: Connections in all lanes together; what `--max-pending` bounds.
         self.queued = 0
         self._tickets = 0
@@ -164,8 +174,16 @@ class Distributor:
             worker.listeners.discard(key)
         for connection in left:
             self.parked.pop(connection.id, None)
+            self._expiries.pop(connection.id, None)
             connection.step(Event.CLOSE)
         return left
+
+    def resize(self, slots: int) -> None:
+        """The cluster has `slots` slots from now on; for the policies that care."""
+        for handle in self.handles.values():
+            resize = getattr(handle.policy, "resize", None)
+            if resize is not None:
+                resize(slots)
 
     def add_worker(self, id: int, slot: int, capacity: int | None = None) -> Worker:
         """A worker exists; it gets nothing before it is attached to a handle."""
@@ -225,13 +243,24 @@ class Distributor:
 
     def readable(self, id: int) -> None:
         """A parked connection's client has sent something."""
+        self._expiries.pop(id, None)
         self._enqueue(self.parked.pop(id))
 
     def hung_up(self, id: int) -> Connection:
         """A parked connection's client left without a word; returns it for the shell to close."""
         connection = self.parked.pop(id)
+        self._expiries.pop(id, None)
         connection.step(Event.CLOSE)
         return connection
+
+    def expired(self, now: float) -> list[Connection]:
+        """Idle for `keep_alive` seconds since they were given back; returns them for the shell to close."""
+        ids = []
+        for id, deadline in self._expiries.items():
+            if deadline > now:
+                break
+            ids.append(id)
+        return [self.hung_up(id) for id in ids]
 
     def answer(self, worker: Worker, kind: int, id: int, held: int, now: float) -> Connection | None:
         """A worker's answer.  Returns the connection if the shell must act: close it if GONE, watch it if PARKED.
@@ -265,7 +294,10 @@ class Distributor:
             connection.step(Event.TAKE)
         elif kind & _RETURNED and connection.listener in self.handles:
             connection.step(Event.RETURN)
+            connection.worker = 0
             self.parked[id] = connection
+            self._expiries[id] = now + self.keep_alive
+            return connection
         else:
             # Closed, or given back for a listener that is gone.
             connection.step(Event.CLOSE)
@@ -381,6 +413,7 @@ class Distributor:
         if self.queued:
             wakes = (getattr(handle.policy, "wake_at", None) for handle in self.handles.values())
             times += [wake for wake in wakes if wake is not None]
+        times += itertools.islice(self._expiries.values(), 1)
         return min(times, default=None)
 
     def statistics(self) -> Statistics:

@@ -101,10 +101,14 @@ class Leave:
 
 @dataclass(frozen=True)
 class Drain:
-    """Master to worker: finish what you hold within `grace` seconds (`quick`: cut it), shut down, exit 0."""
+    """Master to worker: finish what you hold within `grace` seconds (`quick`: cut it), shut down, exit 0.
+
+    `keep`: others go on serving, so idle connections come back to the master.
+    """
 
     grace: float
     quick: bool
+    keep: bool
 
 
 Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Leave | Drain

@@ -30,6 +30,8 @@ class Verdict(Enum):
     SETTLED = "settled"
     #: No worker of the first generation ever listened, and none is left to do so.
     FAILED = "failed"
+    #: A worker of a newer generation died before any of that generation listened: stay with the one that serves.
+    REJECTED = "rejected"
     #: Told to stop, and every worker is dead.
     STOPPED = "stopped"
 
@@ -75,6 +77,8 @@ class Drain:
     worker: int
     quick: bool
     interrupt: bool
+    #: Others go on serving: what is idle is not closed but given back.
+    keep: bool
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,8 @@ class Roster:
     slots: dict[int, Slot] = field(default_factory=dict)
     #: Whether any worker ever listened, and the newest generation of which one did.
     proven: int = 0
+    #: The newest generation of which one died before any of it had listened, while an older one serves.
+    rejected: int = 0
     _ids: int = 0
 
     def spawned(self, slot: int, generation: int, now: float) -> Member:
@@ -169,6 +175,8 @@ class Roster:
     def _failed(self, member: Member, now: float) -> None:
         """It left unasked: the next one in its slot waits, longer each time, unless it had been healthy."""
         slot = self.slots[member.slot]
+        if self.proven and member.generation > self.proven:
+            self.rejected = member.generation
         if member.listening is not None and now - member.listening >= self.limits.min_uptime:
             slot.failures = 0
             slot.not_before = now
@@ -210,7 +218,7 @@ def _stop(target: Target, roster: Roster) -> _Due:
         if member.state is WorkerState.DISCONNECTED:
             continue
         if member.drained is None or (quick and not member.quick):
-            yield 0.0, Drain(member.id, quick, member.listening is None)
+            yield 0.0, Drain(member.id, quick, interrupt=member.listening is None, keep=False)
 
 
 def _start(target: Target, roster: Roster) -> _Due:
@@ -244,7 +252,7 @@ def _retire(target: Target, roster: Roster) -> _Due:
     for member in roster.members.values():
         replaced = member.generation != target.generation and best.get(member.slot, member) is not member
         if member.current and (member.slot >= target.count or replaced or _abandoned(member, target)):
-            yield 0.0, Drain(member.id, quick=False, interrupt=member.listening is None)
+            yield 0.0, Drain(member.id, quick=False, interrupt=member.listening is None, keep=True)
 
 
 def _abandoned(member: Member, target: Target) -> bool:
@@ -273,6 +281,8 @@ def _verdict(target: Target, roster: Roster, actions: tuple[Action, ...]) -> Ver
         return Verdict.RUNNING if members else Verdict.STOPPED
     if not members and not roster.proven and target.count and not any(isinstance(action, Spawn) for action in actions):
         return Verdict.FAILED
+    if target.generation == roster.rejected:
+        return Verdict.REJECTED
     listening = [member for member in members if member.state is WorkerState.LISTENING]
     settled = (
         len(listening) == len(members) == target.count

@@ -117,6 +117,34 @@ class Cluster:
             if self._thread is not None and self._ended.done():
                 self._thread.join()
 
+    # -- change ---------------------------------------------------------------------------------------------------
+
+    def scale(self, workers: int) -> None:
+        """Have `workers` workers, and return when it is so.  Raises `ClusterError` if the cluster does not run."""
+        if workers < 1:
+            raise SettingsError(f"a cluster has at least 1 worker, not {workers}")
+        self._change(lambda engine: engine.scale(workers))
+
+    def reload(self) -> None:
+        """Replace every worker by a fresh one, one at a time, and return when it is done.
+
+        Raises `BootError` if a replacement cannot start: the old workers go on then.
+        """
+        self._change(Engine.reload)
+
+    def _change(self, order: Callable[[Engine], asyncio.Future[None]]) -> None:
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def finished(change: asyncio.Future[None]) -> None:
+            error = change.exception()
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        self._ask(lambda engine: order(engine).add_done_callback(finished))
+        done.result()
+
     # -- looking in -----------------------------------------------------------------------------------------------
 
     @property

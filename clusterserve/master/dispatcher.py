@@ -68,6 +68,7 @@ class Dispatcher:
         self._parked: dict[int, Connection] = {}
         self._ids = 0
         self._accepting = True
+        self._retiring = False
         self._pause: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._lingering: set[Callable[[], None]] = set()
@@ -84,7 +85,7 @@ class Dispatcher:
             elif fd in self._listeners:
                 self._accept(fd, now, min(_ACCEPTS, self._max_pending - self.distributor.queued))
             else:
-                self._unpark(fd, event)
+                self._unpark(fd, event, now)
         self._distribute(now)
 
     def _accept(self, fd: int, now: float, limit: int) -> None:
@@ -157,6 +158,8 @@ class Dispatcher:
                     continue
                 if connection.state is State.PARKED:
                     self._park(connection)
+                    if self._retiring:
+                        self.end_idle()
                 else:
                     os.close(connection.fd)
         except ProtocolError as exc:
@@ -192,6 +195,7 @@ class Dispatcher:
         now = self._loop.time()
         for worker in self.distributor.overdue(now):
             self._recall(worker, self._ends[worker.id])
+        self._end_parked(self.distributor.expired(now))
         self._distribute(now)
 
     def _recall(self, worker: Worker, end: MasterEnd) -> None:
@@ -205,13 +209,23 @@ class Dispatcher:
         self._parked[connection.fd] = connection
         self._epoll.register(connection.fd, _PARKED)
 
-    def _unpark(self, fd: int, event: int) -> None:
-        connection = self._parked.pop(fd)
+    def _end_parked(self, connections: Sequence[Connection]) -> None:
+        for connection in connections:
+            del self._parked[connection.fd]
+            self._epoll.unregister(connection.fd)
+        self._close(connections)
+
+    def _unpark(self, fd: int, event: int, now: float) -> None:
+        connection = self._parked.pop(fd, None)
+        if connection is None:
+            # Closed by an event before it in the same batch.
+            return
         # A worker gets its own copy, which would keep the entry alive behind our back.
         self._epoll.unregister(fd)
         if event & (select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP) and not _has_data(fd):
             self._close([self.distributor.hung_up(connection.id)])
         else:
+            connection.since = now
             self.distributor.readable(connection.id)
 
     def _close(self, connections: Sequence[Connection]) -> None:
@@ -252,6 +266,12 @@ class Dispatcher:
             # More than `max_pending` if need be: the kernel has let them in, and the backlog bounds them.
             self._accept(fd, now, listener.backlog + 1)
         self._distribute(now)
+
+    def end_idle(self) -> None:
+        """The cluster stops: close every parked connection whose client has not asked for more, now and from now on."""
+        self._retiring = True
+        idle = [connection for connection in self._parked.values() if not _has_data(connection.fd)]
+        self._end_parked([self.distributor.hung_up(connection.id) for connection in idle])
 
     def remove_listener(self, listener: Listener) -> None:
         """Accept nothing more from it; what was accepted stays.  The caller closes it."""

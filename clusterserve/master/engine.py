@@ -19,12 +19,12 @@ from functools import partial
 
 from ..channel.message import MessageChannel
 from ..core.connection import IllegalStep
-from ..core.distributor import Distributor, Statistics
+from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
 from ..core.lifecycle import WorkerEvent, WorkerState
 from ..core.messages import Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Drain, Kill, Limits, Member, Roster, Spawn, Stop, Target, Verdict, plan
-from ..errors import BindError, BootError, ProtocolError
+from ..errors import BindError, BootError, ClusterError, ProtocolError
 from ..settings import Settings
 from .dispatcher import Dispatcher
 from .handles import Handles
@@ -61,8 +61,10 @@ class Engine:
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
         self._loop = loop
-        policy = policy_factory(settings.policy, slots=settings.workers, long_lived=True)
-        self._distributor = Distributor()
+        policy = policy_factory(settings.policy, slots=settings.workers, long_lived=settings.dispatch == "connection")
+        request = settings.dispatch == "request"
+        patience = REQUEST_PATIENCE if request else PATIENCE
+        self._distributor = Distributor(patience, settings.timeout_keep_alive)
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )
@@ -76,6 +78,8 @@ class Engine:
             )
         )
         self._target = Target(settings.workers)
+        self._generation = 1
+        self._changes: list[asyncio.Future[None]] = []
         self._stopping = Stop.NO
         self._stop_deadline = 0.0
         self._deadline: asyncio.TimerHandle | None = None
@@ -123,10 +127,62 @@ class Engine:
             self._loop.call_later(LISTENER_LINGER, self._close_listeners)
             self._loop.call_at(self._stop_deadline, self._stop_workers)
 
+    def scale(self, count: int) -> asyncio.Future[None]:
+        """Have `count` workers from now on.  Done when it is so."""
+        if count != self._target.count and self._stopping is Stop.NO:
+            logger.info("Scaling from %d to %d workers", self._target.count, count)
+            self._target = dataclasses.replace(self._target, count=count)
+            self._distributor.resize(count)
+        return self._change()
+
+    def scale_by(self, difference: int) -> None:
+        """One more or one less; there is always one."""
+        self.scale(max(1, self._target.count + difference))
+
+    def reload(self) -> asyncio.Future[None]:
+        """Replace every worker by a fresh one, one at a time, each when its replacement listens.
+
+        Done when the last has left; fails with `BootError` if a replacement cannot start, and the old ones stay.
+        """
+        if self._stopping is Stop.NO:
+            self._generation += 1
+            logger.info("Reloading: generation %d replaces %d", self._generation, self._target.generation)
+            self._failure = None
+            self._target = dataclasses.replace(self._target, generation=self._generation)
+        return self._change()
+
+    def _change(self) -> asyncio.Future[None]:
+        change: asyncio.Future[None] = self._loop.create_future()
+        self._changes.append(change)
+        self._reconcile()
+        return change
+
+    def _changed(self, error: ClusterError | None) -> None:
+        changes, self._changes = self._changes, []
+        for change in changes:
+            if change.cancelled():
+                continue
+            if error is None:
+                change.set_result(None)
+            else:
+                change.set_exception(error)
+                # Nobody may be waiting: a signal asked for it, and the log has told.
+                change.exception()
+
+    def _reject(self) -> None:
+        """The new generation cannot start: back to the one that serves."""
+        failure = self._failure or Failed(self._last_exit, "")
+        error = BootError(f"generation {self._target.generation} cannot start, {failure.reason}", failure.traceback)
+        logger.error("%s; generation %d stays", error, self._roster.proven)
+        self._target = dataclasses.replace(self._target, generation=self._roster.proven)
+        self._changed(error)
+        self._reconcile()
+
     def _close_listeners(self) -> None:
         if self.handles.open:
             self._dispatcher.accept_rest()
             self.handles.close()
+            self._dispatcher.end_idle()
             self._queue_is_empty()
 
     def _queue_is_empty(self) -> None:
@@ -149,6 +205,7 @@ class Engine:
 
     def _finish(self, error: BootError | None) -> None:
         if not self.finished.done():
+            self._changed(ClusterError("the cluster has stopped"))
             self._close()
             self.finished.set_result(error)
 
@@ -173,8 +230,12 @@ class Engine:
             self._deadline = None
         if current.deadline is not None:
             self._deadline = self._loop.call_at(current.deadline, self._reconcile)
-        if current.verdict is Verdict.SETTLED and not self.settled.done():
-            self.settled.set_result(None)
+        if current.verdict is Verdict.SETTLED:
+            if not self.settled.done():
+                self.settled.set_result(None)
+            self._changed(None)
+        elif current.verdict is Verdict.REJECTED:
+            self._reject()
         elif current.verdict is Verdict.FAILED:
             failure = self._failure
             if failure is None:
@@ -193,7 +254,8 @@ class Engine:
             self._roster.drained(action.worker, action.quick, now)
             self._dispatcher.distributor.drain_worker(action.worker)
             limits = self._roster.limits
-            seat.channel.send(DrainMessage(limits.quick if action.quick else limits.graceful, action.quick))
+            grace = limits.quick if action.quick else limits.graceful
+            seat.channel.send(DrainMessage(grace, action.quick, action.keep))
             if action.interrupt:
                 seat.process.send_signal(signal.SIGTERM)
         else:
@@ -261,7 +323,7 @@ class Engine:
         seat = self.seats[worker]
         if self._stopping is Stop.NO and seat.member.current:
             logger.info("Worker %d (slot %d, pid %d) was told to go", worker, seat.member.slot, seat.process.pid)
-            self._perform(Drain(worker, quick=False, interrupt=False), self._loop.time())
+            self._perform(Drain(worker, quick=False, interrupt=False, keep=True), self._loop.time())
             self._reconcile()
 
     def _failed(self, worker: int, message: Failed) -> None:

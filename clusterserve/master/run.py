@@ -23,7 +23,7 @@ FORCED_INT: Final = 130
 FORCED_QUIT: Final = 131
 
 #: Understood, but not yet acted upon.  None of them may end the master while workers live.
-_LATER: Final = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGPWR", "SIGWINCH")
+_LATER: Final = ("SIGUSR1", "SIGUSR2", "SIGPWR", "SIGWINCH")
 
 
 def run(app: str, **settings: Any) -> int:
@@ -68,6 +68,9 @@ class _Signals:
         loop.add_signal_handler(signal.SIGTERM, engine.stop, Stop.GRACEFUL)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
+        loop.add_signal_handler(signal.SIGHUP, engine.reload)
+        loop.add_signal_handler(signal.SIGTTIN, engine.scale_by, 1)
+        loop.add_signal_handler(signal.SIGTTOU, engine.scale_by, -1)
         for name in _LATER:
             loop.add_signal_handler(getattr(signal, name), self._later, name)
 

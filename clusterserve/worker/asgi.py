@@ -24,13 +24,14 @@ from ..errors import BootError
 from ..settings import Settings
 from .link import Link
 from .loop import cluster_loop
+from .protocols import Borrowing, borrowing_protocol
 from .server import BindSocket
 
 logger = logging.getLogger("uvicorn.error")
 
 #: Settings that uvicorn's Config takes under the same name.
 _PASSED: Final = (
-    "http", "ws", "ws_max_size", "ws_max_queue", "ws_ping_interval", "ws_ping_timeout", "ws_per_message_deflate",
+    "ws", "ws_max_size", "ws_max_queue", "ws_ping_interval", "ws_ping_timeout", "ws_per_message_deflate",
     "lifespan", "interface", "log_level", "access_log", "use_colors", "proxy_headers", "server_header", "date_header",
     "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "factory", "h11_max_incomplete_event_size",
     "reset_contextvars",
@@ -61,11 +62,12 @@ _LIFESPAN_SHARE: Final = 1.0
 
 def serve(settings: Settings, link: Link) -> None:
     """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started."""
-    config = _config(settings, link)
+    borrowing = Borrowing(after_response=settings.dispatch == "request")
+    config = _config(settings, link, borrowing)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
-    _Drainer(server, link)
+    _Drainer(server, link, borrowing)
     expected = len(settings.binds)
 
     def listening() -> None:
@@ -99,8 +101,9 @@ def serve(settings: Settings, link: Link) -> None:
         raise
 
 
-def _config(settings: Settings, link: Link) -> uvicorn.Config:
+def _config(settings: Settings, link: Link, borrowing: Borrowing) -> uvicorn.Config:
     options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
+    options["http"] = borrowing_protocol(settings.http, borrowing)
     if settings.log_config is not None:
         options["log_config"] = settings.log_config
     config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
@@ -181,13 +184,18 @@ class _BootLog(logging.Filter):
 class _Drainer:
     """Does what the master's Drain asks, with uvicorn's own means."""
 
-    def __init__(self, server: uvicorn.Server, link: Link) -> None:
+    def __init__(self, server: uvicorn.Server, link: Link, borrowing: Borrowing) -> None:
         self._server = server
+        self._borrowing = borrowing
         self._link = link
         link.on_drain = self.drain
 
-    def drain(self, grace: float, quick: bool) -> None:
-        """Finish within `grace` seconds; `quick` cuts what is running, the application's shutdown runs all the same."""
+    def drain(self, grace: float, quick: bool, keep: bool) -> None:
+        """Finish within `grace` seconds; `quick` cuts what is running, the application's shutdown runs all the same.
+
+        `keep`: other workers go on, so idle connections go back to the master instead of being closed.
+        """
+        self._borrowing.after_response = keep
         left = 0.0 if quick else max(0.0, grace - min(_LIFESPAN_SHARE, grace / 5))
         # Read by uvicorn when it begins to wait; a second, quick order comes while it waits and ends what it waits for.
         self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]

@@ -35,8 +35,8 @@ class Link:
         self._requests: dict[int, asyncio.Future[tuple[Listened, list[int]]]] = {}
         self._number = 0
         self._seen: Counter[str] = Counter()
-        #: Called with (grace seconds, quick) when the master wants this worker to finish.
-        self.on_drain: Callable[[float, bool], None] = lambda grace, quick: None
+        #: Called with (grace seconds, quick, keep) when the master wants this worker to finish.
+        self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
         #: Called when a server is in place.
         self.on_listening: Callable[[], None] = lambda: None
 
@@ -114,7 +114,7 @@ class Link:
         elif isinstance(message, Drain):
             # Every offer was sent before this message: none is left behind when the servers close.
             self.receiver.drain()
-            self.on_drain(message.grace, message.quick)
+            self.on_drain(message.grace, message.quick, message.keep)
         else:
             raise ProtocolError(f"a worker does not expect {type(message).__name__}")
         for fd in descriptors:

@@ -32,6 +32,7 @@ _DOUBTFUL: Final = 0.0005
 
 _ACK: Final = int(Kind.ACK)
 _CLOSED: Final = int(Kind.CLOSED)
+_RETURNED: Final = int(Kind.RETURNED)
 _REFUSED: Final = int(Kind.REFUSED)
 
 
@@ -192,14 +193,15 @@ class Receiver:
             self._making.remove(id)
             self._later(id, _ACK)
 
-    def ended(self, id: int) -> None:
-        """A connection is over and its descriptor closed."""
+    def ended(self, id: int, *, returned: bool = False) -> None:
+        """Our descriptor of a connection is closed: the connection is over, or `returned` to the master."""
         self.kept.pop(id, None)
+        kind = _RETURNED if returned else _CLOSED
         if id in self._fresh:
-            self._fresh[id] |= _CLOSED
+            self._fresh[id] |= kind
         else:
             self._making.discard(id)
-            self._later(id, _CLOSED)
+            self._later(id, kind)
 
     def _later(self, id: int, kind: int) -> None:
         self._answers[id] = self._answers.get(id, 0) | kind

@@ -64,6 +64,7 @@ class HandedTransport(asyncio.Transport):
         self._made = False
         self._closing = False
         self._abort = False
+        self._returning = False
         self._reading = True
         self._eof = False
         self._paused = False
@@ -126,7 +127,7 @@ class HandedTransport(asyncio.Transport):
         self._phase = Phase.CLOSED
         self._closing = True
         os.close(self._fd)
-        self._receiver.ended(self._id)
+        self._receiver.ended(self._id, returned=self._returning and error is None)
         try:
             self._protocol.connection_lost(error)
         except Exception as exc:  # noqa: BLE001 - the user's protocol; the other connections of this turn must go on
@@ -216,7 +217,7 @@ class HandedTransport(asyncio.Transport):
             return
         self._phase = Phase.CLOSED
         self._closing = True
-        self._receiver.ended(self._id)
+        self._receiver.ended(self._id, returned=self._returning and error is None)
         if self._made:
             self._protocol.connection_lost(error)
 
@@ -242,6 +243,14 @@ class HandedTransport(asyncio.Transport):
         if self._phase is Phase.LAZY and self._pieces:
             # The client need not wait for the other requests of this turn.
             self._flush()
+
+    def give_back(self) -> None:
+        """Close our descriptor only, when everything is flushed: the connection stays open in the master.
+
+        For a connection that is idle: nothing was read beyond its last response.
+        """
+        self._returning = True
+        self.close()
 
     def abort(self) -> None:
         self._closing = self._abort = True

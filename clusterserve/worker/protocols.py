@@ -1,0 +1,119 @@
+"""uvicorn's HTTP protocols, able to give a connection back when it is idle.
+
+The second file that knows uvicorn, and the only one that knows the insides of its protocols; each of them has a contract
+test (tests/worker/test_uvicorn_contract.py).  Relied upon, of both: `on_response_complete` is called from the
+application's task when a response is complete, `shutdown` when the server stops, `cycle` is the newest request,
+`cycle.response_complete`, `server_state.total_requests`, `transport`.  Of httptools': `pipeline` holds the requests that
+wait, `on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
+
+A connection is idle when its last response is complete, the request was read to its end, and nothing beyond it has been
+read: what lies unread in the kernel goes to whoever gets the connection next.  Under policy `none` the transport is the
+loop's own and cannot give back: everything is uvicorn's then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import h11
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from .transport import HandedTransport
+
+
+@dataclass
+class Borrowing:
+    """What this worker does with idle connections; shared by all its protocols."""
+
+    #: Give a connection back after every response (`--dispatch request`), or only while the worker drains.
+    after_response: bool = False
+
+
+if TYPE_CHECKING:
+    _Base = HttpToolsProtocol
+else:
+    _Base = object
+
+
+class _Borrower(_Base):
+    """In front of one of uvicorn's protocol classes; `_idle` is the only difference between them."""
+
+    borrowing: Borrowing
+
+    def _idle(self) -> bool:
+        raise AssertionError("defined by the subclass")
+
+    def give_back(self) -> bool:
+        """Give the connection back if it is idle; False if it is not, or cannot be given back."""
+        transport = self.transport
+        if not isinstance(transport, HandedTransport) or transport.is_closing() or not self._idle():
+            return False
+        self._unset_keepalive_if_required()
+        transport.give_back()
+        return True
+
+    def on_response_complete(self) -> None:
+        if self.borrowing.after_response and self.give_back():
+            self.server_state.total_requests += 1
+        else:
+            super().on_response_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # A response may be complete before its request is: the connection goes back when the body has ended.
+        if self.borrowing.after_response and self.cycle is not None and self.cycle.response_complete:
+            self.give_back()
+
+    def shutdown(self) -> None:
+        # With `after_response` set, a request in flight gives its connection back at its end.
+        if self.borrowing.after_response and isinstance(self.transport, HandedTransport):
+            self.give_back()
+        else:
+            super().shutdown()
+
+
+class BorrowingHttpTools(_Borrower, HttpToolsProtocol):
+    """uvicorn's httptools protocol."""
+
+    _reading = False
+
+    def on_message_begin(self) -> None:
+        self._reading = True
+        super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._reading = False
+
+    def _idle(self) -> bool:
+        return not self._reading and not self.pipeline and (self.cycle is None or self.cycle.response_complete)
+
+
+if TYPE_CHECKING:
+    _H11 = object
+else:
+    _H11 = H11Protocol
+
+
+class BorrowingH11(_Borrower, _H11):  # type: ignore[misc]
+    """uvicorn's h11 protocol."""
+
+    conn: h11.Connection
+
+    def _idle(self) -> bool:
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        states = (self.conn.our_state, self.conn.their_state)
+        return states in ((h11.IDLE, h11.IDLE), (h11.DONE, h11.DONE)) and not self.conn.trailing_data[0]
+
+
+def borrowing_protocol(name: str, borrowing: Borrowing) -> type[asyncio.Protocol] | str:
+    """The class for uvicorn's `--http` that gives back; `name` itself if it is none of ours to extend."""
+    kinds: dict[str, Any] = {"httptools": BorrowingHttpTools, "h11": BorrowingH11}
+    kinds["auto"] = BorrowingHttpTools if AutoHTTPProtocol is HttpToolsProtocol else BorrowingH11
+    kind = kinds.get(name)
+    return name if kind is None else type(kind.__name__, (kind,), {"borrowing": borrowing})
