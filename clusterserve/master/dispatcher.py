@@ -70,7 +70,9 @@ class Dispatcher:
         self._accepting = True
         self._retiring = False
         self._pause: asyncio.TimerHandle | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        # uvloop's handle for a time that is not ahead does not know its time, so it is kept beside.
+        self._timer: asyncio.Handle | None = None
+        self._due = 0.0
         self._lingering: set[Callable[[], None]] = set()
         loop.add_reader(self._epoll.fileno(), self._poll)
 
@@ -176,7 +178,7 @@ class Dispatcher:
             self._set_accepting(queued < self._max_pending)
         if not queued:
             self._on_idle()
-        if self._timer is None or self._timer.when() > now + PATIENCE:
+        if self._timer is None or self._due > now + PATIENCE:
             # A look that is due within `PATIENCE` is soon enough for what has just begun.
             wake = self.distributor.wake_at(now)
             if wake is not None:
@@ -185,10 +187,10 @@ class Dispatcher:
     def _wake(self, when: float) -> None:
         """Look again at `when`, or sooner if that is set already."""
         if self._timer is not None:
-            if self._timer.when() <= when:
+            if self._due <= when:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._tick)
+        self._timer, self._due = self._loop.call_at(when, self._tick), when
 
     def _tick(self) -> None:
         self._timer = None

@@ -7,6 +7,7 @@ Nothing here waits: every handler records a fact and asks `plan` again.  No user
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -14,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -214,7 +216,7 @@ class Engine:
     def _reconcile(self) -> None:
         """Do what `plan` says until it says nothing more for now."""
         if self._planning or self.finished.done():
-            # An action of the loop below has become a fact; the loop asks again.
+            # An action of the loop below has become a fact, or a fact is not whole yet; it is asked again.
             return
         self._planning = True
         while True:
@@ -244,6 +246,17 @@ class Engine:
                 self._finish(BootError(failure.reason, failure.traceback))
         elif current.verdict is Verdict.STOPPED:
             self._finish(None)
+
+    @contextlib.contextmanager
+    def _as_one(self) -> Iterator[None]:
+        """What happens in this block is one fact: a plan made in the midst of it would count on a dead worker, or take
+        one that listens for one that boots."""
+        planning, self._planning = self._planning, True
+        try:
+            yield
+        finally:
+            self._planning = planning
+        self._reconcile()
 
     def _perform(self, action: Spawn | Drain | Kill, now: float) -> None:
         if isinstance(action, Spawn):
@@ -351,22 +364,18 @@ class Engine:
 
     def _exited(self, worker: int, ended: Exit) -> None:
         seat = self.seats[worker]
-        # Nothing is planned before all of it is known: until then the plan would count on this worker.
-        self._planning = True
-        # What it said last counts: why it failed, above all.
-        seat.channel.drain()
-        seat.channel.close()
-        self._dispatcher.remove_worker(worker)
-        del self.seats[worker]
-        asked = seat.member.drained is not None
-        self.handles.leave_all(worker, crashed=not asked)
-        self._planning = False
-        self._last_exit = self._last_exit if seat.member.killed else f"worker {worker} {ended}"
-        if self._roster.proven and not asked:
-            logger.error("Worker %d (slot %d, pid %d) %s", worker, seat.member.slot, seat.process.pid, ended)
-        else:
-            logger.debug("Worker %d (slot %d, pid %d) %s", worker, seat.member.slot, seat.process.pid, ended)
-        self._happened(worker, WorkerEvent.EXITED)
+        with self._as_one():
+            # What it said last counts: why it failed, above all.
+            seat.channel.drain()
+            seat.channel.close()
+            self._dispatcher.remove_worker(worker)
+            del self.seats[worker]
+            asked = seat.member.drained is not None
+            self.handles.leave_all(worker, crashed=not asked)
+            self._last_exit = self._last_exit if seat.member.killed else f"worker {worker} {ended}"
+            level = logging.ERROR if self._roster.proven and not asked else logging.DEBUG
+            logger.log(level, "Worker %d (slot %d, pid %d) %s", worker, seat.member.slot, seat.process.pid, ended)
+            self._happened(worker, WorkerEvent.EXITED)
 
     # -- listeners ------------------------------------------------------------------------------------------------
 
@@ -387,12 +396,13 @@ class Engine:
 
     def _listening(self, worker: int, key: int) -> None:
         seat = self.seats[worker]
-        self.handles.attach(worker, key)
-        seat.listening.add(key)
-        if self.handles.pinned <= seat.listening and seat.member.listening is None:
-            if seat.member.current:
-                logger.info("Worker %d (slot %d, pid %d) is listening", worker, seat.member.slot, seat.process.pid)
-            self._says(worker, WorkerEvent.LISTENING)
+        with self._as_one():
+            self.handles.attach(worker, key)
+            seat.listening.add(key)
+            if self.handles.pinned <= seat.listening and seat.member.listening is None:
+                if seat.member.current:
+                    logger.info("Worker %d (slot %d, pid %d) is listening", worker, seat.member.slot, seat.process.pid)
+                self._says(worker, WorkerEvent.LISTENING)
 
     # -- looking in -----------------------------------------------------------------------------------------------
 

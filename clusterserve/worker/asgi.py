@@ -59,6 +59,9 @@ CANCELLED: Final = "Cancel %s running task(s), timeout graceful shutdown exceede
 #: Of the grace the master allows, what is left for the application's own shutdown (seconds, at most a fifth).
 _LIFESPAN_SHARE: Final = 1.0
 
+#: What uvicorn's shutdown takes outside of its own time limit: noticing it, and a pause (seconds).
+_UNTIMED: Final = 0.2
+
 
 def serve(settings: Settings, link: Link) -> None:
     """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started."""
@@ -90,9 +93,11 @@ def serve(settings: Settings, link: Link) -> None:
         server.run(sockets=[cast("socket", BindSocket(bind)) for bind in settings.binds])
     except ImportFromStringError as exc:
         raise BootError(f"Error loading ASGI app. {exc}") from None
-    except SystemExit:
+    except SystemExit as exc:
         if expected:
-            raise BootError(f"the application {settings.app!r} could not be started", boot.text()) from None
+            # An application that refuses to start may say why, as in sys.exit("SECRET_KEY is not set").
+            why = f"{exc.code}\n" if isinstance(exc.code, str) else ""
+            raise BootError(f"the application {settings.app!r} could not be started", boot.text() + why) from None
         raise
     except Exception as exc:
         if expected:
@@ -196,7 +201,7 @@ class _Drainer:
         `keep`: other workers go on, so idle connections go back to the master instead of being closed.
         """
         self._borrowing.after_response = keep
-        left = 0.0 if quick else max(0.0, grace - min(_LIFESPAN_SHARE, grace / 5))
+        left = 0.0 if quick else max(0.0, grace - _UNTIMED - min(_LIFESPAN_SHARE, grace / 5))
         # Read by uvicorn when it begins to wait; a second, quick order comes while it waits and ends what it waits for.
         self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]
         self._server.should_exit = True

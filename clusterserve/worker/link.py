@@ -90,8 +90,9 @@ class Link:
 
     def listening(self, key: int) -> None:
         """Tell the master that the server on listener `key` is in place."""
-        self.send(Listening(key))
+        # First, so that whatever it prepares is in place when the first connection comes, and the first signal.
         self.on_listening()
+        self.send(Listening(key))
 
     def ask_to_leave(self) -> None:
         """Ask the master to be drained.  May be called from a signal handler."""

@@ -160,7 +160,7 @@ class HandedTransport(asyncio.Transport):
         """The loop is done with connecting: only failures (a TLS handshake, a loop that is closing) are news."""
         error = None if task.cancelled() else task.exception()
         if isinstance(error, Exception) and not isinstance(error, OSError):
-            # Not the client's fault; uvloop has caught what the user's `connection_made` raised.
+            # Not the client's fault: what the factory has made is no protocol.
             self._receiver.fault(error, "protocol")
         if task.cancelled() or error is not None:
             self._lost(error if isinstance(error, Exception) else None)
@@ -176,13 +176,14 @@ class HandedTransport(asyncio.Transport):
         # Instance attributes in front of the methods: from here on a call goes straight to the loop's transport.
         for name in ("write", "writelines", "write_eof", "can_write_eof", "is_closing", "close", "abort"):
             setattr(self, name, getattr(real, name))
-        for name in ("pause_reading", "resume_reading", "is_reading"):
-            setattr(self, name, getattr(real, name))
         if not self._made:
             self._made = True
-            # First, because the protocol may raise.
             self._receiver.made(self._id)
-            self._protocol.connection_made(self)
+            try:
+                self._protocol.connection_made(self)
+            except Exception as exc:  # noqa: BLE001 - the user's protocol; uvloop would leave it there, never read
+                self._receiver.fault(exc, "protocol")
+                self._abort = True
         if self._pieces:
             real.write(b"".join(self._pieces))
             self._pieces.clear()
@@ -196,8 +197,18 @@ class HandedTransport(asyncio.Transport):
         else:
             if self._eof:
                 real.write_eof()
-            if not self._reading:
-                real.pause_reading()
+            if self._reading:
+                self._adopt_reading()
+            else:
+                # A turn later: uvloop begins to read behind `connection_made`, whatever that has said.
+                self._receiver.loop.call_soon(self._adopt_reading)
+
+    def _adopt_reading(self) -> None:
+        real = cast("asyncio.Transport", self._real)
+        for name in ("pause_reading", "resume_reading", "is_reading"):
+            setattr(self, name, getattr(real, name))
+        if not self._reading and not real.is_closing():
+            real.pause_reading()
 
     def _pause(self) -> None:
         """The loop's transport has too much to write; the protocol may have been told already."""
@@ -273,7 +284,7 @@ class HandedTransport(asyncio.Transport):
         self._reading = True
 
     def is_reading(self) -> bool:
-        return self._reading and not self._closing
+        return self._reading and not self.is_closing()
 
     # -- asyncio.Transport, always --------------------------------------------------------------------------------
 

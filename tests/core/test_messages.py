@@ -96,6 +96,11 @@ class TestRoundTrips:
         kinds = {kind for kind in vars(messages).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
         assert {type(message) for message in EXAMPLES} == kinds
 
+    @pytest.mark.parametrize("message", [message for message in EXAMPLES if dataclasses.fields(message)])
+    def test_what_was_said_cannot_be_changed(self, message: Message) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(message, dataclasses.fields(message)[0].name, 0)
+
     def test_a_whole_number_of_seconds_is_a_number_of_seconds(self) -> None:
         assert decode(b'["Drain",30,false]') == Drain(30, False)
 

@@ -94,6 +94,9 @@ class TestRoundRobin:
 
 
 class TestPatience:
+    def test_ten_milliseconds_in_a_cluster_that_keeps_connections(self) -> None:
+        assert TURN == 0.010
+
     def test_it_waits_for_the_worker_whose_turn_it_is(self) -> None:
         policy = RoundRobin(patience=TURN)
         workers = workers_of(policy, 3)

@@ -466,6 +466,18 @@ class TestStop:
 
 
 class TestRoster:
+    def test_the_limits_unless_somebody_says_otherwise(self) -> None:
+        assert Limits() == Limits(
+            boot=60.0,
+            graceful=30.0,
+            quick=2.0,
+            disconnected=5.0,
+            backoff=0.1,
+            backoff_max=15.0,
+            min_uptime=1.0,
+            surge=1,
+        )
+
     def test_ids_are_never_reused(self) -> None:
         driver = running(1)
         ids = [1]

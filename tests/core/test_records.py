@@ -59,6 +59,7 @@ def test_answers_come_back_as_they_were_packed_in_their_order(answers: list[tupl
 def test_the_sizes_on_the_wire() -> None:
     """Both ends run the same release, but a change here has to be a new `VERSION`."""
     assert (VERSION, OFFER_SIZE, ANSWER_SIZE) == (1, 56, 16)
+    assert (NO_ADDRESS, IPV4, IPV6) == (0, 4, 6)
     assert bytes.fromhex("01010000 00000000 0100000000000000") == AN_ANSWER
 
 

@@ -80,6 +80,13 @@ def test_every_worker_dies_at_boot() -> None:
     assert "Traceback" not in finished.text
 
 
+def test_an_app_that_exits_with_a_message_on_import(tmp_path: Path) -> None:
+    (tmp_path / "strict.py").write_text("import sys\n\nsys.exit('SECRET_KEY is not set')\n")
+    finished = run("strict:app", "--app-dir", str(tmp_path), "--workers", "2", *ANY_PORT)
+    assert finished.code == 3
+    once(finished, "SECRET_KEY is not set")
+
+
 def test_boot_takes_too_long() -> None:
     finished = run("tests.helpers.apps.hangs:app", "--workers", "2", "--timeout-boot", "0.5", *ANY_PORT)
     assert finished.code == 3
@@ -329,7 +336,7 @@ def test_the_command_that_is_implied(serve: Serve) -> None:
 
 
 def test_the_applications_directory_is_where_the_command_is_given(tmp_path: Path) -> None:
-    (tmp_path / "here.py").write_text("raise SystemExit('found it')\n")
+    (tmp_path / "here.py").write_text("raise RuntimeError('found it')\n")
     finished = run("here:app", "--workers", "1", *ANY_PORT, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert finished.code == 3
-    assert "found it" in finished.text
+    once(finished, "RuntimeError: found it")

@@ -29,7 +29,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     names = inspect.signature(pyfuncitem.obj).parameters
     arguments = {name: pyfuncitem.funcargs[name] for name in names if name in pyfuncitem.funcargs}
     loop: asyncio.AbstractEventLoop = pyfuncitem.funcargs["loop"]
-    loop.run_until_complete(asyncio.wait_for(pyfuncitem.obj(**arguments), 5))
+    loop.run_until_complete(asyncio.wait_for(pyfuncitem.obj(**arguments), DEADLINE))
     return True
 
 

@@ -39,17 +39,28 @@ class SkewedLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self._skew = 0.0
+        self._frozen: float | None = None
         self.turns = 0
         self.faults: list[dict[str, Any]] = []
         super().__init__()
         self.set_exception_handler(lambda _, context: self.faults.append(context))
 
     def time(self) -> float:
-        return super().time() + self._skew
+        return super().time() + self._skew if self._frozen is None else self._frozen
+
+    def freeze(self) -> None:
+        """From now on only `turn` and `forward` make a difference."""
+        self._frozen = self.time()
+
+    def thaw(self) -> None:
+        """The clock goes on."""
+        self._frozen = None
 
     def forward(self, seconds: float) -> None:
         """Everything that was to happen within `seconds` from now is due."""
         self._skew += seconds
+        if self._frozen is not None:
+            self._frozen += seconds
 
     def _run_once(self) -> None:
         self.turns += 1

@@ -1,0 +1,259 @@
+"""The master's log: its look, its level, and the files that decide instead."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clusterserve.errors import SettingsError
+from clusterserve.logs import TRACE, Formatter, configure
+from clusterserve.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def logger() -> Iterator[logging.Logger]:
+    """The logger of a fresh program; afterwards all is as it was."""
+    root, ours = logging.getLogger(), logging.getLogger("clusterserve")
+    kept = [(each, each.handlers[:], each.level, each.propagate, each.disabled) for each in (root, ours)]
+    others = set(logging.Logger.manager.loggerDict)
+    for each in (root, ours):
+        each.handlers.clear()
+    ours.setLevel(logging.NOTSET)
+    ours.propagate = True
+    yield ours
+    for each, handlers, level, propagate, disabled in kept:
+        each.handlers[:] = handlers
+        each.setLevel(level)
+        each.propagate, each.disabled = propagate, disabled
+    for name in set(logging.Logger.manager.loggerDict) - others:
+        logging.getLogger(name).handlers.clear()
+
+
+def settings(**values: object) -> Settings:
+    return Settings.create(app="module:app", workers=1, **values)
+
+
+def record(level: int, message: str = "hello") -> logging.LogRecord:
+    return logging.LogRecord("clusterserve", level, "file.py", 1, message, None, None)
+
+
+# ── the look ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("level", "line"),
+    [
+        (logging.DEBUG, "DEBUG:    hello"),
+        (logging.INFO, "INFO:     hello"),
+        (logging.WARNING, "WARNING:  hello"),
+        (logging.ERROR, "ERROR:    hello"),
+        (logging.CRITICAL, "CRITICAL: hello"),
+    ],
+)
+def test_messages_stand_in_one_column(level: int, line: str) -> None:
+    assert Formatter(use_colors=False).format(record(level)) == line
+
+
+def test_colours() -> None:
+    assert Formatter(use_colors=True).format(record(logging.INFO)) == "\x1b[32mINFO\x1b[0m:     hello"
+    # A level of somebody else's has no colour, and no trouble.
+    assert Formatter(use_colors=True).format(record(7)).endswith("hello")
+
+
+def test_the_same_look_as_uvicorns() -> None:
+    from uvicorn.logging import DefaultFormatter
+
+    theirs = DefaultFormatter("%(levelprefix)s %(message)s", use_colors=False)
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
+        assert Formatter(use_colors=False).format(record(level)) == theirs.format(record(level))
+
+
+def test_a_traceback_follows_its_message() -> None:
+    try:
+        raise RuntimeError("trouble")
+    except RuntimeError:
+        with_trouble = logging.LogRecord("clusterserve", logging.ERROR, "f", 1, "it failed", None, sys.exc_info())
+    lines = Formatter(use_colors=False).format(with_trouble).splitlines()
+    assert lines[0] == "ERROR:    it failed"
+    assert lines[-1] == "RuntimeError: trouble"
+
+
+# ── without a file ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_to_stderr_from_info_on(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(settings())
+    logger.debug("too little")
+    logger.info("enough")
+    logging.getLogger("clusterserve.dispatch").warning("from a part of it")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "INFO:     enough\nWARNING:  from a part of it\n"
+
+
+def test_only_once(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(settings())
+    configure(settings())
+    logger.info("hello")
+    assert capsys.readouterr().err == "INFO:     hello\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("critical", 50), ("error", 40), ("warning", 30), ("info", 20), ("debug", 10), ("trace", TRACE), ("DEBUG", 10)],
+)
+def test_levels(logger: logging.Logger, name: str, level: int) -> None:
+    configure(settings(log_level=name))
+    assert logger.level == level
+    assert logging.getLevelName(TRACE) == "TRACE"
+
+
+@pytest.mark.parametrize(("use_colors", "coloured"), [(True, True), (False, False), (None, False)])
+def test_colours_as_asked_and_else_for_a_terminal(
+    logger: logging.Logger, capsys: pytest.CaptureFixture[str], use_colors: bool | None, coloured: bool
+) -> None:
+    configure(settings(use_colors=use_colors))
+    logger.info("hello")
+    assert ("\x1b[" in capsys.readouterr().err) is coloured
+
+
+def test_handlers_of_the_programs_own_are_kept(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = logging.StreamHandler(sys.stdout)
+    logging.getLogger().addHandler(mine)
+    configure(settings())
+    logger.info("hello")
+    assert capsys.readouterr() == ("hello\n", "")
+
+
+def test_a_level_of_the_programs_own_is_kept(logger: logging.Logger) -> None:
+    logger.setLevel(logging.ERROR)
+    configure(settings())
+    assert logger.level == logging.ERROR
+
+
+# ── with a file ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DICT = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"plain": {"format": "mine %(levelname)s %(message)s"}},
+    "handlers": {"out": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "plain"}},
+    "loggers": {"clusterserve": {"handlers": ["out"], "level": "WARNING", "propagate": False}},
+}
+
+YAML = """
+version: 1
+disable_existing_loggers: false
+formatters: {plain: {format: "mine %(levelname)s %(message)s"}}
+handlers: {out: {class: logging.StreamHandler, stream: ext://sys.stdout, formatter: plain}}
+loggers: {clusterserve: {handlers: [out], level: WARNING, propagate: false}}
+"""
+
+INI = """
+[loggers]
+keys=root,clusterserve
+[handlers]
+keys=out
+[formatters]
+keys=plain
+[logger_root]
+handlers=
+[logger_clusterserve]
+qualname=clusterserve
+handlers=out
+level=WARNING
+propagate=0
+[handler_out]
+class=StreamHandler
+args=(sys.stdout,)
+formatter=plain
+[formatter_plain]
+format=mine %(levelname)s %(message)s
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("log.json", json.dumps(DICT)), ("log.yaml", YAML), ("log.yml", YAML), ("log.ini", INI), ("log.conf", INI)],
+)
+def test_a_file_decides(
+    logger: logging.Logger, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, content: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    configure(settings(log_config=str(path)))
+    logger.info("too little")
+    logger.warning("hello")
+    assert capsys.readouterr() == ("mine WARNING hello\n", "")
+
+
+def test_a_level_on_the_command_line_wins(logger: logging.Logger, tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps(DICT))
+    configure(settings(log_config=str(path), log_level="debug"))
+    assert logger.level == logging.DEBUG
+
+
+def test_a_file_that_does_not_speak_of_us(
+    logger: logging.Logger, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    # One made for uvicorn: it is the workers' then, and ours look as always.
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps({"version": 1, "loggers": {"uvicorn": {"level": "INFO"}}}))
+    configure(settings(log_config=str(path)))
+    assert not logger.disabled
+    logger.info("hello")
+    assert capsys.readouterr().err == "INFO:     hello\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("log.json", "{"),
+        ("log.json", "[1, 2]"),
+        ("log.json", '{"version": 7}'),
+        ("log.json", '{"version": 1, "handlers": {"out": {"class": "no.such.Handler"}}}'),
+        ("log.yaml", "a: [1"),
+        ("log.yaml", ""),
+        ("log.yaml", "\x00"),
+        ("log.ini", "no section"),
+        ("log.ini", ""),
+        ("log.ini", "[loggers]\nkeys=root\n"),
+        ("log.ini", INI.replace("(sys.stdout,)", "(no_such_name,)")),
+        ("log.ini", INI.replace("(sys.stdout,)", "(1 +")),
+        ("log.ini", INI.replace("(sys.stdout,)", "(1 / 0,)")),
+        ("log.ini", INI.replace("class=StreamHandler", "class=no.such.Handler")),
+        ("log.ini", INI.replace("level=WARNING", "level=LOUD")),
+        ("log.json", b"\xff\xfe\x00"),
+        ("log.ini", b"\xff\xfe\x00"),
+    ],
+)
+def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, content: str | bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SettingsError) as caught:
+        configure(settings(log_config=str(path)))
+    assert str(caught.value).startswith(f"log_config {str(path)!r} cannot be used: ")
+
+
+def test_a_file_that_is_gone_by_now(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.touch()
+    checked = settings(log_config=str(path))
+    path.unlink()
+    with pytest.raises(SettingsError, match=r"log\.json"):
+        configure(checked)
+
+
+def test_yaml_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.yaml"
+    path.write_text(YAML)
+    # What an import finds there means "not installed".
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(SettingsError, match="install the PyYAML package"):
+        configure(settings(log_config=str(path)))
