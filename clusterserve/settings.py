@@ -114,7 +114,7 @@ class Settings:
             reason = f"must not be above restart_backoff_max, which is {settings.restart_backoff_max:g}"
             raise SettingValueError("restart_backoff", settings.restart_backoff, reason)
         if settings.policy == "none" and settings.dispatch == "request":
-            raise SettingValueError("dispatch", "request", "needs a policy: under 'none' the workers keep what they accept")
+            raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
         return settings
 
     def to_json(self) -> dict[str, object]:

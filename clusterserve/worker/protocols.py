@@ -1,10 +1,10 @@
 """uvicorn's HTTP protocols, able to give a connection back when it is idle.
 
-The second file that knows uvicorn, and the only one that knows the insides of its protocols; each of them has a contract
-test (tests/worker/test_uvicorn_contract.py).  Relied upon, of both: `on_response_complete` is called from the
-application's task when a response is complete, `shutdown` when the server stops, `cycle` is the newest request,
-`cycle.response_complete`, `server_state.total_requests`, `transport`.  Of httptools': `pipeline` holds the requests that
-wait, `on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
+The second file that knows uvicorn, and the only one that knows the insides of its protocols; each of them has a
+contract test (tests/worker/test_uvicorn_contract.py).  Relied upon, of both: `on_response_complete` is called from the
+application's task when a response is complete, `shutdown` when the server stops, `cycle` is the newest request (None
+before the first), `cycle.response_complete`, `server_state.total_requests`, `transport`.  Of httptools': `pipeline`
+holds the requests that wait, `on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
 
 A connection is idle when its last response is complete, the request was read to its end, and nothing beyond it has been
 read: what lies unread in the kernel goes to whoever gets the connection next.  Under policy `none` the transport is the
@@ -47,6 +47,11 @@ class _Borrower(_Base):
     def _idle(self) -> bool:
         raise AssertionError("defined by the subclass")
 
+    def _answered(self) -> bool:
+        """Whether the newest request, of which there is one, has its response."""
+        cycle: Any = self.cycle
+        return cycle is not None and bool(cycle.response_complete)
+
     def give_back(self) -> bool:
         """Give the connection back if it is idle; False if it is not, or cannot be given back."""
         transport = self.transport
@@ -65,7 +70,7 @@ class _Borrower(_Base):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         # A response may be complete before its request is: the connection goes back when the body has ended.
-        if self.borrowing.after_response and self.cycle is not None and self.cycle.response_complete:
+        if self.borrowing.after_response and self._answered():
             self.give_back()
 
     def shutdown(self) -> None:
@@ -90,7 +95,8 @@ class BorrowingHttpTools(_Borrower, HttpToolsProtocol):
         self._reading = False
 
     def _idle(self) -> bool:
-        return not self._reading and not self.pipeline and (self.cycle is None or self.cycle.response_complete)
+        cycle: Any = self.cycle
+        return not self._reading and not self.pipeline and (cycle is None or self._answered())
 
 
 if TYPE_CHECKING:
@@ -99,13 +105,14 @@ else:
     _H11 = H11Protocol
 
 
-class BorrowingH11(_Borrower, _H11):  # type: ignore[misc]
+class BorrowingH11(_Borrower, _H11):
     """uvicorn's h11 protocol."""
 
     conn: h11.Connection
 
     def _idle(self) -> bool:
-        if self.cycle is not None and not self.cycle.response_complete:
+        cycle: Any = self.cycle
+        if cycle is not None and not self._answered():
             return False
         states = (self.conn.our_state, self.conn.their_state)
         return states in ((h11.IDLE, h11.IDLE), (h11.DONE, h11.DONE)) and not self.conn.trailing_data[0]
