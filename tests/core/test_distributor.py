@@ -103,8 +103,12 @@ class TestTheQueue:
         assert [connection.worker for connection in connections] == [1, 2, 1]
 
     def test_a_silent_one_is_parked_until_it_speaks(self) -> None:
-        distributor = rig()
-        connection = Connection(1, 101, 1)
+        distributor = rig(workers=0)
+        distributor.add_handle(2, RoundRobin(), client_speaks_first=True)
+        assert [handle.client_speaks_first for handle in distributor.handles.values()] == [False, True]
+        distributor.add_worker(1, 0)
+        distributor.attach(1, 2)
+        connection = Connection(1, 101, 2)
         distributor.accepted(connection, waiting=False)
         assert distribute(distributor) == []
         distributor.readable(1)
@@ -388,6 +392,7 @@ class TestAnswers:
         assert say(distributor, 1, Kind.REFUSED, 1, now=5.0) is None
         accept(distributor, 3)
         assert distribute(distributor, 5.0) == [(2, 1), (2, 3)]
+        distributor.overdue(5.0 + REFUSED_PAUSE / 2)
         assert not distributor.workers[1].ready
         distributor.overdue(5.0 + REFUSED_PAUSE)
         assert distributor.workers[1].ready

@@ -343,7 +343,9 @@ class TestReload:
 
     def test_surge_at_a_time(self) -> None:
         driver = running(5, Limits(surge=2))
-        assert driver.wants(generation=2) == [Spawn(0, 2), Spawn(1, 2)]
+        driver.target = replace(driver.target, generation=2)
+        assert driver.ask().actions == (Spawn(0, 2), Spawn(1, 2))
+        assert driver.reconcile() == [Spawn(0, 2), Spawn(1, 2)]
         assert driver.happens(6, ONLINE, LISTENING) == [Spawn(2, 2), Drain(1, False, False)]
         assert driver.happens(7, ONLINE, LISTENING) == [Spawn(3, 2), Drain(2, False, False)]
 
