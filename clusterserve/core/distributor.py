@@ -12,7 +12,7 @@ worker; within a lane, who was queued first is offered first; a lost worker lose
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +27,10 @@ WINDOW: Final = 64
 
 #: How long a worker may sit on offers without acknowledging any before it is stalled (seconds).
 PATIENCE: Final = 0.010
+
+#: How often in a row a worker is excused that has no processor to run on: a busy machine must not look like stuck
+#: workers.
+EXCUSES: Final = 25
 
 #: Lanes of a handle beyond which the empty ones are dropped: a policy may have one for every client it ever saw.
 MANY_LANES: Final = 1024
@@ -53,8 +57,8 @@ class Worker:
     """What the distributor knows of a worker; policies see it as their `Candidate`."""
 
     __slots__ = (
-        "borrowed", "capacity", "held", "id", "listeners", "open", "progress", "resting", "retry", "slot", "stalled",
-        "suspect", "unacked", "unread",
+        "borrowed", "capacity", "excuses", "held", "id", "listeners", "open", "progress", "resting", "retry", "slot",
+        "stalled", "suspect", "unacked", "unread",
     )  # fmt: skip
 
     def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:
@@ -72,6 +76,8 @@ class Worker:
         self.progress = 0.0
         #: It made no progress for `PATIENCE`: nothing more for it until it does (or `RETRY`).
         self.stalled = False
+        #: How often in a row it was late because the machine was busy with others.
+        self.excuses = 0
         #: Some of what it was offered may still lie unread in its channel; False once that was recalled.
         self.unread = False
         #: All it was offered was recalled: nothing is left whose acknowledgement would clear it, so after a rest it
@@ -254,6 +260,7 @@ class Distributor:
         # Whatever it says, its loop has turned.
         worker.progress = now
         worker.stalled = worker.suspect = False
+        worker.excuses = 0
         if kind == _ACK:
             connection.step(Event.ACK)
             worker.borrowed[id] = connection
@@ -342,10 +349,19 @@ class Distributor:
                     del lanes[0]
         return offers
 
-    def overdue(self, now: float) -> list[Worker]:
+    def late(self, now: float) -> list[int]:
+        """The workers that made no progress for `patience` and that `overdue` would take for stalled."""
+        return [
+            worker.id
+            for worker in self.workers.values()
+            if worker.unacked and not worker.stalled and now >= worker.progress + self.patience
+        ]
+
+    def overdue(self, now: float, excused: Container[int] = ()) -> list[Worker]:
         """Mark the workers that made no progress for `patience`; returns those whose unread offers should come back.
 
-        Only while another worker is ready: with nobody to take them, they may as well stay where they are.
+        Only while another worker is ready: with nobody to take them, they may as well stay where they are.  `excused`
+        are workers that could not run for want of a processor: each gets its `patience` anew, `EXCUSES` times.
         """
         late = []
         for worker in self.workers.values():
@@ -353,10 +369,15 @@ class Distributor:
                 worker.resting = 0.0
             if worker.unacked:
                 # The same sum as in `wake_at`: a difference may round to the other side and spin.
-                if now >= worker.progress + self.patience:
-                    worker.stalled = True
-                    if worker.unread:
-                        late.append(worker)
+                if now < worker.progress + self.patience:
+                    continue
+                if not worker.stalled and worker.id in excused and worker.excuses < EXCUSES:
+                    worker.excuses += 1
+                    worker.progress = now
+                    continue
+                worker.stalled = True
+                if worker.unread:
+                    late.append(worker)
             elif worker.stalled and now >= worker.retry:
                 worker.stalled = False
                 worker.suspect = True

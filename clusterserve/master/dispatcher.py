@@ -23,6 +23,7 @@ from ..core.records import IPV4, IPV6, NO_ADDRESS, pack_offer, unpack_answers
 from ..errors import ProtocolError
 from .fate import Fate, answer_bad_gateway, fate_of
 from .listeners import Listener
+from .starvation import Starvation
 
 logger = logging.getLogger("clusterserve.dispatch")
 
@@ -66,6 +67,8 @@ class Dispatcher:
         self._channels: dict[int, tuple[Worker, MasterEnd]] = {}
         self._ends: dict[int, MasterEnd] = {}
         self._parked: dict[int, Connection] = {}
+        self._pids: dict[int, int] = {}
+        self._starvation = Starvation()
         self._ids = 0
         self._accepting = True
         self._pause: asyncio.TimerHandle | None = None
@@ -192,9 +195,14 @@ class Dispatcher:
     def _tick(self) -> None:
         self._timer = None
         now = self._loop.time()
-        for worker in self.distributor.overdue(now):
+        starving = {id for id in self.distributor.late(now) if self._starves(id, now)}
+        for worker in self.distributor.overdue(now, starving):
             self._recall(worker, self._ends[worker.id])
         self._distribute(now)
+
+    def _starves(self, worker: int, now: float) -> bool:
+        pid = self._pids.get(worker)
+        return pid is not None and self._starvation.starves(pid, now)
 
     def _recall(self, worker: Worker, end: MasterEnd) -> None:
         try:
@@ -262,8 +270,10 @@ class Dispatcher:
             del self._parks[fd]
             self._epoll.unregister(fd)
 
-    def add_worker(self, worker: int, slot: int, end: MasterEnd) -> None:
-        """A worker exists.  Owns `end` from now on."""
+    def add_worker(self, worker: int, slot: int, end: MasterEnd, pid: int | None = None) -> None:
+        """A worker exists.  Owns `end` from now on.  `pid` is its process, to ask why it is late."""
+        if pid is not None:
+            self._pids[worker] = pid
         self._ends[worker] = end
         self._channels[end.fileno()] = (self.distributor.add_worker(worker, slot), end)
         self._epoll.register(end.fileno(), select.EPOLLIN)
@@ -277,6 +287,7 @@ class Dispatcher:
         """The worker is dead: what it said last counts, what it had not touched goes to others, the rest is ended."""
         now = self._loop.time()
         end = self._ends.pop(worker)
+        self._starvation.forget(self._pids.pop(worker, 0))
         record, _ = self._channels.pop(end.fileno())
         while self._answers(record, end, now):
             pass

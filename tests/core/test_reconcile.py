@@ -368,6 +368,13 @@ class TestReload:
         assert driver.happens(4, ONLINE, LISTENING) == [Drain(1, False, False)]
         assert driver.happens(5, ONLINE, LISTENING) == [Spawn(1, 2)]
 
+    def test_a_healthy_worker_that_dies_does_not_wait_for_what_its_replacement_did_wrong(self) -> None:
+        driver = running(1, Limits(backoff=5.0))
+        driver.wants(generation=2)
+        assert driver.happens(2, EXITED) == []
+        assert driver.deadline == 1015.0
+        assert driver.happens(1, EXITED) == [Spawn(0, 2)]
+
     def test_another_reload_before_the_first_is_over(self) -> None:
         """1. A replacement of generation 2 boots.  2. Generation 3 is wanted.
         Result: the one that boots is of no use to anybody and leaves; a replacement of generation 3 takes its place.
