@@ -2,8 +2,8 @@
 
 A worker that makes no progress because its application holds the loop should lose its turn; one that the kernel
 does not let run, because everything else runs, should not: on a busy machine all are late in turn, and taking turns
-away would only make the distribution uneven.  /proc tells them apart: a starving process is runnable, and its running time
-stands still (proc(5), `stat`; Documentation/scheduler/sched-stats).
+away would only make the distribution uneven.  /proc tells them apart: a starving process is runnable, and its
+running time stands still (proc(5), `stat`; Documentation/scheduler/sched-stats).
 """
 
 from __future__ import annotations
