@@ -5,7 +5,6 @@ With `--log-config` the file decides, for the master as for the workers.
 
 from __future__ import annotations
 
-import configparser
 import json
 import logging
 import logging.config
@@ -59,7 +58,10 @@ def configure(settings: Settings) -> None:
 
 
 def _load(path: str) -> None:
-    """As uvicorn reads it: .json and .yaml for dictConfig, everything else for fileConfig."""
+    """As uvicorn reads it: .json and .yaml for dictConfig, everything else for fileConfig.
+
+    A file made for uvicorn may silence every logger it does not name; ours would not be heard from then.
+    """
     try:
         if path.endswith(".json"):
             with open(path, encoding="utf-8") as file:
@@ -73,5 +75,11 @@ def _load(path: str) -> None:
                 logging.config.dictConfig(yaml.safe_load(file))
         else:
             logging.config.fileConfig(path, disable_existing_loggers=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, configparser.Error) as exc:
-        raise SettingsError(f"log_config {path!r} cannot be used: {exc}") from exc
+    except SettingsError:
+        raise
+    except Exception as exc:  # the file names classes and holds expressions: anything may come of it
+        reason = " ".join(str(exc).split()) or type(exc).__name__
+        raise SettingsError(f"log_config {path!r} cannot be used: {reason}") from exc
+    for name, logger in logging.Logger.manager.loggerDict.items():
+        if name.partition(".")[0] == "clusterserve" and isinstance(logger, logging.Logger):
+            logger.disabled = False

@@ -17,12 +17,10 @@ from clusterserve.settings import Settings
 
 @pytest.fixture(autouse=True)
 def logger() -> Iterator[logging.Logger]:
-    """The logger of a fresh program; afterwards all is as it was."""
+    """The master's logger; afterwards all is as it was."""
     root, ours = logging.getLogger(), logging.getLogger("clusterserve")
     kept = [(each, each.handlers[:], each.level, each.propagate, each.disabled) for each in (root, ours)]
     others = set(logging.Logger.manager.loggerDict)
-    for each in (root, ours):
-        each.handlers.clear()
     ours.setLevel(logging.NOTSET)
     ours.propagate = True
     yield ours
@@ -36,6 +34,13 @@ def logger() -> Iterator[logging.Logger]:
 
 def settings(**values: object) -> Settings:
     return Settings.create(app="module:app", workers=1, **values)
+
+
+def start(**values: object) -> None:
+    """Set it up in a program that has no handlers yet: those of pytest are none of its own."""
+    for name in (None, "clusterserve"):
+        logging.getLogger(name).handlers.clear()
+    configure(settings(**values))
 
 
 def record(level: int, message: str = "hello") -> logging.LogRecord:
@@ -87,7 +92,7 @@ def test_a_traceback_follows_its_message() -> None:
 
 
 def test_to_stderr_from_info_on(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
-    configure(settings())
+    start()
     logger.debug("too little")
     logger.info("enough")
     logging.getLogger("clusterserve.dispatch").warning("from a part of it")
@@ -97,7 +102,7 @@ def test_to_stderr_from_info_on(logger: logging.Logger, capsys: pytest.CaptureFi
 
 
 def test_only_once(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
-    configure(settings())
+    start()
     configure(settings())
     logger.info("hello")
     assert capsys.readouterr().err == "INFO:     hello\n"
@@ -108,7 +113,7 @@ def test_only_once(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -
     [("critical", 50), ("error", 40), ("warning", 30), ("info", 20), ("debug", 10), ("trace", TRACE), ("DEBUG", 10)],
 )
 def test_levels(logger: logging.Logger, name: str, level: int) -> None:
-    configure(settings(log_level=name))
+    start(log_level=name)
     assert logger.level == level
     assert logging.getLevelName(TRACE) == "TRACE"
 
@@ -117,14 +122,14 @@ def test_levels(logger: logging.Logger, name: str, level: int) -> None:
 def test_colours_as_asked_and_else_for_a_terminal(
     logger: logging.Logger, capsys: pytest.CaptureFixture[str], use_colors: bool | None, coloured: bool
 ) -> None:
-    configure(settings(use_colors=use_colors))
+    start(use_colors=use_colors)
     logger.info("hello")
     assert ("\x1b[" in capsys.readouterr().err) is coloured
 
 
 def test_handlers_of_the_programs_own_are_kept(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = logging.StreamHandler(sys.stdout)
-    logging.getLogger().addHandler(mine)
+    logger.handlers.clear()
+    logging.getLogger().handlers[:] = [logging.StreamHandler(sys.stdout)]
     configure(settings())
     logger.info("hello")
     assert capsys.readouterr() == ("hello\n", "")
@@ -186,7 +191,7 @@ def test_a_file_decides(
 ) -> None:
     path = tmp_path / name
     path.write_text(content)
-    configure(settings(log_config=str(path)))
+    start(log_config=str(path))
     logger.info("too little")
     logger.warning("hello")
     assert capsys.readouterr() == ("mine WARNING hello\n", "")
@@ -195,7 +200,7 @@ def test_a_file_decides(
 def test_a_level_on_the_command_line_wins(logger: logging.Logger, tmp_path: Path) -> None:
     path = tmp_path / "log.json"
     path.write_text(json.dumps(DICT))
-    configure(settings(log_config=str(path), log_level="debug"))
+    start(log_config=str(path), log_level="debug")
     assert logger.level == logging.DEBUG
 
 
@@ -205,7 +210,7 @@ def test_a_file_that_does_not_speak_of_us(
     # One made for uvicorn: it is the workers' then, and ours look as always.
     path = tmp_path / "log.json"
     path.write_text(json.dumps({"version": 1, "loggers": {"uvicorn": {"level": "INFO"}}}))
-    configure(settings(log_config=str(path)))
+    start(log_config=str(path))
     assert not logger.disabled
     logger.info("hello")
     assert capsys.readouterr().err == "INFO:     hello\n"
@@ -237,8 +242,9 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, content: str | by
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SettingsError) as caught:
-        configure(settings(log_config=str(path)))
+        start(log_config=str(path))
     assert str(caught.value).startswith(f"log_config {str(path)!r} cannot be used: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_gone_by_now(tmp_path: Path) -> None:
@@ -256,4 +262,4 @@ def test_yaml_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # What an import finds there means "not installed".
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(SettingsError, match="install the PyYAML package"):
-        configure(settings(log_config=str(path)))
+        start(log_config=str(path))

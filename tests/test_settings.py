@@ -293,10 +293,10 @@ def test_an_unknown_policy_in_a_variable_names_the_variable(name: str, monkeypat
     assert refused() == f"{name}='hsh': {ALLOWED}; did you mean 'hash'?"
 
 
-@pytest.mark.parametrize("value", ["request", "auto"])
+@pytest.mark.parametrize("value", ["auto"])
 def test_dispatch_modes_to_come_are_told_from_nonsense(value: str) -> None:
-    assert refused(dispatch=value) == f"dispatch={value!r}: not available in this version; must be connection"
-    assert refused(dispatch="conection") == "dispatch='conection': must be connection; did you mean 'connection'?"
+    assert refused(dispatch=value) == f"dispatch={value!r}: not available in this version; must be one of connection, request"
+    assert refused(dispatch="conection") == "dispatch='conection': must be one of connection, request; did you mean 'connection'?"
 
 
 # -- everything else ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +31,10 @@ PATIENCE: Final = 0.010
 
 #: The same where a connection is given back after every request: being spread evenly matters less than not waiting.
 REQUEST_PATIENCE: Final = 0.002
+
+#: How often in a row a worker is excused that has no processor to run on: a busy machine must not look like stuck
+#: workers.
+EXCUSES: Final = 25
 
 #: Lanes of a handle beyond which the empty ones are dropped: a policy may have one for every client it ever saw.
 MANY_LANES: Final = 1024
@@ -60,8 +64,8 @@ class Worker:
     """What the distributor knows of a worker; policies see it as their `Candidate`."""
 
     __slots__ = (
-        "borrowed", "capacity", "held", "id", "listeners", "open", "progress", "resting", "retry", "slot", "stalled",
-        "suspect", "unacked", "unread",
+        "borrowed", "capacity", "excuses", "held", "id", "listeners", "open", "progress", "resting", "retry", "slot",
+        "stalled", "suspect", "unacked", "unread",
     )  # fmt: skip
 
     def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:
@@ -79,6 +83,8 @@ class Worker:
         self.progress = 0.0
         #: It made no progress for `PATIENCE`: nothing more for it until it does (or `RETRY`).
         self.stalled = False
+        #: How often in a row it was late because the machine was busy with others.
+        self.excuses = 0
         #: Some of what it was offered may still lie unread in its channel; False once that was recalled.
         self.unread = False
         #: All it was offered was recalled: nothing is left whose acknowledgement would clear it, so after a rest it
@@ -254,13 +260,18 @@ class Distributor:
         return connection
 
     def expired(self, now: float) -> list[Connection]:
-        """Idle for `keep_alive` seconds since they were given back; returns them for the shell to close."""
+        """Idle for `keep_alive` seconds since they were given back: `hung_up`, if nothing has arrived meanwhile.
+
+        Each is named once; whoever has sent something is `readable` as soon as the shell hears of it.
+        """
         ids = []
         for id, deadline in self._expiries.items():
             if deadline > now:
                 break
             ids.append(id)
-        return [self.hung_up(id) for id in ids]
+        for id in ids:
+            del self._expiries[id]
+        return [self.parked[id] for id in ids]
 
     def answer(self, worker: Worker, kind: int, id: int, held: int, now: float) -> Connection | None:
         """A worker's answer.  Returns the connection if the shell must act: close it if GONE, watch it if PARKED.
@@ -283,6 +294,7 @@ class Distributor:
         # Whatever it says, its loop has turned.
         worker.progress = now
         worker.stalled = worker.suspect = False
+        worker.excuses = 0
         if kind == _ACK:
             connection.step(Event.ACK)
             worker.borrowed[id] = connection
@@ -374,10 +386,19 @@ class Distributor:
                     del lanes[0]
         return offers
 
-    def overdue(self, now: float) -> list[Worker]:
+    def late(self, now: float) -> list[int]:
+        """The workers that made no progress for `patience` and that `overdue` would take for stalled."""
+        return [
+            worker.id
+            for worker in self.workers.values()
+            if worker.unacked and not worker.stalled and now >= worker.progress + self.patience
+        ]
+
+    def overdue(self, now: float, excused: Container[int] = ()) -> list[Worker]:
         """Mark the workers that made no progress for `patience`; returns those whose unread offers should come back.
 
-        Only while another worker is ready: with nobody to take them, they may as well stay where they are.
+        Only while another worker is ready: with nobody to take them, they may as well stay where they are.  `excused`
+        are workers that could not run for want of a processor: each gets its `patience` anew, `EXCUSES` times.
         """
         late = []
         for worker in self.workers.values():
@@ -385,10 +406,15 @@ class Distributor:
                 worker.resting = 0.0
             if worker.unacked:
                 # The same sum as in `wake_at`: a difference may round to the other side and spin.
-                if now >= worker.progress + self.patience:
-                    worker.stalled = True
-                    if worker.unread:
-                        late.append(worker)
+                if now < worker.progress + self.patience:
+                    continue
+                if not worker.stalled and worker.id in excused and worker.excuses < EXCUSES:
+                    worker.excuses += 1
+                    worker.progress = now
+                    continue
+                worker.stalled = True
+                if worker.unread:
+                    late.append(worker)
             elif worker.stalled and now >= worker.retry:
                 worker.stalled = False
                 worker.suspect = True

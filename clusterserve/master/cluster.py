@@ -54,7 +54,8 @@ class Cluster:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
         self._ordered = Stop.NO
-        self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._starting = threading.Lock()
+        self._ended: concurrent.futures.Future[None] = _promise()
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -133,7 +134,7 @@ class Cluster:
         self._change(Engine.reload)
 
     def _change(self, order: Callable[[Engine], asyncio.Future[None]]) -> None:
-        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        done: concurrent.futures.Future[None] = _promise()
 
         def finished(change: asyncio.Future[None]) -> None:
             error = change.exception()
@@ -143,6 +144,11 @@ class Cluster:
                 done.set_exception(error)
 
         self._ask(lambda engine: order(engine).add_done_callback(finished))
+        # The loop may end without having come to it.
+        either: list[concurrent.futures.Future[Any]] = [done, self._ended]
+        concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
+        if not done.done():
+            raise ClusterError("the cluster does not run")
         done.result()
 
     # -- looking in -----------------------------------------------------------------------------------------------
@@ -178,15 +184,15 @@ class Cluster:
     # -- the engine's thread --------------------------------------------------------------------------------------
 
     def _begin(self) -> concurrent.futures.Future[None]:
-        if self._thread is not None:
-            raise ClusterError("a Cluster starts once; make a new one")
-        started: concurrent.futures.Future[None] = concurrent.futures.Future()
-        for future in (started, self._ended):
-            # Running: to cancel who awaits it must not cancel what the engine's thread is about to set.
-            future.set_running_or_notify_cancel()
-        # A thread of its own also for the workers' sake: the kernel kills them when the thread that spawned them ends.
-        self._thread = threading.Thread(target=self._run, args=(started,), name="clusterserve", daemon=True)
-        self._thread.start()
+        with self._starting:
+            if self._thread is not None:
+                raise ClusterError("a Cluster starts once; make a new one")
+            started: concurrent.futures.Future[None] = _promise()
+            # A thread of its own also for the workers' sake: the kernel kills them when the thread that spawned them
+            # ends.
+            thread = threading.Thread(target=self._run, args=(started,), name="clusterserve", daemon=True)
+            thread.start()
+            self._thread = thread
         return started
 
     def _run(self, started: concurrent.futures.Future[None]) -> None:
@@ -253,3 +259,10 @@ class Cluster:
         if not answer.done():
             raise ClusterError("the cluster does not run")
         return answer.result()
+
+
+def _promise() -> concurrent.futures.Future[Any]:
+    """A future that cannot be cancelled: who awaits it may be, and the engine's thread sets it all the same."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    return future

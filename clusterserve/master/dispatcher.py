@@ -18,11 +18,12 @@ from typing import Final
 
 from ..channel.connection import MAX_BATCH, MasterEnd
 from ..core.connection import Connection, State
-from ..core.distributor import PATIENCE, Distributor, Worker
+from ..core.distributor import Distributor, Worker
 from ..core.records import IPV4, IPV6, NO_ADDRESS, pack_offer, unpack_answers
 from ..errors import ProtocolError
 from .fate import Fate, answer_bad_gateway, fate_of
 from .listeners import Listener
+from .starvation import Starvation
 
 logger = logging.getLogger("clusterserve.dispatch")
 
@@ -66,6 +67,8 @@ class Dispatcher:
         self._channels: dict[int, tuple[Worker, MasterEnd]] = {}
         self._ends: dict[int, MasterEnd] = {}
         self._parked: dict[int, Connection] = {}
+        self._pids: dict[int, int] = {}
+        self._starvation = Starvation()
         self._ids = 0
         self._accepting = True
         self._retiring = False
@@ -178,8 +181,8 @@ class Dispatcher:
             self._set_accepting(queued < self._max_pending)
         if not queued:
             self._on_idle()
-        if self._timer is None or self._due > now + PATIENCE:
-            # A look that is due within `PATIENCE` is soon enough for what has just begun.
+        if self._timer is None or self._due > now + self.distributor.patience:
+            # A look that is due within that time is soon enough for what has just begun.
             wake = self.distributor.wake_at(now)
             if wake is not None:
                 self._wake(max(wake, now + 0.001))
@@ -195,10 +198,15 @@ class Dispatcher:
     def _tick(self) -> None:
         self._timer = None
         now = self._loop.time()
-        for worker in self.distributor.overdue(now):
+        starving = {id for id in self.distributor.late(now) if self._starves(id, now)}
+        for worker in self.distributor.overdue(now, starving):
             self._recall(worker, self._ends[worker.id])
-        self._end_parked(self.distributor.expired(now))
+        self._end_idle(self.distributor.expired(now))
         self._distribute(now)
+
+    def _starves(self, worker: int, now: float) -> bool:
+        pid = self._pids.get(worker)
+        return pid is not None and self._starvation.starves(pid, now)
 
     def _recall(self, worker: Worker, end: MasterEnd) -> None:
         try:
@@ -211,11 +219,13 @@ class Dispatcher:
         self._parked[connection.fd] = connection
         self._epoll.register(connection.fd, _PARKED)
 
-    def _end_parked(self, connections: Sequence[Connection]) -> None:
+    def _end_idle(self, connections: Sequence[Connection]) -> None:
+        """Close these parked connections, but none whose client has asked for more: the epoll will tell of it."""
         for connection in connections:
-            del self._parked[connection.fd]
-            self._epoll.unregister(connection.fd)
-        self._close(connections)
+            if not _has_data(connection.fd):
+                del self._parked[connection.fd]
+                self._epoll.unregister(connection.fd)
+                os.close(self.distributor.hung_up(connection.id).fd)
 
     def _unpark(self, fd: int, event: int, now: float) -> None:
         connection = self._parked.pop(fd, None)
@@ -272,8 +282,7 @@ class Dispatcher:
     def end_idle(self) -> None:
         """The cluster stops: close every parked connection whose client has not asked for more, now and from now on."""
         self._retiring = True
-        idle = [connection for connection in self._parked.values() if not _has_data(connection.fd)]
-        self._end_parked([self.distributor.hung_up(connection.id) for connection in idle])
+        self._end_idle(tuple(self._parked.values()))
 
     def remove_listener(self, listener: Listener) -> None:
         """Accept nothing more from it; what was accepted stays.  The caller closes it."""
@@ -282,8 +291,10 @@ class Dispatcher:
             del self._parks[fd]
             self._epoll.unregister(fd)
 
-    def add_worker(self, worker: int, slot: int, end: MasterEnd) -> None:
-        """A worker exists.  Owns `end` from now on."""
+    def add_worker(self, worker: int, slot: int, end: MasterEnd, pid: int | None = None) -> None:
+        """A worker exists.  Owns `end` from now on.  `pid` is its process, to ask why it is late."""
+        if pid is not None:
+            self._pids[worker] = pid
         self._ends[worker] = end
         self._channels[end.fileno()] = (self.distributor.add_worker(worker, slot), end)
         self._epoll.register(end.fileno(), select.EPOLLIN)
@@ -297,6 +308,7 @@ class Dispatcher:
         """The worker is dead: what it said last counts, what it had not touched goes to others, the rest is ended."""
         now = self._loop.time()
         end = self._ends.pop(worker)
+        self._starvation.forget(self._pids.pop(worker, 0))
         record, _ = self._channels.pop(end.fileno())
         while self._answers(record, end, now):
             pass

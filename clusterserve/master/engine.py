@@ -292,7 +292,7 @@ class Engine:
             self._loop, process.messages, partial(self._on_message, member.id), partial(self._on_closed, member.id)
         )
         self.seats[member.id] = Seat(member, process, channel)
-        self._dispatcher.add_worker(member.id, action.slot, process.connections)
+        self._dispatcher.add_worker(member.id, action.slot, process.connections, process.pid)
         # Python overlooks what is no text there, a Path for one; so do we.
         entries: list[object] = [*sys.path]
         path = [entry for entry in entries if isinstance(entry, str)]

@@ -6,11 +6,12 @@ One per process, made before the event loop; `attach` binds it to the loop that 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel
@@ -23,6 +24,13 @@ from .server import FauxServer
 MASTER_GONE: Final = 1
 
 
+class _Request(NamedTuple):
+    """A listen request on its way, and the name of the listener it asks for."""
+
+    name: tuple[str, int]
+    answer: asyncio.Future[tuple[Listened, list[int]]]
+
+
 class Link:
     """Both channels of this worker.  Owns the two sockets."""
 
@@ -32,9 +40,11 @@ class Link:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: MessageChannel | None = None
         self._receiver: Receiver | None = None
-        self._requests: dict[int, asyncio.Future[tuple[Listened, list[int]]]] = {}
+        self._requests: dict[int, _Request] = {}
         self._number = 0
-        self._seen: Counter[str] = Counter()
+        # The indexes in use for each address, and which one belongs to which listener.
+        self._indexes: defaultdict[str, set[int]] = defaultdict(set)
+        self._names: dict[int, tuple[str, int]] = {}
         #: Called with (grace seconds, quick, keep) when the master wants this worker to finish.
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
         #: Called when a server is in place.
@@ -63,13 +73,20 @@ class Link:
         """
         assert self._loop is not None
         self._number += 1
-        index = self._seen[bind]
-        self._seen[bind] += 1
-        answer = self._requests[self._number] = self._loop.create_future()
+        used = self._indexes[bind]
+        # The first that is free: who closes a server and listens again comes back to where the other workers are.
+        index = next(number for number in itertools.count() if number not in used)
+        used.add(index)
+        request = self._requests[self._number] = _Request((bind, index), self._loop.create_future())
         self.send(Listen(self._number, bind, index, backlog, client_speaks_first))
-        listened, descriptors = await answer
+        try:
+            listened, descriptors = await request.answer
+        except asyncio.CancelledError:
+            if not request.answer.cancelled():
+                # Answered and given up in the same turn.
+                self._give_back(*request.answer.result())
+            raise
         if listened.errno:
-            self._seen[bind] -= 1
             raise OSError(listened.errno, listened.reason)
         return listened, descriptors
 
@@ -101,18 +118,39 @@ class Link:
 
     def _server_closed(self, server: FauxServer) -> None:
         self.receiver.servers.pop(server.key, None)
-        self.send(Closed(server.key))
+        self._leave(server.key)
+
+    def _leave(self, key: int) -> None:
+        bind, index = self._names.pop(key)
+        self._indexes[bind].discard(index)
+        self.send(Closed(key))
+
+    def _listened(self, message: Listened, descriptors: list[int]) -> None:
+        request = self._requests.pop(message.request, None)
+        if request is None:
+            raise ProtocolError(f"request {message.request} was never sent, or is answered already")
+        if message.errno:
+            bind, index = request.name
+            self._indexes[bind].discard(index)
+        else:
+            self._names[message.listener] = request.name
+        if request.answer.done():
+            self._give_back(message, descriptors)
+        else:
+            request.answer.set_result((message, descriptors))
+
+    def _give_back(self, answer: Listened, descriptors: list[int]) -> None:
+        """Whoever asked has given up meanwhile: let go of what came too late."""
+        for fd in descriptors:
+            os.close(fd)
+        if not answer.errno:
+            self._leave(answer.listener)
 
     def _on_message(self, message: Message, descriptors: list[int]) -> None:
         if isinstance(message, Listened):
-            answer = self._requests.pop(message.request, None)
-            if answer is not None and not answer.done():
-                answer.set_result((message, descriptors))
-                return
-            if not message.errno:
-                # Whoever asked has given up meanwhile: let go of what came too late.
-                self.send(Closed(message.listener))
-        elif isinstance(message, Drain):
+            self._listened(message, descriptors)
+            return
+        if isinstance(message, Drain):
             # Every offer was sent before this message: none is left behind when the servers close.
             self.receiver.drain()
             self.on_drain(message.grace, message.quick, message.keep)

@@ -66,7 +66,7 @@ class ClusterLoopMixin:
                 protocol_factory, path, sock=sock, backlog=backlog, **options
             )
             return server
-        return await self._listen(protocol_factory, Bind("unix", path=_absolute(os.fspath(path))), backlog, options)
+        return await self._listen(protocol_factory, Bind("unix", path=_path(os.fsdecode(path))), backlog, options)
 
     async def _listen(
         self,
@@ -95,9 +95,11 @@ class ClusterLoopMixin:
         return server
 
 
-def _absolute(path: str) -> str:
-    """The master's working directory is not ours; abstract names have none."""
-    return path if path.startswith(("@", "\0")) else os.path.abspath(path)
+def _path(path: str) -> str:
+    """As the master knows it: its working directory is not ours, and an abstract name begins with an `@`."""
+    if path.startswith(("@", "\0")):
+        return "@" + path[1:]
+    return os.path.abspath(path)
 
 
 def cluster_loop(base: type[Any], link: Link) -> type[asyncio.AbstractEventLoop]:

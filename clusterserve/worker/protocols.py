@@ -57,6 +57,9 @@ class _Borrower(_Base):
         transport = self.transport
         if not isinstance(transport, HandedTransport) or transport.is_closing() or not self._idle():
             return False
+        if transport.get_protocol() is not self:
+            # It has been upgraded, and is a WebSocket's now.
+            return False
         self._unset_keepalive_if_required()
         transport.give_back()
         return True

@@ -237,7 +237,7 @@ class Receiver:
     def cut(self) -> None:
         """Abort every connection that is still open."""
         for transport in (*self._lazy, *self.kept.values()):
-            transport.abort()
+            transport.cut()
 
     def close(self) -> None:
         """Stop reading and close the channel; connections go on."""

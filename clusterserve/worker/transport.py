@@ -263,6 +263,11 @@ class HandedTransport(asyncio.Transport):
         self._returning = True
         self.close()
 
+    def cut(self) -> None:
+        """Abort, also what is being given back: what is not flushed never will be, so the connection is over."""
+        self._returning = False
+        self.abort()
+
     def abort(self) -> None:
         self._closing = self._abort = True
         self._pieces.clear()

@@ -180,7 +180,7 @@ class TestArriving:
         assert end.messages == [Online(1), Listening(2)]
 
     async def test_merged(self, loop: asyncio.AbstractEventLoop, end: End, peer: Peer) -> None:
-        sent = [Online(1), Listening(2), Closed(3), Drain(4.5, True)]
+        sent = [Online(1), Listening(2), Closed(3), Drain(4.5, True, False)]
         frames = b"".join(map(encode, sent))
         # Three and a half at once, then the rest.
         peer.send(frames[:-7])

@@ -103,8 +103,12 @@ class TestTheQueue:
         assert [connection.worker for connection in connections] == [1, 2, 1]
 
     def test_a_silent_one_is_parked_until_it_speaks(self) -> None:
-        distributor = rig()
-        connection = Connection(1, 101, 1)
+        distributor = rig(workers=0)
+        distributor.add_handle(2, RoundRobin(), client_speaks_first=True)
+        assert [handle.client_speaks_first for handle in distributor.handles.values()] == [False, True]
+        distributor.add_worker(1, 0)
+        distributor.attach(1, 2)
+        connection = Connection(1, 101, 2)
         distributor.accepted(connection, waiting=False)
         assert distribute(distributor) == []
         distributor.readable(1)
@@ -388,6 +392,7 @@ class TestAnswers:
         assert say(distributor, 1, Kind.REFUSED, 1, now=5.0) is None
         accept(distributor, 3)
         assert distribute(distributor, 5.0) == [(2, 1), (2, 3)]
+        distributor.overdue(5.0 + REFUSED_PAUSE / 2)
         assert not distributor.workers[1].ready
         distributor.overdue(5.0 + REFUSED_PAUSE)
         assert distributor.workers[1].ready
@@ -577,6 +582,47 @@ class TestStalledWorkers:
             assert distributor.overdue(now) == []
             accept(distributor, id)
             assert distribute(distributor, now) == [(1, id)]
+
+    def test_one_without_a_processor_is_excused_so_many_times(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "EXCUSES", 3)
+        distributor = rig()
+        accept(distributor, 1, 2)
+        now = 1.0
+        distribute(distributor, now)
+        say(distributor, 2, Kind.ACK, 2, now)
+        worker = distributor.workers[1]
+        assert distributor.late(1.009) == []
+        for _ in range(3):
+            now += PATIENCE
+            assert distributor.late(now) == [1]
+            assert distributor.overdue(now, {1}) == []
+            assert not worker.stalled
+            # Its time begins anew.
+            assert distributor.late(now) == []
+            assert distributor.wake_at(now) == now + PATIENCE
+        now += PATIENCE
+        assert distributor.overdue(now, {1}) == [worker]
+        assert worker.stalled
+        assert distributor.late(now) == []
+
+    def test_every_answer_gives_it_all_its_excuses_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "EXCUSES", 1)
+        distributor = rig(workers=1)
+        accept(distributor, 1, 2)
+        distribute(distributor, 1.0)
+        distributor.overdue(2.0, {1})
+        say(distributor, 1, Kind.ACK, 1, now=2.0)
+        distributor.overdue(3.0, {1})
+        assert not distributor.workers[1].stalled
+        distributor.overdue(4.0, {1})
+        assert distributor.workers[1].stalled
+
+    def test_nobody_who_is_stalled_is_excused_afterwards(self) -> None:
+        distributor = rig()
+        accept(distributor, 1)
+        distribute(distributor, 1.0)
+        assert distributor.overdue(2.0) == [distributor.workers[1]]
+        assert distributor.overdue(3.0, {1}) == [distributor.workers[1]]
 
     def test_taking_back_what_it_was_not_offered_changes_nothing(self) -> None:
         """A worker answered for an offer it had not read: what comes out of its channel then is no longer its."""
@@ -918,12 +964,14 @@ class Shell(RuleBasedStateMachine):
 
     # -- the shell --
 
-    @rule(delay=DELAYS, full=st.none() | ONE, room=st.integers(0, 2))
-    def turn(self, delay: float, full: int | None = None, room: int = 0) -> None:
+    @rule(delay=DELAYS, starving=st.booleans(), full=st.none() | ONE, room=st.integers(0, 2))
+    def turn(self, delay: float, starving: bool = False, full: int | None = None, room: int = 0) -> None:
         """The master's loop turns: what is due, then offers, of which one worker's channel may take only some."""
         self.now += delay
-        for worker in self.distributor.overdue(self.now):
+        late = self.distributor.late(self.now)
+        for worker in self.distributor.overdue(self.now, late[:1] if starving else ()):
             self.recall(worker)
+        assert self.distributor.late(self.now) == []
         offers = self.offer()
         if offers and full is not None:
             worker = one_of(offers, full)[0]

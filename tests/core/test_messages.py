@@ -67,7 +67,7 @@ EXAMPLES: list[Message] = [
     Closed(3),
     Failed("ImportError: no module named 'app'", "Traceback …"),
     Leave(),
-    Drain(30.0, False),
+    Drain(30.0, False, True),
 ]
 
 
@@ -102,7 +102,7 @@ class TestRoundTrips:
             setattr(message, dataclasses.fields(message)[0].name, 0)
 
     def test_a_whole_number_of_seconds_is_a_number_of_seconds(self) -> None:
-        assert decode(b'["Drain",30,false]') == Drain(30, False)
+        assert decode(b'["Drain",30,false,true]') == Drain(30, False, True)
 
 
 class TestTheDecoder:

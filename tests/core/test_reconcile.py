@@ -280,7 +280,7 @@ class TestScale:
 
     def test_down_takes_the_highest_slots(self) -> None:
         driver = running(4)
-        assert driver.wants(count=2) == [Drain(3, False, False), Drain(4, False, False)]
+        assert driver.wants(count=2) == [Drain(3, False, False, True), Drain(4, False, False, True)]
         assert driver.verdict is Verdict.RUNNING
         driver.happens(3, DISCONNECTED, EXITED)
         assert driver.happens(4, EXITED) == []
@@ -290,7 +290,7 @@ class TestScale:
     def test_down_while_one_boots(self) -> None:
         driver = Driver(Target(2))
         driver.reconcile()
-        assert driver.wants(count=1) == [Drain(2, False, True)]
+        assert driver.wants(count=1) == [Drain(2, False, True, True)]
         # What it had sent before it read that is late and changes nothing.
         assert driver.happens(2, ONLINE, LISTENING) == []
         assert driver.roster.members[2].state is WorkerState.DRAINING
@@ -331,10 +331,10 @@ class TestReload:
         driver = running(3)
         assert driver.wants(generation=2) == [Spawn(0, 2)]
         driver.happens(4, ONLINE)
-        assert driver.happens(4, LISTENING) == [Spawn(1, 2), Drain(1, False, False)]
+        assert driver.happens(4, LISTENING) == [Spawn(1, 2), Drain(1, False, False, True)]
         assert driver.happens(1, DISCONNECTED, EXITED) == []
-        assert driver.happens(5, ONLINE, LISTENING) == [Spawn(2, 2), Drain(2, False, False)]
-        assert driver.happens(6, ONLINE, LISTENING) == [Drain(3, False, False)]
+        assert driver.happens(5, ONLINE, LISTENING) == [Spawn(2, 2), Drain(2, False, False, True)]
+        assert driver.happens(6, ONLINE, LISTENING) == [Drain(3, False, False, True)]
         driver.happens(2, EXITED)
         assert driver.verdict is Verdict.RUNNING
         driver.happens(3, EXITED)
@@ -343,9 +343,11 @@ class TestReload:
 
     def test_surge_at_a_time(self) -> None:
         driver = running(5, Limits(surge=2))
-        assert driver.wants(generation=2) == [Spawn(0, 2), Spawn(1, 2)]
-        assert driver.happens(6, ONLINE, LISTENING) == [Spawn(2, 2), Drain(1, False, False)]
-        assert driver.happens(7, ONLINE, LISTENING) == [Spawn(3, 2), Drain(2, False, False)]
+        driver.target = replace(driver.target, generation=2)
+        assert driver.ask().actions == (Spawn(0, 2), Spawn(1, 2))
+        assert driver.reconcile() == [Spawn(0, 2), Spawn(1, 2)]
+        assert driver.happens(6, ONLINE, LISTENING) == [Spawn(2, 2), Drain(1, False, False, True)]
+        assert driver.happens(7, ONLINE, LISTENING) == [Spawn(3, 2), Drain(2, False, False, True)]
 
     def test_a_generation_that_cannot_start_leaves_the_old_one_serving(self) -> None:
         driver = running(2, Limits(backoff=1.0, backoff_max=4.0))
@@ -363,8 +365,15 @@ class TestReload:
         driver.wants(generation=2)
         assert driver.happens(3, EXITED) == [Spawn(2, 2)]
         # Two boot now, one more than in a reload alone: an empty slot is worth more than the pace.
-        assert driver.happens(4, ONLINE, LISTENING) == [Drain(1, False, False)]
+        assert driver.happens(4, ONLINE, LISTENING) == [Drain(1, False, False, True)]
         assert driver.happens(5, ONLINE, LISTENING) == [Spawn(1, 2)]
+
+    def test_a_healthy_worker_that_dies_does_not_wait_for_what_its_replacement_did_wrong(self) -> None:
+        driver = running(1, Limits(backoff=5.0))
+        driver.wants(generation=2)
+        assert driver.happens(2, EXITED) == []
+        assert driver.deadline == 1015.0
+        assert driver.happens(1, EXITED) == [Spawn(0, 2)]
 
     def test_another_reload_before_the_first_is_over(self) -> None:
         """1. A replacement of generation 2 boots.  2. Generation 3 is wanted.
@@ -372,9 +381,9 @@ class TestReload:
         """
         driver = running(2)
         driver.wants(generation=2)
-        assert driver.wants(generation=3) == [Spawn(0, 3), Drain(3, False, True)]
+        assert driver.wants(generation=3) == [Spawn(0, 3), Drain(3, False, True, True)]
         driver.happens(3, EXITED)
-        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(1, 3), Drain(1, False, False)]
+        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(1, 3), Drain(1, False, False, True)]
 
     def test_another_reload_in_the_moment_a_replacement_came_up(self) -> None:
         """1. A replacement listens.  2. Before that is acted upon, the next generation is wanted.
@@ -384,16 +393,16 @@ class TestReload:
         driver.wants(generation=2)
         driver.roster.happened(3, ONLINE, driver.now)
         driver.roster.happened(3, LISTENING, driver.now)
-        assert driver.wants(generation=3) == [Spawn(0, 3), Drain(1, False, False)]
-        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(1, 3), Drain(3, False, False)]
+        assert driver.wants(generation=3) == [Spawn(0, 3), Drain(1, False, False, True)]
+        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(1, 3), Drain(3, False, False, True)]
 
     def test_back_to_the_old_generation(self) -> None:
         driver = running(3, Limits(surge=2))
         driver.wants(generation=2)
         driver.happens(4, ONLINE, LISTENING)
         # Slot 0 has been replaced, slots 1 and 2 are being.
-        assert driver.wants(generation=1) == [Spawn(0, 1), Drain(5, False, True), Drain(6, False, True)]
-        assert driver.happens(7, ONLINE, LISTENING) == [Drain(4, False, False)]
+        assert driver.wants(generation=1) == [Spawn(0, 1), Drain(5, False, True, True), Drain(6, False, True, True)]
+        assert driver.happens(7, ONLINE, LISTENING) == [Drain(4, False, False, True)]
         for id in (1, 4, 5, 6):
             driver.happens(id, EXITED)
         assert driver.verdict is Verdict.SETTLED
@@ -404,20 +413,20 @@ class TestReload:
         driver.wants(generation=2)
         driver.roster.happened(3, ONLINE, driver.now)
         driver.roster.happened(3, LISTENING, driver.now)
-        assert driver.wants(generation=1) == [Drain(3, False, False)]
+        assert driver.wants(generation=1) == [Drain(3, False, False, True)]
         assert driver.slots == {0: 1, 1: 2}
 
     def test_a_reload_of_a_cluster_that_has_not_come_up_starts_over(self) -> None:
         driver = Driver(Target(2))
         driver.reconcile()
-        assert driver.wants(generation=2) == [Spawn(0, 2), Spawn(1, 2), Drain(1, False, True), Drain(2, False, True)]
+        assert driver.wants(generation=2) == [Spawn(0, 2), Spawn(1, 2), Drain(1, False, True, True), Drain(2, False, True, True)]
 
 
 class TestStop:
     @pytest.mark.parametrize(("stop", "quick"), [(Stop.GRACEFUL, False), (Stop.QUICK, True)])
     def test_everybody_is_told_once(self, stop: Stop, quick: bool) -> None:
         driver = running(2)
-        assert driver.wants(stop=stop) == [Drain(1, quick, False), Drain(2, quick, False)]
+        assert driver.wants(stop=stop) == [Drain(1, quick, False, False), Drain(2, quick, False, False)]
         driver.happens(1, DISCONNECTED, EXITED)
         assert driver.verdict is Verdict.RUNNING
         driver.happens(2, EXITED)
@@ -426,14 +435,14 @@ class TestStop:
     def test_who_boots_is_interrupted(self) -> None:
         driver = Driver(Target(1))
         driver.reconcile()
-        assert driver.wants(stop=Stop.GRACEFUL) == [Drain(1, False, True)]
+        assert driver.wants(stop=Stop.GRACEFUL) == [Drain(1, False, True, False)]
 
     def test_from_graceful_to_quick(self) -> None:
         driver = running(1, Limits(graceful=30.0, quick=2.0))
         driver.wants(stop=Stop.GRACEFUL)
         assert driver.deadline == 1040.0
         driver.at(1020.0)
-        assert driver.wants(stop=Stop.QUICK) == [Drain(1, True, False)]
+        assert driver.wants(stop=Stop.QUICK) == [Drain(1, True, False, False)]
         assert driver.deadline == 1022.0
         assert driver.at(1022.0) == [Kill(1, "it did not finish within 2 s")]
         assert driver.happens(1, EXITED) == []
@@ -450,7 +459,7 @@ class TestStop:
         driver.wants(count=2)
         driver.happens(1, DISCONNECTED)
         driver.happens(4, ONLINE, LISTENING)
-        assert driver.wants(stop=Stop.GRACEFUL) == [Drain(2, False, False), Drain(4, False, False)]
+        assert driver.wants(stop=Stop.GRACEFUL) == [Drain(2, False, False, False), Drain(4, False, False, False)]
 
     def test_nobody_is_replaced_any_more(self) -> None:
         driver = running(2)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import uvloop
 
 pytest.register_assert_rewrite("master.rig")
 
@@ -22,6 +23,12 @@ def children() -> list[int]:
     except ChildProcessError:
         return []
     return proc.children(os.getpid())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def libuv() -> None:
+    """The first loop of a process makes a pipe that all share."""
+    uvloop.new_event_loop().close()
 
 
 @pytest.fixture(autouse=True)

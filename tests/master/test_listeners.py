@@ -484,6 +484,9 @@ _AS_NOBODY = """
         print(refused, False)
     except BindError as exc:
         print(refused, exc.errno, exc)
+    # Nobody may write what would be written at an exit in order.
+    sys.stdout.flush()
+    os._exit(0)
 """
 
 

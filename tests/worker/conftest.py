@@ -2,4 +2,5 @@
 
 from tests.helpers.descriptors import no_descriptor_is_left  # noqa: F401 - pytest finds them here
 from tests.helpers.loops import complaints, loop, loop_class, pytest_pyfunc_call  # noqa: F401
+from tests.worker.clustered import fake  # noqa: F401
 from tests.worker.harness import master, recorders  # noqa: F401
