@@ -285,7 +285,10 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
         (["--uds", ""], "--uds '': needs the path of a socket, or '@' and a name"),
         (["--policy", "lest"], f"--policy lest: {POLICY}; did you mean 'least'?"),
         (["--policy", "robin"], f"--policy robin: {POLICY}"),
-        (["--policy", "none", "--dispatch", "request"], "--dispatch request: needs a policy: under 'none' workers keep what they accept"),
+        (
+            ["--policy", "none", "--dispatch", "request"],
+            "--dispatch request: needs a policy: under 'none' workers keep what they accept",
+        ),
         (["--dispatch", "auto"], "--dispatch auto: not available in this version; must be one of connection, request"),
         (["--interface", "wsgi"], "--interface wsgi: not available in this version; must be one of auto, asgi3, asgi2"),
         (["--log-level", "Loud"], "--log-level Loud: must be one of critical, error, warning, info, debug, trace"),

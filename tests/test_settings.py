@@ -295,8 +295,14 @@ def test_an_unknown_policy_in_a_variable_names_the_variable(name: str, monkeypat
 
 @pytest.mark.parametrize("value", ["auto"])
 def test_dispatch_modes_to_come_are_told_from_nonsense(value: str) -> None:
-    assert refused(dispatch=value) == f"dispatch={value!r}: not available in this version; must be one of connection, request"
-    assert refused(dispatch="conection") == "dispatch='conection': must be one of connection, request; did you mean 'connection'?"
+    allowed = "must be one of connection, request"
+    assert refused(dispatch=value) == f"dispatch={value!r}: not available in this version; {allowed}"
+    assert refused(dispatch="conection") == f"dispatch='conection': {allowed}; did you mean 'connection'?"
+
+
+def test_under_none_requests_cannot_be_given_back() -> None:
+    reason = "dispatch='request': needs a policy: under 'none' workers keep what they accept"
+    assert refused(policy="none", dispatch="request") == reason
 
 
 # -- everything else ---------------------------------------------------------------------------------------------------

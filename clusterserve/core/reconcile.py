@@ -30,7 +30,7 @@ class Verdict(Enum):
     SETTLED = "settled"
     #: No worker of the first generation ever listened, and none is left to do so.
     FAILED = "failed"
-    #: A worker of a newer generation died before any of that generation listened: stay with the one that serves.
+    #: A worker of a newer generation is dead before any of that generation listened: stay with the one that serves.
     REJECTED = "rejected"
     #: Told to stop, and every worker is dead.
     STOPPED = "stopped"
@@ -131,7 +131,7 @@ class Roster:
     slots: dict[int, Slot] = field(default_factory=dict)
     #: Whether any worker ever listened, and the newest generation of which one did.
     proven: int = 0
-    #: The newest generation of which one died before any of it had listened, while an older one serves.
+    #: The newest generation of which one left before any of it had listened, while an older one serves.
     rejected: int = 0
     _ids: int = 0
 
@@ -223,6 +223,8 @@ def _stop(target: Target, roster: Roster) -> _Due:
 
 def _start(target: Target, roster: Roster) -> _Due:
     """Fill empty slots; in a reload, also start replacements, `surge` at a time."""
+    if _rejected(target, roster):
+        return
     here = [member for member in roster.members.values() if member.current and not _abandoned(member, target)]
     taken = {member.slot for member in here}
     fresh = {member.slot for member in here if member.generation == target.generation}
@@ -260,6 +262,11 @@ def _abandoned(member: Member, target: Target) -> bool:
     return member.generation != target.generation and member.listening is None
 
 
+def _rejected(target: Target, roster: Roster) -> bool:
+    """Whether what is wanted cannot be had: nobody starts any more until the target is another."""
+    return roster.proven < target.generation == roster.rejected
+
+
 def _kill(roster: Roster) -> _Due:
     """Who did not come up, or did not go, in time."""
     limits = roster.limits
@@ -281,8 +288,10 @@ def _verdict(target: Target, roster: Roster, actions: tuple[Action, ...]) -> Ver
         return Verdict.RUNNING if members else Verdict.STOPPED
     if not members and not roster.proven and target.count and not any(isinstance(action, Spawn) for action in actions):
         return Verdict.FAILED
-    if target.generation == roster.rejected:
-        return Verdict.REJECTED
+    if _rejected(target, roster):
+        # Why it failed is known for certain when it is dead.
+        dying = any(member.generation == target.generation and member.disconnected is not None for member in members)
+        return Verdict.RUNNING if dying else Verdict.REJECTED
     listening = [member for member in members if member.state is WorkerState.LISTENING]
     settled = (
         len(listening) == len(members) == target.count

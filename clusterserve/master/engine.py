@@ -174,8 +174,9 @@ class Engine:
     def _reject(self) -> None:
         """The new generation cannot start: back to the one that serves."""
         failure = self._failure or Failed(self._last_exit, "")
-        error = BootError(f"generation {self._target.generation} cannot start, {failure.reason}", failure.traceback)
-        logger.error("%s; generation %d stays", error, self._roster.proven)
+        reason = f"generation {self._target.generation} cannot start: {failure.reason}"
+        logger.error("Reload failed, %s; generation %d stays", reason, self._roster.proven)
+        error = BootError(reason, failure.traceback)
         self._target = dataclasses.replace(self._target, generation=self._roster.proven)
         self._changed(error)
         self._reconcile()

@@ -352,13 +352,51 @@ class TestReload:
     def test_a_generation_that_cannot_start_leaves_the_old_one_serving(self) -> None:
         driver = running(2, Limits(backoff=1.0, backoff_max=4.0))
         driver.wants(generation=2)
-        for id in range(3, 9):
-            driver.happens(id, ONLINE, EXITED)
-            assert driver.slots == {0: 1, 1: 2}
-            assert driver.verdict is Verdict.RUNNING
-            assert driver.deadline is not None
-            assert driver.at(driver.deadline) == [Spawn(0, 2)]
-        assert {type(action) for _, action in driver.log} == {Spawn}
+        assert driver.happens(3, ONLINE, EXITED) == []
+        assert driver.verdict is Verdict.REJECTED
+        assert driver.deadline is None
+        assert driver.wants(generation=1) == []
+        assert driver.verdict is Verdict.SETTLED
+        assert driver.slots == {0: 1, 1: 2}
+        # The next one has to wait as after any failure, and is not taken for the one before.
+        assert driver.wants(generation=3) == []
+        assert driver.verdict is Verdict.RUNNING
+        assert driver.at(1001.0) == [Spawn(0, 3)]
+        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(1, 3), Drain(1, False, False, True)]
+
+    def test_a_generation_is_rejected_when_who_failed_is_dead(self) -> None:
+        driver = running(2)
+        driver.wants(generation=2)
+        assert driver.happens(3, ONLINE, DISCONNECTED) == []
+        assert driver.verdict is Verdict.RUNNING
+        assert driver.at(1004.0) == []
+        assert driver.happens(3, EXITED) == []
+        assert driver.verdict is Verdict.REJECTED
+
+    def test_an_old_worker_that_dies_while_a_generation_is_rejected_is_replaced_afterwards(self) -> None:
+        driver = running(2)
+        driver.wants(generation=2)
+        driver.happens(3, ONLINE, DISCONNECTED)
+        assert driver.happens(1, EXITED) == []
+        driver.happens(3, EXITED)
+        assert driver.verdict is Verdict.REJECTED
+        assert driver.wants(generation=1) == []
+        assert driver.deadline is not None
+        assert driver.at(driver.deadline) == [Spawn(0, 1)]
+
+    def test_one_of_a_generation_that_has_listened_may_die(self) -> None:
+        driver = running(2)
+        driver.wants(generation=2)
+        driver.happens(3, ONLINE, LISTENING)
+        driver.happens(4, EXITED)
+        assert driver.verdict is Verdict.RUNNING
+
+    def test_before_anything_listened_nothing_is_rejected(self) -> None:
+        driver = Driver(Target(1))
+        driver.reconcile()
+        driver.wants(generation=2)
+        driver.happens(2, EXITED)
+        assert driver.verdict is not Verdict.REJECTED
 
     def test_a_worker_of_the_old_generation_that_dies_meanwhile_is_replaced_by_a_new_one(self) -> None:
         driver = running(3)
@@ -419,7 +457,12 @@ class TestReload:
     def test_a_reload_of_a_cluster_that_has_not_come_up_starts_over(self) -> None:
         driver = Driver(Target(2))
         driver.reconcile()
-        assert driver.wants(generation=2) == [Spawn(0, 2), Spawn(1, 2), Drain(1, False, True, True), Drain(2, False, True, True)]
+        assert driver.wants(generation=2) == [
+            Spawn(0, 2),
+            Spawn(1, 2),
+            Drain(1, False, True, True),
+            Drain(2, False, True, True),
+        ]
 
 
 class TestStop:
@@ -552,6 +595,8 @@ class Cluster(RuleBasedStateMachine):
         #: Per slot, when its last worker left unasked without ever having been healthy; absent if the last one was.
         self.failed: dict[int, float] = {}
         self.unproven: set[int] = set()
+        #: Of generations, which are never asked for twice.
+        self.newest = 1
 
     @initialize(count=st.integers(1, 4), surge=st.integers(1, 2))
     def start(self, count: int, surge: int) -> None:
@@ -603,7 +648,11 @@ class Cluster(RuleBasedStateMachine):
     def reload(self, then: bool, back: bool) -> None:
         """To the next generation, or back to the newest that ever listened."""
         proven = self.driver.roster.proven
-        self.want(then, generation=proven if back and proven else self.driver.target.generation + 1)
+        if back and proven:
+            self.want(then, generation=proven)
+        else:
+            self.newest += 1
+            self.want(then, generation=self.newest)
 
     # A stop is the end of everything else, so it comes late or not at all.
     @precondition(lambda self: len(self.driver.log) > 12)
@@ -706,6 +755,12 @@ class Cluster(RuleBasedStateMachine):
                 assert driver.now >= self.failed.get(action.slot, 0.0) + LIMITS.backoff
         self.ever += [id for id in driver.roster.members if id > (self.ever[-1] if self.ever else 0)]
         self.check_nobody_is_too_many()
+        if driver.verdict is Verdict.REJECTED:
+            # As the engine does.
+            assert driver.target.generation > driver.roster.proven > 0
+            driver.target = replace(driver.target, generation=driver.roster.proven)
+            self.reconcile()
+            assert driver.verdict is not Verdict.REJECTED
 
     # -- what must hold --
 

@@ -1,0 +1,186 @@
+"""Reload: new code in, old workers out one at a time, and no client that notices."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from clusterserve import BootError, Cluster
+from tests.helpers import proc
+from tests.helpers.load import under_load
+from tests.helpers.raw import Address, Client, request
+from tests.helpers.server import Serve, Server
+from tests.helpers.waiting import eventually
+
+FULL = "tests.helpers.apps.full:app"
+NO_HANDLER = "the handler's own trouble"
+
+BOTH = pytest.mark.parametrize("dispatch", ["connection", "request"])
+
+SAYS = """
+import os
+async def app(scope, receive, send):
+    body = b"{word} %d" % os.getpid()
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({{"type": "http.response.start", "status": 200, "headers": headers}})
+    await send({{"type": "http.response.body", "body": body}})
+"""
+
+
+class Code:
+    """An application's file, and what it says."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "reloaded.py"
+        self._writes = 0
+
+    def says(self, word: str) -> None:
+        self.is_(SAYS.format(word=word))
+
+    def is_(self, source: str) -> None:
+        self.path.write_text(source)
+        # Python takes a compiled file for fresh that is of the same second and size.
+        self._writes += 1
+        os.utime(self.path, (self._writes * 10, self._writes * 10))
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Code:
+    code = Code(tmp_path)
+    code.says("one")
+    return code
+
+
+def reloaded(server: Server, first: int, count: int) -> None:
+    """The workers from id `first` on listen, and no other lives."""
+    wanted = list(range(first, first + count))
+    eventually(lambda: sorted(each.id for each in server.workers) == wanted, f"workers {wanted} serve alone")
+
+
+def descriptors(server: Server) -> dict[int, int]:
+    return {pid: len(proc.descriptors(pid)) for pid in server.processes()}
+
+
+@BOTH
+def test_nothing_is_lost_under_load(serve: Serve, dispatch: str) -> None:
+    server = serve("--dispatch", dispatch, app=FULL, workers=2)
+    server.warm()
+    before = descriptors(server)[server.pid]
+    with under_load(server.address) as load:
+        for turn in range(3):
+            server.signal(signal.SIGHUP)
+            reloaded(server, 3 + 2 * turn, 2)
+            load.answered(10)
+    eventually(lambda: descriptors(server)[server.pid] == before, "the master has let go of every client")
+    counts = {descriptors(server)[worker.pid] for worker in server.workers}
+    assert len(counts) == 1
+    assert len(server.found("Reloading")) == 3
+
+
+@BOTH
+def test_idle_connections_outlive_their_worker(serve: Serve, dispatch: str) -> None:
+    server = serve("--dispatch", dispatch, workers=2)
+    clients = [server.connect() for _ in range(8)]
+    for client in clients:
+        assert client.ask("GET", "/whoami").json()["id"] <= 2
+    server.signal(signal.SIGHUP)
+    reloaded(server, 3, 2)
+    assert {client.ask("GET", "/whoami").json()["id"] for client in clients} <= {3, 4}
+    for client in clients:
+        client.close()
+
+
+@BOTH
+def test_a_request_in_flight_is_finished_and_its_connection_goes_on(serve: Serve, dispatch: str) -> None:
+    server = serve("--dispatch", dispatch, app=FULL, workers=1)
+    with server.connect() as client:
+        client.send(request("GET", "/sleep?ms=1500"))
+        server.signal(signal.SIGHUP)
+        server.wait_for(r"Worker 2 .*listening")
+        assert "worker 1 " in client.response().text
+        assert client.ask("GET", "/whoami").json()["id"] == 2
+
+
+@BOTH
+def test_code_is_imported_again(serve: Serve, code: Code, dispatch: str) -> None:
+    server = serve("--dispatch", dispatch, app="reloaded:app", workers=2, env={"PYTHONPATH": str(code.path.parent)})
+    with server.connect() as client:
+        assert client.ask("GET", "/").text.startswith("one ")
+        code.says("two")
+        assert client.ask("GET", "/").text.startswith("one ")
+        server.signal(signal.SIGHUP)
+        reloaded(server, 3, 2)
+        assert client.ask("GET", "/").text.startswith("two ")
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [("raise RuntimeError('its own trouble')", "its own trouble"), ("import os; os._exit(7)", "7")],
+    ids=["raises", "exits"],
+)
+def test_broken_code_leaves_the_old_one_serving(serve: Serve, code: Code, broken: str, why: str) -> None:
+    server = serve(app="reloaded:app", workers=2, noise=True, env={"PYTHONPATH": str(code.path.parent)})
+    pids = {worker.pid for worker in server.workers}
+    with server.connect() as client:
+        assert client.ask("GET", "/").text.startswith("one ")
+        code.is_(broken)
+        server.signal(signal.SIGHUP)
+        (told,) = server.wait_for(r"generation 2 cannot start.*")
+        assert "generation 1 stays" in told[0]
+        eventually(lambda: set(proc.children(server.pid)) == pids, "only the old workers are left")
+        assert client.ask("GET", "/").text.startswith("one ")
+        # A second reload, of code that is whole again.
+        code.says("two")
+        server.signal(signal.SIGHUP)
+        reloaded(server, 4, 2)
+        assert client.ask("GET", "/").text.startswith("two ")
+    assert len(server.found("cannot start")) == 1
+    assert any(why in line.text for line in server.lines)
+    assert len(server.found("Traceback")) == ("raise" in broken)
+    assert not server.found("no worker process could be started")
+
+
+def test_a_reload_during_a_reload(serve: Serve) -> None:
+    server = serve(app=FULL, workers=2)
+    with under_load(server.address, clients=2) as load:
+        server.signal(signal.SIGHUP)
+        server.wait_for("Reloading: generation 2")
+        server.signal(signal.SIGHUP)
+        server.wait_for("Reloading: generation 3")
+        server.wait_for(r"Worker \d+ \(.*listening", count=4)
+        load.answered(10)
+        eventually(lambda: len(proc.children(server.pid)) == 2, "two workers are left")
+    ids = [worker.id for worker in server.workers]
+    assert len(ids) == 2
+    assert min(ids) >= 3
+    assert not server.found("cannot start")
+
+
+def test_from_a_program(code: Code) -> None:
+    with Cluster("reloaded:app", app_dir=str(code.path.parent), bind="127.0.0.1:0", workers=2) as cluster:
+        with Client(Address.parse(cluster.url)) as client:
+            assert client.ask("GET", "/").text.startswith("one ")
+            code.says("two")
+            cluster.reload()
+            assert [worker.id for worker in cluster.workers] == [3, 4]
+            assert client.ask("GET", "/").text.startswith("two ")
+            code.is_("raise RuntimeError('its own trouble')")
+            with pytest.raises(BootError) as raised:
+                cluster.reload()
+            assert "its own trouble" in str(raised.value)
+            assert [worker.id for worker in cluster.workers] == [3, 4]
+            assert client.ask("GET", "/").text.startswith("two ")
+            code.says("three")
+            cluster.reload()
+            assert client.ask("GET", "/").text.startswith("three ")
+
+
+def test_a_reload_in_the_midst_of_stopping_ends(serve: Serve) -> None:
+    server = serve(workers=2)
+    server.signal(signal.SIGHUP)
+    server.wait_for("Reloading")
+    server.terminate()
+    assert server.wait() == 0
