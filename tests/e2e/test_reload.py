@@ -61,22 +61,22 @@ def reloaded(server: Server, first: int, count: int) -> None:
 
 
 def descriptors(server: Server) -> dict[int, int]:
-    return {pid: len(proc.descriptors(pid)) for pid in server.processes()}
+    # Sockets only: libuv opens /dev/null with its first stream, and keeps it.
+    return {pid: len(proc.socket_inodes(pid)) for pid in server.processes()}
 
 
 @BOTH
 def test_nothing_is_lost_under_load(serve: Serve, dispatch: str) -> None:
     server = serve("--dispatch", dispatch, app=FULL, workers=2)
     server.warm()
-    before = descriptors(server)[server.pid]
+    before = descriptors(server)
     with under_load(server.address) as load:
         for turn in range(3):
             server.signal(signal.SIGHUP)
             reloaded(server, 3 + 2 * turn, 2)
             load.answered(10)
-    eventually(lambda: descriptors(server)[server.pid] == before, "the master has let go of every client")
-    counts = {descriptors(server)[worker.pid] for worker in server.workers}
-    assert len(counts) == 1
+    wanted = sorted(before.values())
+    eventually(lambda: sorted(descriptors(server).values()) == wanted, "master and workers have let go of every client")
     assert len(server.found("Reloading")) == 3
 
 
@@ -128,7 +128,7 @@ def test_broken_code_leaves_the_old_one_serving(serve: Serve, code: Code, broken
         assert client.ask("GET", "/").text.startswith("one ")
         code.is_(broken)
         server.signal(signal.SIGHUP)
-        (told,) = server.wait_for(r"generation 2 cannot start.*")
+        (told,) = server.wait_for(r"Reload failed, generation 2 cannot start: .*")
         assert "generation 1 stays" in told[0]
         eventually(lambda: set(proc.children(server.pid)) == pids, "only the old workers are left")
         assert client.ask("GET", "/").text.startswith("one ")
@@ -160,22 +160,24 @@ def test_a_reload_during_a_reload(serve: Serve) -> None:
 
 
 def test_from_a_program(code: Code) -> None:
-    with Cluster("reloaded:app", app_dir=str(code.path.parent), bind="127.0.0.1:0", workers=2) as cluster:
-        with Client(Address.parse(cluster.url)) as client:
-            assert client.ask("GET", "/").text.startswith("one ")
-            code.says("two")
+    with (
+        Cluster("reloaded:app", app_dir=str(code.path.parent), bind="127.0.0.1:0", workers=2) as cluster,
+        Client(Address.parse(cluster.url)) as client,
+    ):
+        assert client.ask("GET", "/").text.startswith("one ")
+        code.says("two")
+        cluster.reload()
+        assert [worker.id for worker in cluster.workers] == [3, 4]
+        assert client.ask("GET", "/").text.startswith("two ")
+        code.is_("raise RuntimeError('its own trouble')")
+        with pytest.raises(BootError) as raised:
             cluster.reload()
-            assert [worker.id for worker in cluster.workers] == [3, 4]
-            assert client.ask("GET", "/").text.startswith("two ")
-            code.is_("raise RuntimeError('its own trouble')")
-            with pytest.raises(BootError) as raised:
-                cluster.reload()
-            assert "its own trouble" in str(raised.value)
-            assert [worker.id for worker in cluster.workers] == [3, 4]
-            assert client.ask("GET", "/").text.startswith("two ")
-            code.says("three")
-            cluster.reload()
-            assert client.ask("GET", "/").text.startswith("three ")
+        assert "its own trouble" in str(raised.value)
+        assert [worker.id for worker in cluster.workers] == [3, 4]
+        assert client.ask("GET", "/").text.startswith("two ")
+        code.says("three")
+        cluster.reload()
+        assert client.ask("GET", "/").text.startswith("three ")
 
 
 def test_a_reload_in_the_midst_of_stopping_ends(serve: Serve) -> None:

@@ -69,18 +69,20 @@ def test_a_reload_keeps_the_new_number(serve: Serve) -> None:
 
 
 def test_from_a_program() -> None:
-    with Cluster("examples.asgi_app:app", bind="127.0.0.1:0", workers=1) as cluster:
-        with Client(Address.parse(cluster.url)) as client:
-            assert client.ask("GET", "/").status == 200
-            cluster.scale(3)
-            assert [worker.slot for worker in cluster.workers] == [0, 1, 2]
-            cluster.scale(3)
-            cluster.scale(1)
-            assert [worker.id for worker in cluster.workers] == [1]
-            assert client.ask("GET", "/").status == 200
-            for nonsense in (0, -1):
-                with pytest.raises(SettingsError, match="at least 1 worker"):
-                    cluster.scale(nonsense)
+    with (
+        Cluster("examples.asgi_app:app", bind="127.0.0.1:0", workers=1) as cluster,
+        Client(Address.parse(cluster.url)) as client,
+    ):
+        assert client.ask("GET", "/").status == 200
+        cluster.scale(3)
+        assert [worker.slot for worker in cluster.workers] == [0, 1, 2]
+        cluster.scale(3)
+        cluster.scale(1)
+        assert [worker.id for worker in cluster.workers] == [1]
+        assert client.ask("GET", "/").status == 200
+        for nonsense in (0, -1):
+            with pytest.raises(SettingsError, match="at least 1 worker"):
+                cluster.scale(nonsense)
     with pytest.raises(ClusterError, match="does not run"):
         cluster.scale(2)
     with pytest.raises(ClusterError, match="does not run"):

@@ -54,6 +54,11 @@ class Handed:
         return any(kind & (Kind.CLOSED | Kind.REFUSED) for kind in self.answers)
 
     @property
+    def returned(self) -> bool:
+        """The worker has given it back."""
+        return any(kind & Kind.RETURNED for kind in self.answers)
+
+    @property
     def acked(self) -> bool:
         return any(kind & Kind.ACK for kind in self.answers)
 
@@ -206,6 +211,15 @@ class Master:
         self.offer(handed)
         return handed
 
+    def again(self, handed: Handed, data: bytes) -> Handed:
+        """A connection that was given back, whose client has said more: offered anew.  (A new id is this rig's need.)"""
+        assert handed.returned
+        new = Handed(self.loop, len(self.connections) + 1, handed.client, handed.copy)
+        self.connections[new.id] = new
+        new.arrive(data)
+        self.offer(new)
+        return new
+
     # -- answers --------------------------------------------------------------------------------------------------
 
     def listen(self) -> None:
@@ -242,7 +256,7 @@ class Master:
         for handed in self.connections.values():
             handed.client.close()
         offered = [self.connections[id] for id in sorted(self.offered)]
-        while not all(handed.closed for handed in offered):
+        while not all(handed.closed or handed.returned for handed in offered):
             self.receiver.cut()
             while self.read():
                 pass
@@ -265,7 +279,10 @@ class Master:
 
 
 #: What a worker may say of a connection in the course of its life.
-_LIVES = ([Kind.ACK, Kind.CLOSED], [Kind.ACK | Kind.CLOSED], [Kind.CLOSED], [Kind.REFUSED])
+_LIVES = (
+    [Kind.ACK, Kind.CLOSED], [Kind.ACK | Kind.CLOSED], [Kind.CLOSED], [Kind.REFUSED],
+    [Kind.ACK, Kind.RETURNED], [Kind.ACK | Kind.RETURNED], [Kind.RETURNED],
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -1,0 +1,419 @@
+"""Our HTTP protocols: a connection is given back when it is idle, and never when it is not."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from clusterserve.core.records import Kind
+from clusterserve.worker import protocols as ours
+from clusterserve.worker.protocols import Borrowing, borrowing_protocol
+from tests.helpers.loops import turns, until
+from tests.helpers.raw import request
+from tests.worker.harness import Handed, Master, was_real
+from tests.worker.test_http_protocols import LARGE, Application, response, split
+
+Loop = asyncio.AbstractEventLoop
+
+
+class Served(Application):
+    """What the other tests ask for, and some things that are awkward for whoever gives connections back."""
+
+    async def early(self, receive: Any, send: Any) -> None:
+        """Answers before it has read anything."""
+        await self.respond(send, b"early")
+
+    async def after(self, receive: Any, send: Any) -> None:
+        """Works on when the response is out."""
+        await self.respond(send, b"first this")
+        await self.go.wait()
+        self.received.append((await receive())["type"])
+
+    async def sized(self, receive: Any, send: Any) -> None:
+        """`LARGE`, with its length, in one piece."""
+        await self.respond(send, LARGE)
+
+    async def raises(self, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"10")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        raise RuntimeError("midway")
+
+    async def nothing(self, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+
+@pytest.fixture
+def application() -> Served:
+    return Served()
+
+
+@pytest.fixture
+def borrowing() -> Borrowing:
+    return Borrowing(after_response=True)
+
+
+@pytest.fixture
+def state() -> ServerState:
+    return ServerState()
+
+
+@pytest.fixture
+def made() -> list[Any]:
+    return []
+
+
+@pytest.fixture(params=["h11", "httptools"])
+def http(
+    request: pytest.FixtureRequest,
+    loop: Loop,
+    master: Master,
+    application: Served,
+    borrowing: Borrowing,
+    state: ServerState,
+    made: list[Any],
+) -> Iterator[uvicorn.Config]:
+    """Our protocol in place of uvicorn's."""
+    kind: Any = borrowing_protocol(request.param, borrowing)
+    config = uvicorn.Config(
+        application, http=kind, ws="wsproto", lifespan="off", log_config=None, timeout_keep_alive=60
+    )
+    config.load()
+
+    def factory() -> Any:
+        made.append(config.http_protocol_class(config=config, server_state=state, app_state={}, _loop=loop))  # type: ignore[call-arg]
+        return made[-1]
+
+    master.serve(factory, sockname=("127.0.0.1", 8000))
+    yield config
+    # A connection that is gone or given back has left no timer behind, and is no connection of uvicorn's any more.
+    for protocol in made:
+        if protocol not in state.connections:
+            assert protocol.timeout_keep_alive_task is None
+
+
+async def returned(handed: Handed) -> None:
+    await until(lambda: handed.returned, f"connection {handed.id} is given back")
+
+
+async def stays(handed: Handed) -> None:
+    """It is not given back, however often the loop turns."""
+    await turns(10)
+    assert not handed.returned
+    assert not handed.closed
+
+
+GET = request("GET", "/hello")
+
+
+class TestAfterAResponse:
+    async def test_in_its_first_turn(self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]) -> None:
+        handed = master.hand(GET)
+        assert (await response(handed))[1] == b"hello"
+        await returned(handed)
+        assert handed.answers == [Kind.ACK | Kind.RETURNED]
+        assert not was_real(made[0].transport)
+        # It is open, and its client may go on; nothing of what it says now is read.
+        handed.arrive(GET)
+        await turns(5)
+        assert handed.unread() == len(GET)
+
+    async def test_again_and_again(
+        self, loop: Loop, master: Master, http: uvicorn.Config, application: Served, state: ServerState
+    ) -> None:
+        handed = master.hand(GET)
+        for _ in range(5):
+            assert (await response(handed))[1] == b"hello"
+            await returned(handed)
+            handed = master.again(handed, GET)
+        await response(handed)
+        await returned(handed)
+        assert state.total_requests == 6
+        assert state.connections == set()
+        assert len({scope["client"] for scope in application.scopes}) == 1
+
+    async def test_of_a_later_turn(self, loop: Loop, master: Master, http: uvicorn.Config, application: Served) -> None:
+        handed = master.hand(request("GET", "/wait"))
+        await master.answered(handed)
+        await stays(handed)
+        application.go.set()
+        assert (await response(handed))[1] == b"waited"
+        await returned(handed)
+        assert handed.answers == [Kind.ACK, Kind.RETURNED]
+
+    async def test_without_a_body(self, loop: Loop, master: Master, http: uvicorn.Config) -> None:
+        for path, method in (("/nothing", "GET"), ("/hello", "HEAD")):
+            handed = master.hand(request(method, path))
+            await returned(handed)
+            head, body = split(handed.has())
+            assert head.startswith(b"HTTP/1.1 20")
+            assert body == b""
+
+    async def test_what_runs_on_is_told_of_the_end(
+        self, loop: Loop, master: Master, http: uvicorn.Config, application: Served, state: ServerState
+    ) -> None:
+        handed = master.hand(request("GET", "/after"))
+        assert (await response(handed))[1] == b"first this"
+        await returned(handed)
+        assert len(state.tasks) == 1
+        application.go.set()
+        await until(lambda: application.received == ["http.disconnect"], "the task ends")
+
+    async def test_a_large_response_is_flushed_first(self, loop: Loop, master: Master, http: uvicorn.Config) -> None:
+        handed = master.connection(sndbuf=8192)
+        handed.arrive(request("GET", "/sized"))
+        master.offer(handed)
+        await master.answered(handed)
+        await stays(handed)
+        assert (await response(handed))[1] == LARGE
+        await returned(handed)
+        # On the same connection, by whoever has it now.
+        again = master.again(handed, GET)
+        assert (await response(again))[1] == b"hello"
+        await returned(again)
+
+    async def test_a_large_response_that_is_cut_is_not_given_back(
+        self, loop: Loop, master: Master, http: uvicorn.Config
+    ) -> None:
+        handed = master.connection(sndbuf=8192)
+        handed.arrive(request("GET", "/sized"))
+        master.offer(handed)
+        await master.answered(handed)
+        await stays(handed)
+        master.receiver.cut()
+        await until(lambda: handed.closed, "it is over")
+        assert not handed.returned
+
+    async def test_who_leaves_while_a_response_is_flushed(
+        self, loop: Loop, master: Master, http: uvicorn.Config
+    ) -> None:
+        handed = master.connection(sndbuf=8192)
+        handed.arrive(request("GET", "/sized"))
+        master.offer(handed)
+        await master.answered(handed)
+        await stays(handed)
+        handed.reset()
+        await until(lambda: handed.closed or handed.returned, "it is over")
+
+    @pytest.mark.parametrize(
+        "data",
+        [request("GET", "/hello", "Connection: close"), request("GET", "/hello", version="1.0")],
+        ids=["close", "1.0"],
+    )
+    async def test_not_what_the_client_wants_closed(
+        self, loop: Loop, master: Master, http: uvicorn.Config, data: bytes
+    ) -> None:
+        handed = master.hand(data)
+        assert split(await handed.rest())[1] == b"hello"
+        assert not handed.returned
+
+    async def test_not_what_is_malformed(self, loop: Loop, master: Master, http: uvicorn.Config) -> None:
+        handed = master.hand(b"no request\r\n\r\n")
+        assert (await handed.rest()).startswith(b"HTTP/1.1 400 ")
+        assert not handed.returned
+
+    async def test_not_a_response_that_broke_off(self, loop: Loop, master: Master, http: uvicorn.Config) -> None:
+        handed = master.hand(request("GET", "/raises"))
+        assert split(await handed.rest())[1] == b"half"
+        assert not handed.returned
+
+
+class TestRequestsThatWait:
+    async def test_pipelined(self, loop: Loop, master: Master, http: uvicorn.Config, application: Served) -> None:
+        handed = master.hand(GET + request("GET", "/wait") + GET)
+        assert (await response(handed))[1] == b"hello"
+        await stays(handed)
+        application.go.set()
+        assert (await response(handed))[1] == b"waited"
+        assert (await response(handed))[1] == b"hello"
+        await returned(handed)
+        assert [scope["path"] for scope in application.scopes] == ["/hello", "/wait", "/hello"]
+
+    @pytest.mark.parametrize("cut", [1, 3, 20, len(GET) - 1])
+    async def test_partly_read(self, loop: Loop, master: Master, http: uvicorn.Config, cut: int) -> None:
+        handed = master.hand(GET + GET[:cut])
+        assert (await response(handed))[1] == b"hello"
+        await stays(handed)
+        await handed.sends(GET[cut:])
+        assert (await response(handed))[1] == b"hello"
+        await returned(handed)
+
+    async def test_two_in_one_and_the_rest_of_the_second_while_the_first_runs(
+        self, loop: Loop, master: Master, http: uvicorn.Config, application: Served
+    ) -> None:
+        handed = master.hand(request("GET", "/wait") + GET[:10])
+        await master.answered(handed)
+        await handed.sends(GET[10:])
+        await stays(handed)
+        application.go.set()
+        assert (await response(handed))[1] == b"waited"
+        assert (await response(handed))[1] == b"hello"
+        await returned(handed)
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    async def test_a_response_that_is_first_waits_for_the_body(
+        self, loop: Loop, master: Master, http: uvicorn.Config, chunked: bool
+    ) -> None:
+        if chunked:
+            head, body = request("POST", "/early", "Transfer-Encoding: chunked"), b"4\r\nbody\r\n0\r\n\r\n"
+        else:
+            head, body = request("POST", "/early", "Content-Length: 4"), b"body"
+        handed = master.hand(head)
+        assert (await response(handed))[1] == b"early"
+        await stays(handed)
+        await handed.sends(body[:2])
+        await stays(handed)
+        await handed.sends(body[2:])
+        await returned(handed)
+        again = master.again(handed, GET)
+        assert (await response(again))[1] == b"hello"
+        await returned(again)
+
+    async def test_the_bodys_end_and_the_next_request_in_one_segment(
+        self, loop: Loop, master: Master, http: uvicorn.Config
+    ) -> None:
+        handed = master.hand(request("POST", "/early", "Content-Length: 4"))
+        assert (await response(handed))[1] == b"early"
+        await handed.sends(b"body" + GET)
+        assert (await response(handed))[1] == b"hello"
+        await returned(handed)
+
+    @pytest.mark.parametrize("size", [10, 300_000])
+    async def test_a_body_in_a_second_segment(
+        self, loop: Loop, master: Master, http: uvicorn.Config, size: int
+    ) -> None:
+        body = LARGE[:size]
+        data = request("POST", "/digest", body=body)
+        handed = master.hand(data[: len(data) - size])
+        await master.answered(handed)
+        await handed.sends(body)
+        assert (await response(handed))[1] == hashlib.sha256(body).hexdigest().encode()
+        await returned(handed)
+
+    async def test_expect_100_continue(self, loop: Loop, master: Master, http: uvicorn.Config) -> None:
+        handed = master.hand(request("POST", "/digest", "Expect: 100-continue", "Content-Length: 4"))
+        assert (await handed.reads(25)).startswith(b"HTTP/1.1 100 Continue\r\n")
+        await stays(handed)
+        await handed.sends(b"body")
+        assert (await response(handed))[1] == hashlib.sha256(b"body").hexdigest().encode()
+        await returned(handed)
+
+
+UPGRADE = request(
+    "GET", "/ws", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+)  # fmt: skip
+
+
+class TestUpgrade:
+    async def test_never(self, loop: Loop, master: Master, http: uvicorn.Config) -> None:
+        handed = master.hand(UPGRADE)
+        assert (await handed.reads(12)) == b"HTTP/1.1 101"
+        await stays(handed)
+
+    async def test_not_after_a_request_either(self, loop: Loop, master: Master, http: uvicorn.Config) -> None:
+        """The request's end came with the upgrade's beginning, so one protocol has seen both."""
+        handed = master.hand(GET + UPGRADE[:20])
+        assert (await response(handed))[1] == b"hello"
+        await handed.sends(UPGRADE[20:])
+        assert (await handed.reads(12)) == b"HTTP/1.1 101"
+        await stays(handed)
+
+
+class TestShutdown:
+    async def test_never_used(self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]) -> None:
+        handed = master.hand()
+        await until(lambda: made and made[0].transport is not None, "it has its connection")
+        made[0].shutdown()
+        await returned(handed)
+
+    async def test_idle(
+        self, loop: Loop, master: Master, http: uvicorn.Config, borrowing: Borrowing, made: list[Any]
+    ) -> None:
+        borrowing.after_response = False
+        handed = master.hand(GET)
+        for _ in range(2):
+            assert (await response(handed))[1] == b"hello"
+            await handed.sends(GET)
+        await response(handed)
+        await stays(handed)
+        borrowing.after_response = True
+        made[0].shutdown()
+        await returned(handed)
+
+    async def test_busy(
+        self,
+        loop: Loop,
+        master: Master,
+        http: uvicorn.Config,
+        application: Served,
+        borrowing: Borrowing,
+        made: list[Any],
+    ) -> None:
+        borrowing.after_response = False
+        handed = master.hand(request("GET", "/wait"))
+        await master.answered(handed)
+        borrowing.after_response = True
+        made[0].shutdown()
+        await stays(handed)
+        application.go.set()
+        assert (await response(handed))[1] == b"waited"
+        await returned(handed)
+
+    async def test_for_good(
+        self, loop: Loop, master: Master, http: uvicorn.Config, borrowing: Borrowing, made: list[Any]
+    ) -> None:
+        borrowing.after_response = False
+        handed = master.hand(GET)
+        await response(handed)
+        made[0].shutdown()
+        assert await handed.rest() == b""
+        assert not handed.returned
+
+    async def test_what_is_kept_is_closed_at_keep_alive(
+        self, loop: Loop, master: Master, http: uvicorn.Config, borrowing: Borrowing, made: list[Any]
+    ) -> None:
+        borrowing.after_response = False
+        handed = master.hand(GET)
+        await response(handed)
+        await until(lambda: made[0].timeout_keep_alive_task is not None, "its time runs")
+        made[0].timeout_keep_alive_handler()
+        assert await handed.rest() == b""
+        assert not handed.returned
+
+
+class TestWhoCannot:
+    async def test_a_transport_that_is_not_the_masters(
+        self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]
+    ) -> None:
+        """Policy `none`: everything is uvicorn's."""
+        master.hand(GET)
+        await until(lambda: made, "there is a class to take")
+        protocol = made[0].__class__(config=http, server_state=ServerState(), app_state={}, _loop=loop)
+        handed = master.connection()
+        await loop.connect_accepted_socket(lambda: protocol, handed.copy.dup())
+        for _ in range(2):
+            await handed.sends(GET)
+            assert (await response(handed))[1] == b"hello"
+        assert not protocol.give_back()
+        protocol.shutdown()
+        await until(lambda: protocol not in protocol.connections, "it is closed")
+
+    def test_a_protocol_that_is_not_ours(self) -> None:
+        assert borrowing_protocol("package.module:Class", Borrowing()) == "package.module:Class"
+
+    def test_the_names(self) -> None:
+        borrowing = Borrowing()
+        for name, kind in (("h11", ours.BorrowingH11), ("httptools", ours.BorrowingHttpTools)):
+            found: Any = borrowing_protocol(name, borrowing)
+            assert issubclass(found, kind)
+            assert found.borrowing is borrowing
+        auto: Any = borrowing_protocol("auto", borrowing)
+        assert issubclass(auto, ours.BorrowingHttpTools)
