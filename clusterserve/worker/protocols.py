@@ -1,7 +1,7 @@
 """uvicorn's HTTP protocols, able to give a connection back when it is idle.
 
 The second file that knows uvicorn, and the only one that knows the insides of its protocols; each of them has a
-contract test (tests/worker/test_uvicorn_contract.py).  Relied upon, of both: `on_response_complete` is called from the
+contract test (tests/worker/test_borrow_contract.py).  Relied upon, of both: `on_response_complete` is called from the
 application's task when a response is complete, `shutdown` when the server stops, `cycle` is the newest request (None
 before the first), `cycle.response_complete`, `server_state.total_requests`, `transport`.  Of httptools': `pipeline`
 holds the requests that wait, `on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.

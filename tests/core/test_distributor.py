@@ -880,6 +880,25 @@ class Shell(RuleBasedStateMachine):
     def drain(self, number: int) -> None:
         self.distributor.drain_worker(one_of(list(self.processes), number))
 
+    @rule(spoke=st.sets(ONE))
+    def expire(self, spoke: set[int]) -> None:
+        """Whose time is over is closed, but for those who have spoken in the last moment."""
+        named = self.distributor.expired(self.now)
+        assert [connection.state for connection in named] == [State.PARKED] * len(named)
+        assert self.distributor.expired(self.now) == []
+        for position, connection in enumerate(named):
+            if position in spoke:
+                self.distributor.readable(connection.id)
+                self.place([connection.id], "lane")
+            else:
+                assert self.distributor.hung_up(connection.id) is connection
+                self.place([connection.id], None)
+
+    @invariant()
+    def only_what_is_parked_expires(self) -> None:
+        assert self.distributor._expiries.keys() <= self.distributor.parked.keys()
+        assert list(self.distributor._expiries.values()) == sorted(self.distributor._expiries.values())
+
     @precondition(lambda self: self.processes)
     @rule(number=ONE, touched=st.sets(ONE), together=st.booleans())
     def die(self, number: int, touched: set[int], together: bool) -> None:

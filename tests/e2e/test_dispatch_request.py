@@ -127,7 +127,7 @@ def test_a_websocket_after_a_request(client: Client) -> None:
             "Upgrade: websocket",
             "Sec-WebSocket-Version: 13",
             f"Sec-WebSocket-Key: {key}",
-        )  # fmt: skip
+        )
     )
     assert client.head().status == 101
     for text in (b"one", b"two", b"three"):

@@ -212,7 +212,7 @@ class Master:
         return handed
 
     def again(self, handed: Handed, data: bytes) -> Handed:
-        """A connection that was given back, whose client has said more: offered anew.  (A new id is this rig's need.)"""
+        """One that was given back, whose client has said more: offered anew, under an id of its own."""
         assert handed.returned
         new = Handed(self.loop, len(self.connections) + 1, handed.client, handed.copy)
         self.connections[new.id] = new

@@ -47,9 +47,13 @@ async def empty(request: Request) -> Response:
 async def until(request: Request) -> PlainTextResponse:
     """Holds the event loop until there is such a file."""
     asgi_app.logger.info("The loop is held")
-    while not os.path.exists(request.query_params["path"]):
-        time.sleep(0.01)  # noqa: ASYNC251 - holding the loop is the point
+    _hold(request.query_params["path"])
     return PlainTextResponse("released")
+
+
+def _hold(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.01)
 
 
 app = Starlette(
