@@ -40,6 +40,27 @@ class Load:
                 self._ask(client, number, self.kept)
                 self.kept += 1
 
+    def pipeline(self, number: int) -> None:
+        """One connection, several requests at once, of which the last is not whole when the others are answered."""
+        turn = 0
+        with Client(self.address) as client:
+            while not self._over.is_set():
+                turn += 1
+                sizes = [(number * 31 + turn * 7 + step * 1009) % 30_000 for step in range(1 + turn % 4)]
+                data = b"".join(request("GET", f"/bytes?n={size}") for size in sizes)
+                # From "all but the last byte" to "nothing but the first", the latter across several requests.
+                cut = 1 + turn * 37 % (len(data) - 1)
+                client.send(data[:cut])
+                if turn % 2:
+                    client.send(data[cut:])
+                whole = data[:cut].count(b"\r\n\r\n")
+                for position, size in enumerate(sizes):
+                    if position == whole and not turn % 2:
+                        client.send(data[cut:])
+                    answer = client.response()
+                    assert (answer.status, answer.body) == (200, _PATTERN[:size]), f"request {position} of {sizes}"
+                self.kept += 1
+
     def close(self, number: int) -> None:
         """A connection for each request."""
         while not self._over.is_set():
@@ -90,7 +111,7 @@ def under_load(address: Address, *, clients: int = 3) -> Iterator[Load]:
     load = Load(address)
     threads = [
         threading.Thread(target=load.run, args=(kind, number))
-        for kind in ("keep_alive", "close")
+        for kind in ("keep_alive", "pipeline", "close")
         for number in range(clients)
     ]
     for thread in threads:
