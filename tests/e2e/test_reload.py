@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
-from clusterserve import BootError, Cluster
+from clusterserve import BootError, Cluster, ClusterError
 from tests.helpers import proc
 from tests.helpers.load import under_load
 from tests.helpers.raw import Address, Client, request
@@ -186,3 +187,24 @@ def test_a_reload_in_the_midst_of_stopping_ends(serve: Serve) -> None:
     server.wait_for("Reloading")
     server.terminate()
     assert server.wait() == 0
+
+
+def test_who_waits_for_a_reload_hears_of_a_stop(code: Code) -> None:
+    """The replacement never comes to listen, and the cluster is stopped meanwhile."""
+    cluster = Cluster("reloaded:app", app_dir=str(code.path.parent), bind="127.0.0.1:0", workers=1)
+    heard: list[Exception] = []
+
+    def reload() -> None:
+        try:
+            cluster.reload()
+        except ClusterError as exc:
+            heard.append(exc)
+
+    with cluster:
+        code.is_("import threading; threading.Event().wait()")
+        thread = threading.Thread(target=reload)
+        thread.start()
+        eventually(lambda: len(cluster.workers) == 2, "a replacement boots")
+        cluster.stop(quick=True)
+    thread.join()
+    assert [str(exc) for exc in heard] in (["the cluster has stopped"], ["the cluster does not run"])
