@@ -163,12 +163,16 @@ class Distributor:
         #: Connections in all lanes together; what `--max-pending` bounds.
         self.queued = 0
         self._tickets = 0
+        #: As many as `resize` said; None: the policies know.
+        self._slots: int | None = None
 
     # -- who is there ---------------------------------------------------------------------------------------------
 
     def add_handle(self, key: int, policy: Policy, *, client_speaks_first: bool) -> None:
         """A listener `key` exists from now on."""
         self.handles[key] = Handle(key, policy, client_speaks_first)
+        if self._slots is not None:
+            self.resize(self._slots)
 
     def remove_handle(self, key: int) -> list[Connection]:
         """The listener is gone; returns the connections that waited for it, for the shell to close."""
@@ -185,7 +189,8 @@ class Distributor:
         return left
 
     def resize(self, slots: int) -> None:
-        """The cluster has `slots` slots from now on; for the policies that care."""
+        """The cluster has `slots` slots from now on; for the policies that care, also those that are still to come."""
+        self._slots = slots
         for handle in self.handles.values():
             resize = getattr(handle.policy, "resize", None)
             if resize is not None:

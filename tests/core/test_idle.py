@@ -90,3 +90,11 @@ def test_resize_is_for_the_policies_that_care() -> None:
         connections = [Connection(n, n, 1, bytes(15) + bytes([n])) for n in range(60)]
         lanes.add(len({policy.lane(connection) for connection in connections}))
     assert lanes == {2, 5}
+
+
+def test_a_listener_that_is_opened_later_knows_the_new_size() -> None:
+    distributor = Distributor()
+    distributor.resize(4)
+    policy = Hash(2)
+    distributor.add_handle(1, policy, client_speaks_first=True)
+    assert len({policy.lane(Connection(n, n, 1, bytes(15) + bytes([n]))) for n in range(60)}) == 4
