@@ -105,7 +105,7 @@ class Offer:
 class FakeWorker:
     """The worker's end of a connection channel, and what it was offered."""
 
-    def __init__(self, rig: Rig, id: int, slot: int, send_buffer: int | None) -> None:
+    def __init__(self, rig: Rig, id: int, slot: int, send_buffer: int | None, pid: int | None) -> None:
         self.id = id
         self._rig = rig
         own, theirs = connection_channel()
@@ -118,7 +118,7 @@ class FakeWorker:
         #: How many connections came in each message.
         self.batches: list[int] = []
         self.alive = True
-        rig.dispatcher.add_worker(id, slot, own)
+        rig.dispatcher.add_worker(id, slot, own, pid)
 
     @property
     def record(self) -> Worker:
@@ -219,10 +219,10 @@ class Rig:
         self.dispatcher.add_listener(listener, client_speaks_first=client_speaks_first)
         return listener
 
-    def worker(self, *listeners: Listener, send_buffer: int | None = None) -> FakeWorker:
+    def worker(self, *listeners: Listener, send_buffer: int | None = None, pid: int | None = None) -> FakeWorker:
         """A worker that listens on `listeners`."""
         number = len(self._workers)
-        worker = FakeWorker(self, number + 1, number, send_buffer)
+        worker = FakeWorker(self, number + 1, number, send_buffer, pid)
         self._workers.append(worker)
         for listener in listeners:
             self.dispatcher.attach(worker.id, listener.key)
