@@ -24,7 +24,7 @@ from clusterserve.master.fate import BAD_GATEWAY
 from clusterserve.master.listeners import Listener
 from tests.helpers import proc
 
-from .rig import FakeWorker, Offer, Rig, SkewedLoop, connect, no_more_descriptors, readable, reset
+from .rig import FakeWorker, Offer, Rig, SkewedLoop, no_more_descriptors, readable, reset
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
 
@@ -36,7 +36,7 @@ def ended(client: socket.socket) -> bytes:
 
 def speaks(offer: Offer, client: socket.socket) -> bool:
     """Whether this offer is this client's connection."""
-    return offer.sock.getpeername() == client.getsockname()
+    return bool(offer.sock.getpeername() == client.getsockname())
 
 
 def queued_in_order(rig: Rig) -> list[int]:
@@ -851,6 +851,18 @@ def test_a_removed_listener_accepts_no_more(rig: Rig) -> None:
         client.recv(1)
 
 
+def test_an_inherited_socket_that_its_owner_shuts_down(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        shared, other = rig.listen(f"fd://{given.fileno()}"), rig.listen()
+        worker = rig.worker(shared, other)
+        given.shutdown(socket.SHUT_RDWR)
+        rig.connect(other)
+        worker.receive()
+        rig.loop.turn(10)
+    assert caplog.messages == [f"Nobody listens on {shared.address} any more: it was shut down by another process"]
+    rig.dispatcher.remove_listener(shared)
+
+
 def test_everything_the_kernel_has_accepted_can_be_taken(loop: SkewedLoop, tmp_path: Path) -> None:
     rig = Rig(loop, max_pending=3)
     listeners = rig.listen(client_speaks_first=True), rig.listen(f"unix:{tmp_path}/s", client_speaks_first=True)
@@ -900,40 +912,35 @@ def test_returned_to_a_listener_that_is_forgotten(rig: Rig) -> None:
 def test_many_clients_many_workers_nothing_is_lost(rig: Rig) -> None:
     listener = rig.listen(client_speaks_first=True)
     workers = [rig.worker(listener) for _ in range(3)]
+    clients: list[socket.socket] = []
     served: list[int] = []
-    answered: list[socket.socket] = []
-    for turn in range(200):
-        client = connect(listener)
-        client.sendall(REQUEST)
-        answered.append(client)
-        if turn % 10 == 9:
-            rig.loop.turn()
-            for worker in workers:
-                while offers := worker.read():
-                    served += [offer.id for offer in offers]
-                    for offer in offers:
-                        offer.sock.sendall(b"answer")
-                    worker.answer(Kind.ACK | Kind.CLOSED, *(offer.id for offer in offers))
-        if turn == 100:
-            dead = workers.pop(0)
-            dead.die()
-            workers.append(rig.worker(listener))
 
-    def all_served() -> bool:
+    def serve() -> None:
         for worker in workers:
             while offers := worker.read():
-                served.extend(offer.id for offer in offers)
                 for offer in offers:
+                    assert offer.sock.recv(65536) == REQUEST
                     offer.sock.sendall(b"answer")
+                    served.append(offer.id)
                 worker.answer(Kind.ACK | Kind.CLOSED, *(offer.id for offer in offers))
+
+    def all_served() -> bool:
+        serve()
         return len(served) == 200
 
+    for number in range(200):
+        clients.append(rig.connect(listener, REQUEST))
+        if number % 10 == 9:
+            rig.loop.turn()
+        if number % 20 == 19:
+            serve()
+        if number % 50 == 49:
+            # With unread offers of its own, most likely.
+            workers.pop(0).die()
+            workers.append(rig.worker(listener))
     rig.loop.until(all_served, "everybody was served")
     assert sorted(served) == list(range(1, 201))
-    for client in answered:
-        # Unread requests make the kernel reset the connection behind the answer.
-        assert client.recv(65536) == b"answer"
-        client.close()
+    assert {ended(client) for client in clients} == {b"answer"}
     rig.loop.until(lambda: not rig.distributor.statistics().offered, "all is said")
     assert rig.distributor.statistics().borrowed == rig.distributor.queued == 0
     assert rig.broken == []

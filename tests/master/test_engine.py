@@ -677,14 +677,14 @@ def test_workers_listeners_are_shared_and_go_with_the_last_of_them(make: Make, t
     pinned, theirs = running.engine.handles
     assert (pinned.pinned, theirs.pinned) == (True, False)
     assert len(theirs.workers) == 2
-    host, port = theirs.sockname[:2]
+    host, port = theirs.sock.getsockname()
     # What the workers got has no descriptor.
-    assert not any(
-        proc.listening_inodes(int(str(port))) & proc.socket_inodes(pid) for *_, pid, _ in running.engine.states()
-    )
+    inodes = proc.listening_inodes(port)
+    assert inodes
+    assert not any(inodes & proc.socket_inodes(pid) for _, _, pid, _ in running.engine.states())
 
     def say(line: bytes) -> bytes:
-        client = socket.create_connection((str(host), int(str(port))))
+        client = socket.create_connection((host, port))
         client.settimeout(DEADLINE)
         client.sendall(line)
         return running.answer(client)
@@ -707,11 +707,11 @@ def test_workers_listeners_are_shared_and_go_with_the_last_of_them(make: Make, t
 def test_a_listener_survives_the_crash_of_its_last_worker(make: Make, tmp_path: Path) -> None:
     running = make(own("127.0.0.1", 0), lifespan="on", bind=f"unix:{tmp_path}/s").settle()
     _, theirs = running.engine.handles
-    with socket.create_connection(tuple(theirs.sockname)) as client:
+    with socket.create_connection(theirs.sock.getsockname()) as client:
         client.sendall(b"exit\n")
         running.loop.until(lambda: 1 not in running.ids, "it has crashed")
     assert theirs.is_open
-    with socket.create_connection(tuple(theirs.sockname)) as client:
+    with socket.create_connection(theirs.sock.getsockname()) as client:
         client.settimeout(DEADLINE)
         client.sendall(b"hello\n")
         running.loop.until(lambda: readable(client), "the next one answers")
