@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from clusterserve.binds import Bind
 from clusterserve.channel.connection import MasterEnd, WorkerEnd, connection_channel
-from clusterserve.core.distributor import Distributor, Worker
+from clusterserve.core.distributor import PATIENCE, Distributor, Worker
 from clusterserve.core.policies import Policy, RoundRobin
 from clusterserve.core.records import Kind, pack_answer, unpack_offers
 from clusterserve.errors import ProtocolError
@@ -68,16 +68,17 @@ class SkewedLoop(asyncio.SelectorEventLoop):
 
     def until(self, predicate: Callable[[], T], what: str) -> T:
         """Run until the answer is true, and return it."""
-
-        async def wait() -> T:
-            deadline = time.monotonic() + DEADLINE
-            while not (answer := predicate()):
-                if time.monotonic() > deadline:
-                    raise AssertionError(f"not within {DEADLINE:g} s: {what} (last answer: {answer!r})")
-                await asyncio.sleep(PAUSE)
-            return answer
-
-        return self.run_until_complete(wait())
+        deadline = time.monotonic() + DEADLINE
+        while not (answer := predicate()):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not within {DEADLINE:g} s: {what} (last answer: {answer!r})")
+            if self._frozen is None:
+                self.run_until_complete(asyncio.sleep(PAUSE))
+            else:
+                # No timer comes due, and the kernel needs some time all the same.
+                time.sleep(PAUSE)
+                self.turn(1)
+        return answer
 
     def turn(self, times: int = 3) -> None:
         """Let what is ready now happen, and what follows from it at once."""
@@ -242,6 +243,11 @@ class Rig:
     def parked(self, count: int) -> None:
         """Run until so many connections are parked."""
         self.loop.until(lambda: len(self.distributor.parked) == count, f"{count} connections are parked")
+
+    def late(self) -> None:
+        """Whoever has not said anything yet has not said anything for long."""
+        self.loop.forward(PATIENCE + 0.001)
+        self.loop.turn()
 
     def close(self) -> None:
         for worker in self._workers:

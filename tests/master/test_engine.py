@@ -338,7 +338,8 @@ def test_a_dead_worker_is_replaced_in_its_slot(make: Make, log: Log) -> None:
     assert f"Worker 1 (slot 0, pid {pid}) was killed by SIGKILL" in log(logging.ERROR)
 
 
-def test_each_death_in_its_youth_doubles_the_wait(make: Make) -> None:
+def test_each_death_in_its_youth_doubles_the_wait(loop: SkewedLoop, make: Make) -> None:
+    loop.freeze()
     running = make(restart_backoff=10.0, restart_backoff_max=25.0).settle()
     for id, wait in enumerate((10.0, 20.0, 25.0, 25.0), 1):
         running.until_listening(id)
@@ -351,7 +352,8 @@ def test_each_death_in_its_youth_doubles_the_wait(make: Make) -> None:
         assert running.ids == [id + 1]
 
 
-def test_a_worker_that_had_been_well_is_replaced_at_once(make: Make) -> None:
+def test_a_worker_that_had_been_well_is_replaced_at_once(loop: SkewedLoop, make: Make) -> None:
+    loop.freeze()
     running = make(restart_backoff=10.0).settle()
     running.kill(1)
     running.loop.forward(10.0)
@@ -634,7 +636,8 @@ def test_an_end_while_the_application_is_imported(make: Make) -> None:
     running.finish()
 
 
-def test_an_end_while_nobody_lives(make: Make) -> None:
+def test_an_end_while_nobody_lives(loop: SkewedLoop, make: Make) -> None:
+    loop.freeze()
     running = make(restart_backoff=10.0).settle()
     running.kill(1)
     assert running.ids == []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterserve.core.distributor import PATIENCE
+from clusterserve.core.distributor import EXCUSES
 from clusterserve.core.policies import Least
 from clusterserve.master.starvation import Starvation
 from tests.helpers import proc
@@ -117,12 +117,14 @@ def test_a_worker_without_a_processor_keeps_its_offers(rig: Rig, starving: int) 
     rig.connect(listener)
     rig.loop.until(lambda: late.record.unacked, "it is offered")
     other = rig.worker(listener)
-    rig.loop.forward(PATIENCE)
-    rig.loop.until(lambda: late.record.excuses, "it is excused")
-    assert not late.record.stalled
+    for number in range(1, EXCUSES + 1):
+        rig.late()
+        assert late.record.excuses == number
+        assert not late.record.stalled
     # Not for ever: whatever the kernel says, the client has waited long enough.
-    other.receive()
+    rig.late()
     assert late.record.stalled
+    other.receive()
 
 
 def test_a_worker_that_is_stopped_does_not(rig: Rig) -> None:
@@ -132,6 +134,8 @@ def test_a_worker_that_is_stopped_does_not(rig: Rig) -> None:
         late = rig.worker(listener, pid=pid)
         rig.connect(listener)
         rig.loop.until(lambda: late.record.unacked, "it is offered")
-        rig.worker(listener).receive()
+        other = rig.worker(listener)
+        rig.late()
+        other.receive()
         assert not late.record.excuses
         os.kill(pid, signal.SIGCONT)
