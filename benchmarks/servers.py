@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError, ServerFailedError
+from benchmarks.without import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
 NODE_APP = Path(__file__).resolve().parent / "apps" / "hello_cluster.js"
@@ -102,6 +103,14 @@ def _clusterserve(policy: str) -> Callable[[Setup, int], list[str]]:
     return command
 
 
+def _without(step: str) -> Callable[[Setup, int], list[str]]:
+    def command(setup: Setup, port: int) -> list[str]:
+        _, _, _, app, *options = _clusterserve("rr")(setup, port)
+        return _module("benchmarks.without", step, app.replace(":", "_without:"), *options)
+
+    return command
+
+
 def _uvicorn(setup: Setup, port: int) -> list[str]:
     where = ["--workers", str(setup.workers), "--host", "127.0.0.1", "--port", str(port)]
     return _module("uvicorn", setup.import_string, *where, *_uvicorn_options(setup))
@@ -150,6 +159,7 @@ CONTENDERS: dict[str, Contender] = {
     for contender in (
         Contender("clusterserve-rr", "clusterserve", _clusterserve("rr")),
         Contender("clusterserve-none", "clusterserve", _clusterserve("none")),
+        *(Contender(f"without-{step}", "clusterserve", _without(step)) for step in STEPS),
         Contender(REFERENCE, "uvicorn", _uvicorn),
         Contender("gunicorn", "gunicorn", _gunicorn),
         Contender("granian", "granian", _granian),

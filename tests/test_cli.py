@@ -576,7 +576,7 @@ def test_main_exits_with_what_the_cluster_returns(code: int, master: Master, env
         (ClusterError("went wrong"), 1, "went wrong"),
         (BindError(98, "cannot listen on :1: address in use", ":1"), 1, "cannot listen on :1: address in use"),
         (SettingsError("no such policy"), 2, "no such policy"),
-        (BootError("cannot import a", "Traceback:\n  boom\n"), 3, "cannot import a\n\nTraceback:\n  boom"),
+        (BootError("cannot import a", "Traceback:\n  boom\n"), 3, "cannot import a\nTraceback:\n  boom"),
     ],
 )
 def test_an_error_of_the_cluster_is_told_once_and_gives_the_code(

@@ -19,9 +19,12 @@ from ..core.records import ANSWER_SIZE, OFFER_SIZE, unpack_offers
 #: Descriptors in one message, at most (the kernel's SCM_MAX_FD is 253).
 MAX_BATCH: Final = 32
 
+#: Answers in one message, at most: the master reads no more.
+MAX_ANSWERS: Final = 1024
+
 _SPACE: Final = socket.CMSG_SPACE(4 * MAX_BATCH)
 _OFFER_BYTES: Final = OFFER_SIZE * MAX_BATCH
-_ANSWER_BYTES: Final = ANSWER_SIZE * 1024
+_ANSWER_BYTES: Final = ANSWER_SIZE * MAX_ANSWERS
 _FLAGS: Final = socket.MSG_CMSG_CLOEXEC
 
 #: What says "not now" instead of "broken": the buffer is full, or too many descriptors are in flight.
@@ -120,7 +123,7 @@ class WorkerEnd:
         return data, _descriptors(ancillary)
 
     def answer(self, records: bytes) -> bool:
-        """Send a message of answers; False if it must wait for the master."""
+        """Send a message of at most `MAX_ANSWERS` answers; False if it must wait for the master."""
         try:
             self._sock.send(records)
         except OSError as exc:

@@ -126,6 +126,8 @@ class Handle:
         self.lanes: dict[Hashable, deque[Connection]] = {}
         self.workers: dict[int, Worker] = {}
         self._lane = getattr(policy, "lane", None)
+        #: Its connections wait for one worker and no other: taking them back from it would only delay them.
+        self.sticky = bool(getattr(policy, "sticky", False))
 
     def lane(self, connection: Connection) -> deque[Connection]:
         """The queue this connection waits in."""
@@ -490,7 +492,8 @@ class Distributor:
     def _replaceable(self, late: Worker) -> bool:
         """Whether another ready worker listens where one of this worker's offers came from."""
         keys = {connection.listener for connection in late.unacked.values()} & self.handles.keys()
-        return any(other is not late and other.ready for key in keys for other in self.handles[key].workers.values())
+        handles = [handle for key in keys if not (handle := self.handles[key]).sticky]
+        return any(other is not late and other.ready for handle in handles for other in handle.workers.values())
 
 
 def _by_ticket(connection: Connection) -> int:

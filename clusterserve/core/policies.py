@@ -51,7 +51,8 @@ class Waiting(Protocol):
 class Policy(Protocol):
     """What `--policy package.module:Class` must provide; the class is called without arguments, once per listener.
 
-    Two attributes are optional.  `wake_at` (float or None): ask again at this time, on the clock of `pick`'s `now`,
+    Three attributes are optional.  `sticky` (bool): a connection waits for one worker and no other, so what that worker
+    has not read is left with it.  `wake_at` (float or None): ask again at this time, on the clock of `pick`'s `now`,
     even if nothing changed.  `lane(connection)`: connections with the same lane wait in one queue; without it all of
     a listener do, and a connection that must wait holds up those behind it.
     """
@@ -142,6 +143,8 @@ class Hash:
     Rendezvous over slots, not workers: a respawn or a reload moves nobody, and one slot more or less moves only 1/N of
     the clients.  Clients without an address take turns.
     """
+
+    sticky = True
 
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots

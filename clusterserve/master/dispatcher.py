@@ -106,6 +106,11 @@ class Dispatcher:
                 if exc.errno in _EXHAUSTED:
                     self._exhausted(exc)
                     return
+                if exc.errno == errno.EINVAL:
+                    # Whoever shares an inherited socket can shut it down for all: it would be readable for ever.
+                    logger.error("Nobody listens on %s any more: it was shut down by another process", listener.address)
+                    self.remove_listener(listener)
+                    return
                 # The client's connection is already broken, or its network is: accept(2) says to treat it as EAGAIN.
                 continue
             self._ids += 1

@@ -350,6 +350,8 @@ class Engine:
     def _on_closed(self, worker: int, error: ProtocolError | None) -> None:
         if error is not None:
             self._broke_protocol(worker, error)
+        # Its process may live on for a while, but it is not ours to rely on any more.
+        self._distributor.drain_worker(worker)
         self._happened(worker, WorkerEvent.DISCONNECTED)
 
     def _broke_protocol(self, worker: int, error: ProtocolError) -> None:

@@ -41,11 +41,12 @@ def fate_of(fd: int) -> Fate:
     try:
         if sock.family == socket.AF_UNIX:
             return Fate.BEGUN
+        # Before what is acknowledged: an answer on its way must be seen on one side or the other.
+        unsent = _queued(fd, _SIOCOUTQ)
         unread = _queued(fd, termios.FIONREAD)
         state, acked, received = _TCP_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136))
         # Read again: bytes that arrived in between must not look as if the worker had taken them.
         unread = max(unread, _queued(fd, termios.FIONREAD))
-        unsent = _queued(fd, _SIOCOUTQ)
     except OSError:
         return Fate.BEGUN
     finally:

@@ -22,6 +22,7 @@ class GuardedPolicy:
         self._fallback = RoundRobin()
         self._workers: dict[int, Candidate] = {}
         self._complained = False
+        self.sticky = bool(getattr(policy, "sticky", False))
 
     def add(self, worker: Candidate) -> None:
         self._workers[worker.id] = worker

@@ -92,7 +92,9 @@ def serve(settings: Settings, link: Link) -> None:
         gc.freeze()
         server.run(sockets=[cast("socket", BindSocket(bind)) for bind in settings.binds])
     except ImportFromStringError as exc:
-        raise BootError(f"Error loading ASGI app. {exc}") from None
+        # The application is imported first, and takes the place of its name.
+        what = "Error loading ASGI app." if config.app is settings.app else "The protocol of --http or --ws is missing."
+        raise BootError(f"{what} {exc}") from None
     except SystemExit as exc:
         if expected:
             # An application that refuses to start may say why, as in sys.exit("SECRET_KEY is not set").

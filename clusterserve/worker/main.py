@@ -12,7 +12,7 @@ from typing import Final
 
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
 from ..current import VARIABLE, CurrentWorker, become
-from ..errors import BootError
+from ..errors import BootError, ProtocolError
 from ..settings import Settings
 from .link import MASTER_GONE, Link
 
@@ -35,7 +35,12 @@ def main() -> int:
     channel = socket.socket(fileno=messages)
     os.set_inheritable(messages, False)
     os.set_inheritable(connections, False)
-    boot = _receive_boot(channel)
+    try:
+        boot = _receive_boot(channel)
+    except ProtocolError as exc:
+        # The package may have been upgraded under a running master, and this process is the first of the new version.
+        _send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
+        return BOOT_FAILURE
     become(CurrentWorker(boot.worker, boot.slot, os.getpid()))
     if boot.path:
         sys.path[:] = boot.path
@@ -65,13 +70,15 @@ def heed_the_master(number: int, frame: FrameType | None) -> None:
 
 def _receive_boot(channel: socket.socket) -> Boot:
     """The first frame, and not a byte more: what follows belongs to the channel's reader."""
+    decoder = Decoder()
     header = _exactly(channel, HEADER_SIZE)
-    length = int.from_bytes(header[:4], "little")
-    for body, _ in Decoder().feed(header + _exactly(channel, length)):
-        message = decode(body)
-        if isinstance(message, Boot):
-            return message
-    os._exit(MASTER_GONE)
+    frames = list(decoder.feed(header))
+    # Not before it is clear that this can be a frame's length.
+    frames += decoder.feed(_exactly(channel, int.from_bytes(header[:4], "little")))
+    message = decode(frames[0][0])
+    if not isinstance(message, Boot):
+        raise ProtocolError(f"a worker does not expect {type(message).__name__} first")
+    return message
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:

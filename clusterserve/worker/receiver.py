@@ -16,7 +16,7 @@ from resource import RUSAGE_THREAD, getrusage
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
-from ..channel.connection import WorkerEnd
+from ..channel.connection import MAX_ANSWERS, WorkerEnd
 from ..core.records import IPV4, IPV6, Kind, pack_answer, unpack_offers
 from ..errors import ProtocolError
 from .transport import HandedTransport
@@ -185,13 +185,9 @@ class Receiver:
     def made(self, id: int) -> None:
         """A connection has its protocol: if its client need not speak first, acknowledged one turn later."""
         if id in self._making:
-            # Not `_later`, which may be scheduled already, in front of the tasks that this protocol will create.
-            self.loop.call_soon(self._acknowledge, id)
-
-    def _acknowledge(self, id: int) -> None:
-        if id in self._making:
             self._making.remove(id)
-            self._later(id, _ACK)
+            # Not at once: `_flush` may be scheduled already, in front of the tasks that this protocol will create.
+            self.loop.call_soon(self._later, id, _ACK)
 
     def ended(self, id: int, *, returned: bool = False) -> None:
         """Our descriptor of a connection is closed: the connection is over, or `returned` to the master."""
@@ -217,14 +213,17 @@ class Receiver:
     def _send(self, records: list[bytes]) -> None:
         if self._blocked:
             self._blocked += records
-        elif not self._end.answer(b"".join(records)):
-            # The master does not read: it is stopped, or dead.  Answers wait, nothing else does.
-            self._blocked = records
-            self.loop.add_writer(self._end.fileno(), self._unblock)
+            return
+        for start in range(0, len(records), MAX_ANSWERS):
+            if not self._end.answer(b"".join(records[start : start + MAX_ANSWERS])):
+                # The master does not read: it is stopped, or dead.  Answers wait, nothing else does.
+                self._blocked = records[start:]
+                self.loop.add_writer(self._end.fileno(), self._unblock)
+                return
 
     def _unblock(self) -> None:
-        while self._blocked and self._end.answer(b"".join(self._blocked[:64])):
-            del self._blocked[:64]
+        while self._blocked and self._end.answer(b"".join(self._blocked[:MAX_ANSWERS])):
+            del self._blocked[:MAX_ANSWERS]
         if not self._blocked:
             self.loop.remove_writer(self._end.fileno())
 

@@ -88,8 +88,6 @@ class HandedTransport(asyncio.Transport):
 
     def settle(self) -> None:
         """The turn is over: end what is finished, give the loop what is not."""
-        if self._phase is not Phase.LAZY:
-            return
         if not self._abort and self._pieces:
             self._flush()
         if self._abort or self._error is not None or (self._closing and not self._pieces):
@@ -174,8 +172,10 @@ class HandedTransport(asyncio.Transport):
         if self._limits is not None:
             real.set_write_buffer_limits(*self._limits)
         # Instance attributes in front of the methods: from here on a call goes straight to the loop's transport.
-        for name in ("write", "writelines", "write_eof", "can_write_eof", "is_closing", "close", "abort"):
-            setattr(self, name, getattr(real, name))
+        # Not if it is closing: what is written after that is dropped here, whatever the loop's transport does with it.
+        if not self._closing:
+            for name in ("write", "writelines", "write_eof", "can_write_eof", "is_closing", "close", "abort"):
+                setattr(self, name, getattr(real, name))
         if not self._made:
             self._made = True
             self._receiver.made(self._id)

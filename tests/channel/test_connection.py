@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterserve.channel.connection import MAX_BATCH, MasterEnd, WorkerEnd, connection_channel
+from clusterserve.channel.connection import MAX_ANSWERS, MAX_BATCH, MasterEnd, WorkerEnd, connection_channel
 from clusterserve.core.records import (
     ANSWER_SIZE,
     IPV4,
@@ -192,8 +192,8 @@ class TestAnswers:
         assert channel.master.answers() == b""
 
     def test_the_most_that_comes_at_once(self, channel: Channel) -> None:
-        assert channel.worker.answer(b"".join(pack_answer(Kind.ACK, id) for id in range(1024)))
-        assert [answer[4] for answer in unpack_answers(channel.master.answers())] == list(range(1024))
+        assert channel.worker.answer(b"".join(pack_answer(Kind.ACK, id) for id in range(MAX_ANSWERS)))
+        assert [answer[4] for answer in unpack_answers(channel.master.answers())] == list(range(MAX_ANSWERS))
 
     def test_none_yet_and_none_ever_again(self, channel: Channel) -> None:
         assert channel.master.answers() == b""
@@ -523,9 +523,9 @@ class TestHostile:
             unpack_offers(data)
 
     def test_a_message_longer_than_any_is_cut_and_refused(self, channel: Channel) -> None:
-        channel.worker_socket.send(bytes([1]) * (ANSWER_SIZE * 1024 + 5))
+        channel.worker_socket.send(bytes([1]) * (ANSWER_SIZE * MAX_ANSWERS + 5))
         data = channel.master.answers()
-        assert len(data) == ANSWER_SIZE * 1024
+        assert len(data) == ANSWER_SIZE * MAX_ANSWERS
         assert channel.master.answers() == b""
 
     def test_more_offers_than_a_message_may_hold_are_cut(self, channel: Channel, files: list[int]) -> None:

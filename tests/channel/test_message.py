@@ -197,6 +197,18 @@ class TestArriving:
         await end.got(1)
         assert end.messages == [LARGE]
 
+    async def test_a_sender_that_goes_on_does_not_hold_the_loop(
+        self, loop: asyncio.AbstractEventLoop, end: End, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Small reads instead of a sender that is faster than we are.
+        monkeypatch.setattr("clusterserve.channel.message._CHUNK", 16)
+        sent = [Online(number) for number in range(1000)]
+        peer.send(b"".join(map(encode, sent)))
+        end.channel._read()
+        assert 0 < len(end.messages) < 200
+        await end.got(1000)
+        assert end.messages == sent
+
     async def test_the_next_is_delivered_when_the_last_has_been_handled(
         self, loop: asyncio.AbstractEventLoop, end: End, peer: Peer
     ) -> None:
@@ -399,6 +411,13 @@ class TestBackPressure:
         ((message, numbers),) = await peer.receive(1)
         assert message == Online(1)
         assert closing_inodes(numbers) == [inode(pipes[0])]
+
+    async def test_the_loop_may_be_wrong_about_the_room(
+        self, loop: asyncio.AbstractEventLoop, end: End, peer: Peer
+    ) -> None:
+        count = flood(end)
+        end.channel._flush()
+        assert await peer.receive(count) == [(LARGE, [])] * count
 
     async def test_close_drops_what_waits(
         self, loop: asyncio.AbstractEventLoop, end: End, peer: Peer, pipes: list[int]

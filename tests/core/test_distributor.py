@@ -1149,3 +1149,17 @@ class Shell(RuleBasedStateMachine):
 
 TestShell = Shell.TestCase
 TestShell.settings = settings(deadline=None, max_examples=100, stateful_step_count=50)
+
+
+def test_nothing_is_recalled_for_a_sticky_policy() -> None:
+    """Hash waits for one worker and no other: taking an offer back from it would only make the connection wait."""
+    distributor = Distributor()
+    distributor.add_handle(1, Hash(slots=2), client_speaks_first=True)
+    for number in range(2):
+        distributor.add_worker(number + 1, number)
+        distributor.attach(number + 1, 1)
+    distributor.accepted(Connection(1, 10, 1, client=b"\x01" * 16), waiting=True)
+    [(worker, _)] = distributor.distribute(0.0)
+    assert distributor.overdue(1.0) == []
+    assert worker.stalled
+    assert list(worker.unacked) == [1]

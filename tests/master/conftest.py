@@ -56,6 +56,8 @@ def loop() -> Iterator[SkewedLoop]:
 
 @pytest.fixture
 def rig(loop: SkewedLoop) -> Iterator[Rig]:
+    """A dispatcher for whom time stands still: nobody is late because the machine is busy, only when a test says so."""
+    loop.freeze()
     rig = Rig(loop)
     yield rig
     rig.close()

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from clusterserve.binds import Bind
 from clusterserve.channel.connection import MasterEnd, WorkerEnd, connection_channel
-from clusterserve.core.distributor import Distributor, Worker
+from clusterserve.core.distributor import PATIENCE, Distributor, Worker
 from clusterserve.core.policies import Policy, RoundRobin
 from clusterserve.core.records import Kind, pack_answer, unpack_offers
 from clusterserve.errors import ProtocolError
@@ -68,16 +68,17 @@ class SkewedLoop(asyncio.SelectorEventLoop):
 
     def until(self, predicate: Callable[[], T], what: str) -> T:
         """Run until the answer is true, and return it."""
-
-        async def wait() -> T:
-            deadline = time.monotonic() + DEADLINE
-            while not (answer := predicate()):
-                if time.monotonic() > deadline:
-                    raise AssertionError(f"not within {DEADLINE:g} s: {what} (last answer: {answer!r})")
-                await asyncio.sleep(PAUSE)
-            return answer
-
-        return self.run_until_complete(wait())
+        deadline = time.monotonic() + DEADLINE
+        while not (answer := predicate()):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not within {DEADLINE:g} s: {what} (last answer: {answer!r})")
+            if self._frozen is None:
+                self.run_until_complete(asyncio.sleep(PAUSE))
+            else:
+                # No timer comes due, and the kernel needs some time all the same.
+                time.sleep(PAUSE)
+                self.turn(1)
+        return answer
 
     def turn(self, times: int = 3) -> None:
         """Let what is ready now happen, and what follows from it at once."""
@@ -105,7 +106,7 @@ class Offer:
 class FakeWorker:
     """The worker's end of a connection channel, and what it was offered."""
 
-    def __init__(self, rig: Rig, id: int, slot: int, send_buffer: int | None) -> None:
+    def __init__(self, rig: Rig, id: int, slot: int, send_buffer: int | None, pid: int | None) -> None:
         self.id = id
         self._rig = rig
         own, theirs = connection_channel()
@@ -118,7 +119,7 @@ class FakeWorker:
         #: How many connections came in each message.
         self.batches: list[int] = []
         self.alive = True
-        rig.dispatcher.add_worker(id, slot, own)
+        rig.dispatcher.add_worker(id, slot, own, pid)
 
     @property
     def record(self) -> Worker:
@@ -219,10 +220,10 @@ class Rig:
         self.dispatcher.add_listener(listener, client_speaks_first=client_speaks_first)
         return listener
 
-    def worker(self, *listeners: Listener, send_buffer: int | None = None) -> FakeWorker:
+    def worker(self, *listeners: Listener, send_buffer: int | None = None, pid: int | None = None) -> FakeWorker:
         """A worker that listens on `listeners`."""
         number = len(self._workers)
-        worker = FakeWorker(self, number + 1, number, send_buffer)
+        worker = FakeWorker(self, number + 1, number, send_buffer, pid)
         self._workers.append(worker)
         for listener in listeners:
             self.dispatcher.attach(worker.id, listener.key)
@@ -242,6 +243,11 @@ class Rig:
     def parked(self, count: int) -> None:
         """Run until so many connections are parked."""
         self.loop.until(lambda: len(self.distributor.parked) == count, f"{count} connections are parked")
+
+    def late(self) -> None:
+        """Whoever has not said anything yet has not said anything for long."""
+        self.loop.forward(PATIENCE + 0.001)
+        self.loop.turn()
 
     def close(self) -> None:
         for worker in self._workers:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_what_can_be_asked(make: Make, tmp_path: Path) -> None:
         workers = cluster.workers
         pids = {get(cluster.url) for _ in range(2)}
         assert {worker.pid for worker in workers} == pids
-        assert [replaced(worker) for worker in workers] == [
+        assert [replace(worker, pid=0) for worker in workers] == [
             WorkerInfo(1, 0, 0, "listening"),
             WorkerInfo(2, 1, 0, "listening"),
         ]
@@ -127,10 +128,6 @@ def test_what_can_be_asked(make: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-def replaced(worker: WorkerInfo) -> WorkerInfo:
-    return WorkerInfo(worker.id, worker.slot, 0, worker.state)
-
-
 def test_its_settings_cannot_be_changed(make: Make) -> None:
     cluster = make(policy="least")
     with pytest.raises(AttributeError):
@@ -139,7 +136,7 @@ def test_its_settings_cannot_be_changed(make: Make) -> None:
         cluster.settings.policy = "rr"  # type: ignore[misc]
 
 
-QUESTIONS = [
+QUESTIONS: list[Callable[[Cluster], object]] = [
     lambda cluster: cluster.url,
     lambda cluster: cluster.urls,
     lambda cluster: cluster.workers,

@@ -24,7 +24,7 @@ from clusterserve.master.fate import BAD_GATEWAY
 from clusterserve.master.listeners import Listener
 from tests.helpers import proc
 
-from .rig import FakeWorker, Offer, Rig, SkewedLoop, connect, no_more_descriptors, readable, reset
+from .rig import FakeWorker, Offer, Rig, SkewedLoop, no_more_descriptors, readable, reset
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
 
@@ -36,7 +36,7 @@ def ended(client: socket.socket) -> bytes:
 
 def speaks(offer: Offer, client: socket.socket) -> bool:
     """Whether this offer is this client's connection."""
-    return offer.sock.getpeername() == client.getsockname()
+    return bool(offer.sock.getpeername() == client.getsockname())
 
 
 def queued_in_order(rig: Rig) -> list[int]:
@@ -366,6 +366,7 @@ def test_what_a_stalled_worker_has_not_read_goes_to_another(rig: Rig) -> None:
     clients = [rig.connect(listener) for _ in range(4)]
     rig.loop.until(lambda: len(stalled.record.unacked) == 4, "all are offered to the only worker")
     other = rig.worker(listener)
+    rig.late()
     offers = other.receive(4)
     assert [speaks(offer, client) for offer, client in zip(offers, clients, strict=True)] == [True] * 4
     assert [offer.id for offer in offers] == [1, 2, 3, 4]
@@ -382,6 +383,7 @@ def test_what_a_stalled_worker_has_read_stays_with_it(rig: Rig) -> None:
         rig.connect(listener)
     rig.loop.until(lambda: len(stalled.record.unacked) == 3, "all are offered to the only worker")
     other = rig.worker(listener)
+    rig.late()
     assert [offer.id for offer in other.receive(2)] == [2, 3]
     assert list(stalled.record.unacked) == [1]
     # It goes on where it was.
@@ -397,11 +399,12 @@ def test_nothing_is_recalled_while_nobody_else_is_ready(rig: Rig) -> None:
     # Ready, but for another address.
     rig.worker(elsewhere)
     clients = [rig.connect(listener) for _ in range(2)]
-    rig.loop.until(lambda: stalled.record.stalled, "it is known to be stalled")
-    # A few looks more.
+    rig.loop.until(lambda: len(stalled.record.unacked) == 2, "both are offered")
     for _ in range(5):
-        rig.loop.forward(RETRY)
-        rig.loop.turn()
+        rig.late()
+        assert stalled.record.stalled
+    rig.loop.forward(RETRY)
+    rig.loop.turn()
     offers = stalled.receive(2)
     assert [speaks(offer, client) for offer, client in zip(offers, clients, strict=True)] == [True, True]
     stalled.answer(Kind.ACK, 1, 2)
@@ -418,7 +421,9 @@ def test_a_recalled_client_whose_listener_is_gone_is_closed(rig: Rig) -> None:
     rig.dispatcher.forget(listener.key)
     rig.connect(other)
     rig.loop.until(lambda: len(stalled.record.unacked) == 2, "it is offered")
-    rig.worker(other).receive()
+    ready = rig.worker(other)
+    rig.late()
+    ready.receive()
     assert ended(client) == b""
 
 
@@ -479,6 +484,9 @@ def test_no_descriptor_for_a_new_client(rig: Rig, caplog: pytest.LogCaptureFixtu
     worker = rig.worker(listener, other)
     clients = [rig.connect(each) for each in (listener, listener, other)]
 
+    # Here it is about time, and about what it costs.
+    rig.loop.thaw()
+
     def warnings() -> int:
         return sum("Cannot accept" in record.message for record in caplog.records)
 
@@ -505,6 +513,7 @@ def test_accepting_what_is_left_at_the_descriptor_limit(rig: Rig, caplog: pytest
     assert [record.message for record in caplog.records] == [
         "Cannot accept: Too many open files; trying again in 0.1 s"
     ]
+    rig.loop.forward(0.1)
     worker.receive(2)
 
 
@@ -608,8 +617,8 @@ def test_an_answer_for_what_it_has_not_read(rig: Rig) -> None:
     hostile.say(pack_answer(Kind.ACK, 1))
     rig.loop.until(lambda: len(hostile.record.unacked) == 1, "it is believed for now")
     honest = rig.worker(listener)
-    rig.loop.until(lambda: rig.broken, "the fault is reported")
-    assert rig.broken[0][0] == hostile.id
+    rig.late()
+    assert [worker for worker, _ in rig.broken] == [hostile.id]
     hostile.die()
     offers = honest.receive(2)
     assert [speaks(offer, client) for offer, client in zip(offers, clients, strict=True)] == [True, True]
@@ -851,6 +860,18 @@ def test_a_removed_listener_accepts_no_more(rig: Rig) -> None:
         client.recv(1)
 
 
+def test_an_inherited_socket_that_its_owner_shuts_down(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        shared, other = rig.listen(f"fd://{given.fileno()}"), rig.listen()
+        worker = rig.worker(shared, other)
+        given.shutdown(socket.SHUT_RDWR)
+        rig.connect(other)
+        worker.receive()
+        rig.loop.turn(10)
+    assert caplog.messages == [f"Nobody listens on {shared.address} any more: it was shut down by another process"]
+    rig.dispatcher.remove_listener(shared)
+
+
 def test_everything_the_kernel_has_accepted_can_be_taken(loop: SkewedLoop, tmp_path: Path) -> None:
     rig = Rig(loop, max_pending=3)
     listeners = rig.listen(client_speaks_first=True), rig.listen(f"unix:{tmp_path}/s", client_speaks_first=True)
@@ -900,40 +921,35 @@ def test_returned_to_a_listener_that_is_forgotten(rig: Rig) -> None:
 def test_many_clients_many_workers_nothing_is_lost(rig: Rig) -> None:
     listener = rig.listen(client_speaks_first=True)
     workers = [rig.worker(listener) for _ in range(3)]
+    clients: list[socket.socket] = []
     served: list[int] = []
-    answered: list[socket.socket] = []
-    for turn in range(200):
-        client = connect(listener)
-        client.sendall(REQUEST)
-        answered.append(client)
-        if turn % 10 == 9:
-            rig.loop.turn()
-            for worker in workers:
-                while offers := worker.read():
-                    served += [offer.id for offer in offers]
-                    for offer in offers:
-                        offer.sock.sendall(b"answer")
-                    worker.answer(Kind.ACK | Kind.CLOSED, *(offer.id for offer in offers))
-        if turn == 100:
-            dead = workers.pop(0)
-            dead.die()
-            workers.append(rig.worker(listener))
 
-    def all_served() -> bool:
+    def serve() -> None:
         for worker in workers:
             while offers := worker.read():
-                served.extend(offer.id for offer in offers)
                 for offer in offers:
+                    assert offer.sock.recv(65536) == REQUEST
                     offer.sock.sendall(b"answer")
+                    served.append(offer.id)
                 worker.answer(Kind.ACK | Kind.CLOSED, *(offer.id for offer in offers))
+
+    def all_served() -> bool:
+        serve()
         return len(served) == 200
 
+    for number in range(200):
+        clients.append(rig.connect(listener, REQUEST))
+        if number % 10 == 9:
+            rig.loop.turn()
+        if number % 20 == 19:
+            serve()
+        if number % 50 == 49:
+            # With unread offers of its own, most likely.
+            workers.pop(0).die()
+            workers.append(rig.worker(listener))
     rig.loop.until(all_served, "everybody was served")
     assert sorted(served) == list(range(1, 201))
-    for client in answered:
-        # Unread requests make the kernel reset the connection behind the answer.
-        assert client.recv(65536) == b"answer"
-        client.close()
     rig.loop.until(lambda: not rig.distributor.statistics().offered, "all is said")
+    assert {ended(client) for client in clients} == {b"answer"}
     assert rig.distributor.statistics().borrowed == rig.distributor.queued == 0
     assert rig.broken == []

@@ -338,7 +338,8 @@ def test_a_dead_worker_is_replaced_in_its_slot(make: Make, log: Log) -> None:
     assert f"Worker 1 (slot 0, pid {pid}) was killed by SIGKILL" in log(logging.ERROR)
 
 
-def test_each_death_in_its_youth_doubles_the_wait(make: Make) -> None:
+def test_each_death_in_its_youth_doubles_the_wait(loop: SkewedLoop, make: Make) -> None:
+    loop.freeze()
     running = make(restart_backoff=10.0, restart_backoff_max=25.0).settle()
     for id, wait in enumerate((10.0, 20.0, 25.0, 25.0), 1):
         running.until_listening(id)
@@ -351,7 +352,8 @@ def test_each_death_in_its_youth_doubles_the_wait(make: Make) -> None:
         assert running.ids == [id + 1]
 
 
-def test_a_worker_that_had_been_well_is_replaced_at_once(make: Make) -> None:
+def test_a_worker_that_had_been_well_is_replaced_at_once(loop: SkewedLoop, make: Make) -> None:
+    loop.freeze()
     running = make(restart_backoff=10.0).settle()
     running.kill(1)
     running.loop.forward(10.0)
@@ -634,7 +636,8 @@ def test_an_end_while_the_application_is_imported(make: Make) -> None:
     running.finish()
 
 
-def test_an_end_while_nobody_lives(make: Make) -> None:
+def test_an_end_while_nobody_lives(loop: SkewedLoop, make: Make) -> None:
+    loop.freeze()
     running = make(restart_backoff=10.0).settle()
     running.kill(1)
     assert running.ids == []
@@ -677,14 +680,14 @@ def test_workers_listeners_are_shared_and_go_with_the_last_of_them(make: Make, t
     pinned, theirs = running.engine.handles
     assert (pinned.pinned, theirs.pinned) == (True, False)
     assert len(theirs.workers) == 2
-    host, port = theirs.sockname[:2]
+    host, port = theirs.sock.getsockname()
     # What the workers got has no descriptor.
-    assert not any(
-        proc.listening_inodes(int(str(port))) & proc.socket_inodes(pid) for *_, pid, _ in running.engine.states()
-    )
+    inodes = proc.listening_inodes(port)
+    assert inodes
+    assert not any(inodes & proc.socket_inodes(pid) for _, _, pid, _ in running.engine.states())
 
     def say(line: bytes) -> bytes:
-        client = socket.create_connection((str(host), int(str(port))))
+        client = socket.create_connection((host, port))
         client.settimeout(DEADLINE)
         client.sendall(line)
         return running.answer(client)
@@ -707,11 +710,11 @@ def test_workers_listeners_are_shared_and_go_with_the_last_of_them(make: Make, t
 def test_a_listener_survives_the_crash_of_its_last_worker(make: Make, tmp_path: Path) -> None:
     running = make(own("127.0.0.1", 0), lifespan="on", bind=f"unix:{tmp_path}/s").settle()
     _, theirs = running.engine.handles
-    with socket.create_connection(tuple(theirs.sockname)) as client:
+    with socket.create_connection(theirs.sock.getsockname()) as client:
         client.sendall(b"exit\n")
         running.loop.until(lambda: 1 not in running.ids, "it has crashed")
     assert theirs.is_open
-    with socket.create_connection(tuple(theirs.sockname)) as client:
+    with socket.create_connection(theirs.sock.getsockname()) as client:
         client.settimeout(DEADLINE)
         client.sendall(b"hello\n")
         running.loop.until(lambda: readable(client), "the next one answers")

@@ -312,6 +312,7 @@ def test_a_client_that_is_still_uploading_is_not_reset(loop: SkewedLoop, asked: 
 
 
 def test_it_waits_two_seconds_and_no_longer(loop: SkewedLoop, asked: Pair) -> None:
+    loop.freeze()
     asked.server.recv(65536)
     lingering = say(loop, asked)
     asked.client.sendall(b"more")

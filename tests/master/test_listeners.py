@@ -338,12 +338,12 @@ def test_a_path_through_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tcp", "tcp6", "unix"])
 def test_an_inherited_socket(opened: Open, tmp_path: Path, kind: str) -> None:
-    address: tuple[str, int] | str
-    family, address = {
+    addresses: dict[str, tuple[int, tuple[str, int] | str]] = {
         "tcp": (socket.AF_INET, ("127.0.0.1", 0)),
         "tcp6": (socket.AF_INET6, ("::1", 0)),
         "unix": (socket.AF_UNIX, str(tmp_path / "s")),
-    }[kind]
+    }
+    family, address = addresses[kind]
     with socket.socket(family) as given:
         given.bind(address)
         given.listen(1)

@@ -84,7 +84,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
     """Writes the module `alien_policy`."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "alien_policy", raising=False)
-    return lambda source: (tmp_path / "alien_policy.py").write_text(source) and None
+
+    def write(source: str) -> None:
+        (tmp_path / "alien_policy.py").write_text(source)
+
+    return write
 
 
 # ── names ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -266,9 +270,9 @@ def test_what_add_and_remove_raise(errors: Errors, method: str) -> None:
 def test_wake_at_is_passed_on(errors: Errors) -> None:
     policy: Any = First()
     guard = guarded(policy)
-    assert guard.wake_at is None
+    assert [guard.wake_at] == [None]
     policy.wake_at = 12.5
-    assert guard.wake_at == 12.5
+    assert [guard.wake_at] == [12.5]
     assert errors() == []
 
 

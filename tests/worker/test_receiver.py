@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from clusterserve.channel.connection import MasterEnd, WorkerEnd, connection_channel
-from clusterserve.core.records import NO_ADDRESS, Kind, pack_answer, pack_offer
+from clusterserve.channel.connection import MAX_ANSWERS, MasterEnd, WorkerEnd, connection_channel
+from clusterserve.core.records import NO_ADDRESS, Kind, pack_answer, pack_offer, unpack_answers
 from clusterserve.worker.receiver import Receiver
 from tests.helpers.descriptors import room_for
 from tests.helpers.loops import turns, until
@@ -378,7 +378,7 @@ class TestAMasterThatDoesNotRead:
         master.listen()
         await master.answered(*connections)
         assert [answer.id for message in master.messages for answer in message] == list(range(1, 151))
-        assert max(map(len, master.messages)) <= 64
+        assert master.receiver._blocked == []
 
     async def test_the_end_of_a_connection_waits_behind_its_beginning(
         self, loop: Loop, master: Master, recorders: Recorders, fillers: int
@@ -549,10 +549,18 @@ class Alone:
         self.master: MasterEnd
         self.master, self.theirs = connection_channel()
         self.lost = 0
+        self.heard: list[int] = []
         self.receiver = Receiver(loop, WorkerEnd(self.theirs.dup()), self._lost)
 
     def _lost(self) -> None:
         self.lost += 1
+
+    def answers(self) -> list[int]:
+        """The connections that the next message answers for."""
+        data = self.master.answers()
+        ids = [answer[4] for answer in unpack_answers(data)] if data else []
+        self.heard += ids
+        return ids
 
     def leave(self) -> None:
         self.theirs.close()
@@ -600,6 +608,28 @@ class TestTheEnd:
         await until(lambda: alone.lost, "it is noticed")
         await turns(5)
         assert alone.lost == 1
+
+    async def test_more_connections_end_in_one_turn_than_a_message_has_room_for(self, loop: Loop, alone: Alone) -> None:
+        ended = range(3 * MAX_ANSWERS + 1)
+        for id in ended:
+            alone.receiver.ended(id)
+        await turns(2)
+        assert [len(alone.answers()) for _ in range(5)] == [MAX_ANSWERS] * 3 + [1, 0]
+        assert alone.heard == list(ended)
+
+    async def test_more_of_them_than_the_channel_has_room_for(self, loop: Loop, alone: Alone) -> None:
+        ended = range(100 * MAX_ANSWERS)
+        for id in ended:
+            alone.receiver.ended(id)
+        await until(lambda: alone.receiver._blocked, "some have to wait")
+        left = len(alone.receiver._blocked)
+        for _ in range(40):
+            # In portions: not everything fits at the second try either.
+            alone.answers()
+        await until(lambda: len(alone.receiver._blocked) < left, "more are sent")
+        assert alone.receiver._blocked
+        await until(lambda: alone.answers() and alone.heard[-1] == ended[-1], "the last has come")
+        assert alone.heard == list(ended)
 
     async def test_close(self, loop: Loop, master: Master, recorders: Recorders) -> None:
         """Connections go on without their channel."""

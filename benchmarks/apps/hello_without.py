@@ -1,0 +1,26 @@
+"""`hello`, in a worker with one of its steps undone; see `benchmarks.without`."""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import Any
+
+from benchmarks.apps.hello import app
+from clusterserve.worker.server import FauxServer
+
+__all__ = ["app"]
+
+_made = FauxServer.__init__
+
+
+def _never_lazy(self: FauxServer, *arguments: Any, **options: Any) -> None:
+    _made(self, *arguments, **options)
+    # A server whose client need not speak first gets a transport of the loop's at once.
+    self.client_speaks_first = False
+
+
+if os.environ["BENCHMARKS_WITHOUT"] == "lazy":
+    FauxServer.__init__ = _never_lazy  # type: ignore[method-assign]
+elif os.environ["BENCHMARKS_WITHOUT"] == "freeze":
+    gc.freeze = lambda: None
