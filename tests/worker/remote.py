@@ -100,8 +100,8 @@ class Remote:
         assert b" 200 " in head, head
         return json.loads(body)
 
-    def drain(self, grace: float = 10.0, *, quick: bool = False) -> None:
-        self.send(Drain(grace, quick))
+    def drain(self, grace: float = 10.0, *, quick: bool = False, keep: bool = False) -> None:
+        self.send(Drain(grace, quick, keep))
 
     def goodbye(self) -> list[Message]:
         """What it says last."""

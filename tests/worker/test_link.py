@@ -229,26 +229,26 @@ class TestDrain:
         self, loop: Loop, fake: FakeMaster, recorders: Recorders
     ) -> None:
         server = await serve(fake, recorders.on(data=echo))
-        orders: list[tuple[float, bool, int, list[int]]] = []
+        orders: list[tuple[float, bool, bool, int, list[int]]] = []
 
-        def drain(grace: float, quick: bool) -> None:
+        def drain(grace: float, quick: bool, keep: bool) -> None:
             server.close()
-            orders.append((grace, quick, len(recorders.all), fake.end.recall()))
+            orders.append((grace, quick, keep, len(recorders.all), fake.end.recall()))
 
         fake.link.on_drain = drain
         clients = fake.hand(1, b"one", b"two", b"three")
-        fake.channel.send(Drain(4.5, True))
+        fake.channel.send(Drain(4.5, True, True))
         assert [await fake.rest(client) for client in clients] == [b"one", b"two", b"three"]
-        assert orders == [(4.5, True, 3, [])]
+        assert orders == [(4.5, True, True, 3, [])]
 
     async def test_nobody_wants_to_know(self, loop: Loop, fake: FakeMaster) -> None:
-        fake.channel.send(Drain(1.0, False))
-        fake.channel.send(Drain(1.0, True))
+        fake.channel.send(Drain(1.0, False, False))
+        fake.channel.send(Drain(1.0, True, False))
         await listen(fake)
 
     async def test_descriptors_that_come_with_it_are_closed(self, loop: Loop, fake: FakeMaster) -> None:
         reader, writer = os.pipe()
-        fake.channel.send(Drain(1.0, False), [reader, writer])
+        fake.channel.send(Drain(1.0, False, False), [reader, writer])
         os.close(reader)
         os.close(writer)
         await listen(fake)

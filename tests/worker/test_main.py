@@ -114,7 +114,7 @@ class TestNotABoot:
             pytest.param(struct.pack("<IBB", 2**31, 0, 0), id="too long"),
             pytest.param(struct.pack("<IBB", 2, 0, 0) + b"[]", id="no message"),
             pytest.param(struct.pack("<IBB", 0, 0, 0), id="empty"),
-            pytest.param(encode(Drain(1.0, False)), id="another message"),
+            pytest.param(encode(Drain(1.0, False, False)), id="another message"),
             pytest.param(struct.pack("<IBB", 8, 0, 0) + b'["Boot"]', id="another version"),
         ],
     )
@@ -128,7 +128,7 @@ class TestNotABoot:
             )
             assert worker.ends() == (BOOT_FAILURE, "")
 
-    @pytest.mark.parametrize("data", [b"", encode(Drain(1.0, False))[:3], encode(Drain(1.0, False))[:-1]])
+    @pytest.mark.parametrize("data", [b"", encode(Drain(1.0, False, False))[:3], encode(Drain(1.0, False, False))[:-1]])
     def test_the_master_is_gone_before_it_has_said_everything(self, data: bytes) -> None:
         with starting() as worker:
             worker.channel.sendall(data)
