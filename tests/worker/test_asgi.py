@@ -23,6 +23,7 @@ from clusterserve.errors import BootError
 from clusterserve.settings import Settings
 from clusterserve.worker.asgi import CANCELLED, CHATTER, _BootLog, _Drainer, _loop_class, _traceback, serve
 from clusterserve.worker.link import Link
+from clusterserve.worker.protocols import Borrowing
 from clusterserve.worker.server import FauxServer
 from tests.helpers.raw import request
 from tests.helpers.waiting import DEADLINE
@@ -207,8 +208,8 @@ class TestStopping:
         server: Any = Server()
         remote = Remote()
         link = Link(remote.theirs, remote.connections)
-        _Drainer(server, link)
-        link.on_drain(grace, False)
+        _Drainer(server, link, Borrowing())
+        link.on_drain(grace, False, False)
         assert server.config.timeout_graceful_shutdown == pytest.approx(left)
         assert server.should_exit
         remote.close()
