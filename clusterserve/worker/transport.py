@@ -171,9 +171,11 @@ class HandedTransport(asyncio.Transport):
         if self._limits is not None:
             real.set_write_buffer_limits(*self._limits)
         # Instance attributes in front of the methods: from here on a call goes straight to the loop's transport.
-        # Not if it is closing: what is written after that is dropped here, whatever the loop's transport does with it.
+        for name in ("is_closing", "close", "abort"):
+            setattr(self, name, getattr(real, name))
         if not self._closing:
-            for name in ("write", "writelines", "write_eof", "can_write_eof", "is_closing", "close", "abort"):
+            # Else what is written is dropped here, whatever the loop's transport does with it after `close`.
+            for name in ("write", "writelines", "write_eof", "can_write_eof"):
                 setattr(self, name, getattr(real, name))
         if not self._made:
             self._made = True
