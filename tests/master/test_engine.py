@@ -45,6 +45,7 @@ HELLO = """
         if what == "exit":
             os._exit(int(value))
         elif what == "block":
+            open(value + ".reached", "w").close()
             while not os.path.exists(value):
                 time.sleep(0.002)
         elif what == "wait":
@@ -140,6 +141,12 @@ class Running:
         name = listener.sockname
         client.connect(tuple(name[:2]) if isinstance(name, list) else name)
         client.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n".encode())
+        return client
+
+    def block(self, flag: Path) -> socket.socket:
+        """A client whose request holds the loop of its worker until `flag` is there."""
+        client = self.connect(f"/block/{flag}")
+        self.loop.until(Path(f"{flag}.reached").exists, "its worker is blocked")
         return client
 
     def answer(self, client: socket.socket) -> bytes:
@@ -510,8 +517,7 @@ def test_a_graceful_end_serves_what_was_accepted(make: Make, flag: Path, log: Lo
 
 def test_a_client_in_the_backlog_is_served_at_the_end(make: Make, flag: Path) -> None:
     running = make().settle()
-    blocked = running.connect(f"/block/{flag}")
-    running.loop.until(lambda: running.engine.statistics().offered == 1, "it is being served")
+    blocked = running.block(flag)
     # The kernel has them; the master has not seen them yet.
     clients = [running.connect() for _ in range(5)]
     running.engine.stop(Stop.GRACEFUL)
@@ -546,8 +552,7 @@ def test_a_graceful_end_can_be_hurried(make: Make, flag: Path) -> None:
 
 def test_who_does_not_finish_in_time_is_killed(make: Make, flag: Path, log: Log) -> None:
     running = make(timeout_graceful_shutdown=30.0).settle()
-    client = running.connect(f"/block/{flag}")
-    running.loop.until(lambda: running.engine.statistics().offered == 1, "it is being served")
+    client = running.block(flag)
     running.engine.stop(Stop.GRACEFUL)
     running.loop.forward(LISTENER_LINGER)
     running.loop.until(lambda: running.engine.states()[0][3] is WorkerState.DRAINING, "it was told to go")
@@ -560,7 +565,7 @@ def test_who_does_not_finish_in_time_is_killed(make: Make, flag: Path, log: Log)
 
 def test_what_waits_at_the_deadline_is_closed(make: Make, flag: Path) -> None:
     running = make(timeout_graceful_shutdown=30.0).settle()
-    blocked = running.connect(f"/block/{flag}")
+    blocked = running.block(flag)
     running.loop.until(lambda: running.engine._distributor.workers[1].stalled, "it is stalled")
     waiting = running.connect()
     running.loop.until(lambda: running.engine.statistics().queued == 1, "somebody waits")
@@ -579,7 +584,7 @@ def test_a_death_that_empties_the_queue_at_the_end(make: Make, flag: Path) -> No
     running = make(workers=2).settle()
     loop, engine = running.loop, running.engine
     running.get()
-    stalled = running.connect(f"/block/{flag}")
+    stalled = running.block(flag)
     loop.until(lambda: any(worker.stalled for worker in engine._distributor.workers.values()), "one is stalled")
     # The other has its turn, and then it is the stalled one's again.
     running.get()
@@ -607,7 +612,7 @@ def test_a_death_that_empties_the_queue_at_the_end(make: Make, flag: Path) -> No
 
 def test_a_worker_that_dies_at_the_end_is_replaced_for_what_waits(make: Make, flag: Path) -> None:
     running = make().settle()
-    running.connect(f"/block/{flag}").close()
+    running.block(flag).close()
     running.loop.until(lambda: running.engine._distributor.workers[1].stalled, "it is stalled")
     waiting = running.connect()
     running.loop.until(lambda: running.engine.statistics().queued == 1, "somebody waits")

@@ -11,13 +11,12 @@ import array
 import asyncio
 import contextlib
 import fcntl
-import os
 import select
 import socket
 import struct
 import tempfile
 import termios
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from clusterserve.core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, 
 from clusterserve.worker.receiver import Receiver
 from clusterserve.worker.server import FauxServer
 from tests.helpers.loops import turns, until
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import DEADLINE, eventually
 
 
 class Answer(NamedTuple):
@@ -267,7 +266,9 @@ class Master:
             pass
         for handed in offered:
             assert handed.answers in _LIVES, f"connection {handed.id} was answered {handed.answers}"
+        # Nothing is remembered of those that are over.
         assert self.receiver.kept == {}
+        assert self.receiver._making == set()
 
     def close(self) -> None:
         self.deafen()
@@ -290,7 +291,7 @@ def master(loop: asyncio.AbstractEventLoop) -> Iterator[Master]:
     master = Master(loop)
     try:
         yield master
-        loop.run_until_complete(asyncio.wait_for(master.finish(), 10))
+        loop.run_until_complete(asyncio.wait_for(master.finish(), DEADLINE))
     finally:
         master.close()
 
@@ -386,10 +387,3 @@ async def reaches(transport: Any, wanted: str) -> None:
 def was_real(transport: Any) -> bool:
     """Whether the event loop ever had it: only the loop's own transport has a socket object to show."""
     return transport.get_extra_info("socket") is not None
-
-
-Doing = Callable[[Recorder], Awaitable[None]]
-
-
-def inode(number: int) -> int:
-    return os.fstat(number).st_ino
