@@ -24,7 +24,7 @@ from ..errors import BootError
 from ..settings import Settings
 from .link import Link
 from .loop import cluster_loop
-from .protocols import Borrowing, borrowing_protocol
+from .protocols import Borrowing, borrowing_protocol, take_over
 from .server import BindSocket
 
 logger = logging.getLogger("uvicorn.error")
@@ -110,7 +110,8 @@ def serve(settings: Settings, link: Link) -> None:
 
 def _config(settings: Settings, link: Link, borrowing: Borrowing) -> uvicorn.Config:
     options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
-    options["http"] = borrowing_protocol(settings.http, borrowing)
+    request = settings.dispatch == "request"
+    options["http"] = borrowing_protocol(settings.http, borrowing) if request else settings.http
     if settings.log_config is not None:
         options["log_config"] = settings.log_config
     config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
@@ -207,6 +208,9 @@ class _Drainer:
         # Read by uvicorn when it begins to wait; a second, quick order comes while it waits and ends what it waits for.
         self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]
         self._server.should_exit = True
+        if keep:
+            for protocol in tuple(self._server.server_state.connections):
+                take_over(protocol, self._borrowing)
         if quick:
             self._link.receiver.cut()
             for task in tuple(self._server.server_state.tasks):

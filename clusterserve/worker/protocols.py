@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -33,61 +33,63 @@ class Borrowing:
     after_response: bool = False
 
 
-if TYPE_CHECKING:
-    _Base = HttpToolsProtocol
-else:
-    _Base = object
+def _borrower(base: Any) -> Any:
+    """One of uvicorn's protocol classes, able to give back; `_idle` is the only difference between them.
+
+    A subclass of one base and no mixin: `take_over` changes an instance's class, and that needs one layout.
+    """
+
+    class _Borrower(base):  # type: ignore[misc]  # whichever it is
+        borrowing: Borrowing
+
+        def _idle(self) -> bool:
+            raise AssertionError("defined by the subclass")
+
+        def _answered(self) -> bool:
+            """Whether the newest request, of which there is one, has its response."""
+            cycle: Any = self.cycle
+            return cycle is not None and bool(cycle.response_complete)
+
+        def give_back(self) -> bool:
+            """Give the connection back if it is idle; False if it is not, or cannot be given back."""
+            transport = self.transport
+            if not isinstance(transport, HandedTransport) or transport.is_closing() or not self._idle():
+                return False
+            if transport.get_protocol() is not self:
+                # It has been upgraded, and is a WebSocket's now.
+                return False
+            self._unset_keepalive_if_required()
+            transport.give_back()
+            return True
+
+        def on_response_complete(self) -> None:
+            if self.borrowing.after_response and self.give_back():
+                self.server_state.total_requests += 1
+            else:
+                super().on_response_complete()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            # A response may be complete before its request is: the connection goes back when the body has ended.
+            if self.borrowing.after_response and self._answered():
+                self.give_back()
+
+        def shutdown(self) -> None:
+            # With `after_response` set, a request in flight gives its connection back at its end.
+            if self.borrowing.after_response and isinstance(self.transport, HandedTransport):
+                self.give_back()
+            else:
+                super().shutdown()
+
+    return _Borrower
 
 
-class _Borrower(_Base):
-    """In front of one of uvicorn's protocol classes; `_idle` is the only difference between them."""
-
-    borrowing: Borrowing
-
-    def _idle(self) -> bool:
-        raise AssertionError("defined by the subclass")
-
-    def _answered(self) -> bool:
-        """Whether the newest request, of which there is one, has its response."""
-        cycle: Any = self.cycle
-        return cycle is not None and bool(cycle.response_complete)
-
-    def give_back(self) -> bool:
-        """Give the connection back if it is idle; False if it is not, or cannot be given back."""
-        transport = self.transport
-        if not isinstance(transport, HandedTransport) or transport.is_closing() or not self._idle():
-            return False
-        if transport.get_protocol() is not self:
-            # It has been upgraded, and is a WebSocket's now.
-            return False
-        self._unset_keepalive_if_required()
-        transport.give_back()
-        return True
-
-    def on_response_complete(self) -> None:
-        if self.borrowing.after_response and self.give_back():
-            self.server_state.total_requests += 1
-        else:
-            super().on_response_complete()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        # A response may be complete before its request is: the connection goes back when the body has ended.
-        if self.borrowing.after_response and self._answered():
-            self.give_back()
-
-    def shutdown(self) -> None:
-        # With `after_response` set, a request in flight gives its connection back at its end.
-        if self.borrowing.after_response and isinstance(self.transport, HandedTransport):
-            self.give_back()
-        else:
-            super().shutdown()
-
-
-class BorrowingHttpTools(_Borrower, HttpToolsProtocol):
+class BorrowingHttpTools(_borrower(HttpToolsProtocol)):  # type: ignore[misc]
     """uvicorn's httptools protocol."""
 
+    #: A request has begun and has not been read to its end.
     _reading = False
+    _taken_over = False
 
     def on_message_begin(self) -> None:
         self._reading = True
@@ -98,17 +100,21 @@ class BorrowingHttpTools(_Borrower, HttpToolsProtocol):
         self._reading = False
 
     def _idle(self) -> bool:
-        cycle: Any = self.cycle
-        return not self._reading and not self.pipeline and (cycle is None or self._answered())
+        reading = self._partly_read() if self._taken_over else self._reading
+        return not reading and not self.pipeline and (self.cycle is None or self._answered())
+
+    def _partly_read(self) -> bool:
+        """The same without the help of `on_message_*`, which the parser of a protocol taken over does not call.
+
+        What was answered before its body ended looks unfinished for ever, and stays with this worker.
+        """
+        cycle = self.cycle
+        if cycle is None:
+            return self.headers is not None
+        return self.scope is not cycle.scope or bool(cycle.more_body)
 
 
-if TYPE_CHECKING:
-    _H11 = object
-else:
-    _H11 = H11Protocol
-
-
-class BorrowingH11(_Borrower, _H11):
+class BorrowingH11(_borrower(H11Protocol)):  # type: ignore[misc]
     """uvicorn's h11 protocol."""
 
     conn: h11.Connection
@@ -121,9 +127,35 @@ class BorrowingH11(_Borrower, _H11):
         return states in ((h11.IDLE, h11.IDLE), (h11.DONE, h11.DONE)) and not self.conn.trailing_data[0]
 
 
+def take_over(protocol: Any, borrowing: Borrowing) -> None:
+    """Make one of uvicorn's own protocols give its connection back, now or when its request is answered.
+
+    `--dispatch connection` runs uvicorn's classes as they are, which costs a kept connection nothing; only when the
+    worker drains they change into ours.  What is not plain HTTP/1 over a transport of ours is left alone.
+    """
+    kinds: dict[type[Any], type[Any]] = {HttpToolsProtocol: BorrowingHttpTools, H11Protocol: BorrowingH11}
+    kind = kinds.get(type(protocol))
+    if kind is None or not isinstance(protocol.transport, HandedTransport):
+        return
+    transport, cycle = protocol.transport, protocol.cycle
+    protocol._taken_over = True
+    protocol.__class__ = _with(kind, borrowing)
+    # Who remembers bound methods of the old class: the loop's transport, and the requests in progress.
+    if transport.get_protocol() is protocol:
+        transport.set_protocol(protocol)
+    for one in (cycle, *(waiting for waiting, _ in getattr(protocol, "pipeline", ()))):
+        if one is not None and not one.response_complete:
+            one.on_response = protocol.on_response_complete
+    protocol.give_back()
+
+
+def _with(kind: type[Any], borrowing: Borrowing) -> type[Any]:
+    return type(kind.__name__, (kind,), {"borrowing": borrowing})
+
+
 def borrowing_protocol(name: str, borrowing: Borrowing) -> type[asyncio.Protocol] | str:
     """The class for uvicorn's `--http` that gives back; `name` itself if it is none of ours to extend."""
     kinds: dict[str, Any] = {"httptools": BorrowingHttpTools, "h11": BorrowingH11}
     kinds["auto"] = BorrowingHttpTools if AutoHTTPProtocol is HttpToolsProtocol else BorrowingH11
     kind = kinds.get(name)
-    return name if kind is None else type(kind.__name__, (kind,), {"borrowing": borrowing})
+    return name if kind is None else _with(kind, borrowing)
