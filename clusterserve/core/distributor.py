@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ..errors import PolicyError, ProtocolError
 from .connection import Connection, Event
+from .handle import Handle
 from .policies import Policy
 from .records import Kind
-
-#: Un-acked offers a worker may have.  Recall makes a wide window harmless: what a stalled worker has not read comes
-#: back.
-WINDOW: Final = 64
+from .worker import Worker
 
 #: How long a worker may sit on offers without acknowledging any before it is stalled (seconds).
 PATIENCE: Final = 0.010
@@ -35,9 +33,6 @@ REQUEST_PATIENCE: Final = 0.002
 #: How often in a row a worker is excused that has no processor to run on: a busy machine must not look like stuck
 #: workers.
 EXCUSES: Final = 25
-
-#: Lanes of a handle beyond which the empty ones are dropped: a policy may have one for every client it ever saw.
-MANY_LANES: Final = 1024
 
 #: How long a connection that was given back may be idle (seconds), unless told otherwise.
 KEEP_ALIVE: Final = 5.0
@@ -58,86 +53,6 @@ _REFUSED: Final = int(Kind.REFUSED)
 #: All that can be said of a connection that is being served, and of one that was offered.
 _ENDINGS: Final = frozenset(ack | ending for ack in (0, _ACK) for ending in (_CLOSED, _RETURNED, _TAKEN))
 _ANSWERS: Final = _ENDINGS | {_ACK, _REFUSED}
-
-
-class Worker:
-    """What the distributor knows of a worker; policies see it as their `Candidate`."""
-
-    __slots__ = (
-        "borrowed", "capacity", "excuses", "held", "id", "listeners", "open", "progress", "resting", "retry", "slot",
-        "stalled", "suspect", "unacked", "unread",
-    )  # fmt: skip
-
-    def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:
-        self.id = id
-        self.slot = slot
-        #: The most connections it may hold; None for no limit, 0 takes none.
-        self.capacity = capacity
-        self.listeners: set[int] = set()
-        #: Offered and not acknowledged, oldest first; then the ones it is serving.
-        self.unacked: dict[int, Connection] = {}
-        self.borrowed: dict[int, Connection] = {}
-        #: False once it drains: nothing more is offered, what it holds it may finish.
-        self.open = True
-        #: When it last acknowledged something, or was first offered something after being idle.
-        self.progress = 0.0
-        #: It made no progress for `PATIENCE`: nothing more for it until it does (or `RETRY`).
-        self.stalled = False
-        #: How often in a row it was late because the machine was busy with others.
-        self.excuses = 0
-        #: Some of what it was offered may still lie unread in its channel; False once that was recalled.
-        self.unread = False
-        #: All it was offered was recalled: nothing is left whose acknowledgement would clear it, so after a rest it
-        #: gets a single offer as a probe, and is trusted again when it answers.
-        self.suspect = False
-        #: When that rest ends.
-        self.retry = 0.0
-        #: Not before this time, after a refusal.
-        self.resting = 0.0
-        #: How long a connection of its holds its loop (µs), as its answers say, at its recent worst.
-        self.held = 0
-
-    @property
-    def load(self) -> int:
-        return len(self.unacked) + len(self.borrowed)
-
-    @property
-    def ready(self) -> bool:
-        return (
-            self.open
-            and not self.stalled
-            and not self.resting
-            and len(self.unacked) < (1 if self.suspect else WINDOW)
-            and (self.capacity is None or self.load < self.capacity)
-        )
-
-    def __repr__(self) -> str:
-        word = "ready" if self.ready else "stalled" if self.stalled else "busy" if self.open else "draining"
-        return f"<Worker {self.id} slot {self.slot} {word}: {len(self.unacked)} offered, {len(self.borrowed)} borrowed>"
-
-
-class Handle:
-    """A listener whose connections the master hands out: Node's RoundRobinHandle, without the socket."""
-
-    def __init__(self, key: int, policy: Policy, client_speaks_first: bool) -> None:
-        self.key = key
-        self.policy = policy
-        self.client_speaks_first = client_speaks_first
-        self.lanes: dict[Hashable, deque[Connection]] = {}
-        self.workers: dict[int, Worker] = {}
-        self._lane = getattr(policy, "lane", None)
-        #: Its connections wait for one worker and no other: taking them back from it would only delay them.
-        self.sticky = bool(getattr(policy, "sticky", False))
-
-    def lane(self, connection: Connection) -> deque[Connection]:
-        """The queue this connection waits in."""
-        name = None if self._lane is None else self._lane(connection)
-        lane = self.lanes.get(name)
-        if lane is None:
-            if len(self.lanes) >= MANY_LANES:
-                self.lanes = {name: lane for name, lane in self.lanes.items() if lane}
-            lane = self.lanes[name] = deque()
-        return lane
 
 
 @dataclass(frozen=True)

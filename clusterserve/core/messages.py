@@ -48,7 +48,8 @@ class Listen:
 
     `bind` is the address as text and `index` counts this worker's requests for that same text, so that two servers on
     port 0 are two listeners, each common to all workers (Node: address:port:fd:index).  `client_speaks_first` allows
-    the master to wait for bytes before it hands a connection over: only HTTP servers of ours set it.
+    the master to wait for bytes before it hands a connection over: only HTTP servers of ours set it.  `pinned` asks for
+    a listener of `--bind`; without it, the same text is another listener.
     """
 
     request: int
@@ -56,6 +57,7 @@ class Listen:
     index: int
     backlog: int
     client_speaks_first: bool
+    pinned: bool
 
 
 @dataclass(frozen=True)

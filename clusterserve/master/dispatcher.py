@@ -18,8 +18,9 @@ from typing import Final
 
 from ..channel.connection import MAX_BATCH, MasterEnd
 from ..core.connection import Connection, State
-from ..core.distributor import Distributor, Worker
+from ..core.distributor import Distributor
 from ..core.records import IPV4, IPV6, NO_ADDRESS, pack_offer, unpack_answers
+from ..core.worker import Worker
 from ..errors import ProtocolError
 from .fate import Fate, answer_bad_gateway, fate_of
 from .listeners import Listener

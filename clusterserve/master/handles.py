@@ -1,8 +1,8 @@
 """The cluster's listeners by name, and which worker is on which: Node's RoundRobinHandle and SharedHandle.
 
-A handle is known by the address as it was asked for and a count, so that a worker's second server on port 0 is a second
-listener, the same for all workers.  Under a policy the master accepts and the distributor has a handle of the same key;
-under `none` (`shared`) the workers get the listening socket itself.
+A handle is known by the address as it was asked for, whether it is a `--bind`, and a count: a worker's second server
+on port 0 is a second listener, the same for all workers.  Under a policy the master accepts and the distributor has a
+handle of the same key; under `none` (`shared`) the workers get the listening socket itself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Handles:
         self._distributor = dispatcher.distributor
         self._make_policy = make_policy
         self._listeners: dict[int, Listener] = {}
-        self._names: dict[tuple[str, int], int] = {}
+        self._names: dict[tuple[str, bool, int], int] = {}
         self._orphans: dict[int, asyncio.TimerHandle] = {}
         self._keys = 0
         self._closed = False
@@ -68,9 +68,14 @@ class Handles:
         return list(self)
 
     def listen(self, worker: int, request: Listen) -> Listener:
-        """The listener a worker asks for, opened if nobody had; raises `BindError`, and the next try starts clean."""
+        """The listener a worker asks for, opened if nobody had.
+
+        Raises `BindError`, and the next try starts clean; `ProtocolError` for a `--bind` that never was.
+        """
         bind, backlog = _parse(request.bind), min(request.backlog, MAX_INT)
-        key = self._names.get((str(bind), request.index))
+        key = self._names.get((str(bind), request.pinned, request.index))
+        if key is None and request.pinned:
+            raise ProtocolError(f"it asks for a listener on {request.bind}, which is no --bind")
         if key is None:
             listener = self._open(bind, request.index, backlog, pinned=False)
         else:
@@ -130,7 +135,7 @@ class Handles:
         self._keys += 1
         listener = open_listener(self._keys, bind, backlog, pinned=pinned)
         self._listeners[listener.key] = listener
-        self._names[str(bind), index] = listener.key
+        self._names[str(bind), pinned, index] = listener.key
         return listener
 
     def _release(self, key: int) -> None:

@@ -27,7 +27,7 @@ MASTER_GONE: Final = 1
 class _Request(NamedTuple):
     """A listen request on its way, and the name of the listener it asks for."""
 
-    name: tuple[str, int]
+    name: tuple[str, bool, int]
     answer: asyncio.Future[tuple[Listened, list[int]]]
 
 
@@ -43,8 +43,8 @@ class Link:
         self._requests: dict[int, _Request] = {}
         self._number = 0
         # The indexes in use for each address, and which one belongs to which listener.
-        self._indexes: defaultdict[str, set[int]] = defaultdict(set)
-        self._names: dict[int, tuple[str, int]] = {}
+        self._indexes: defaultdict[tuple[str, bool], set[int]] = defaultdict(set)
+        self._names: dict[int, tuple[str, bool, int]] = {}
         #: Called with (grace seconds, quick, keep) when the master wants this worker to finish.
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
         #: Called when a server is in place.
@@ -66,19 +66,21 @@ class Link:
         if self._channel is not None:
             self._channel.send(message)
 
-    async def listen(self, bind: str, *, backlog: int, client_speaks_first: bool) -> tuple[Listened, list[int]]:
+    async def listen(
+        self, bind: str, *, backlog: int, client_speaks_first: bool, pinned: bool = False
+    ) -> tuple[Listened, list[int]]:
         """Ask the master for a listener on `bind`; raises OSError with the kernel's errno if it cannot be had.
 
         Call `serve` (or, if the answer is `shared`, `listening`) once the server is in place.
         """
         assert self._loop is not None
         self._number += 1
-        used = self._indexes[bind]
+        used = self._indexes[bind, pinned]
         # The first that is free: who closes a server and listens again comes back to where the other workers are.
         index = next(number for number in itertools.count() if number not in used)
         used.add(index)
-        request = self._requests[self._number] = _Request((bind, index), self._loop.create_future())
-        self.send(Listen(self._number, bind, index, backlog, client_speaks_first))
+        request = self._requests[self._number] = _Request((bind, pinned, index), self._loop.create_future())
+        self.send(Listen(self._number, bind, index, backlog, client_speaks_first, pinned))
         try:
             listened, descriptors = await request.answer
         except asyncio.CancelledError:
@@ -121,17 +123,19 @@ class Link:
         self._leave(server.key)
 
     def _leave(self, key: int) -> None:
-        bind, index = self._names.pop(key)
-        self._indexes[bind].discard(index)
+        self._free(self._names.pop(key))
         self.send(Closed(key))
+
+    def _free(self, name: tuple[str, bool, int]) -> None:
+        bind, pinned, index = name
+        self._indexes[bind, pinned].discard(index)
 
     def _listened(self, message: Listened, descriptors: list[int]) -> None:
         request = self._requests.pop(message.request, None)
         if request is None:
             raise ProtocolError(f"request {message.request} was never sent, or is answered already")
         if message.errno:
-            bind, index = request.name
-            self._indexes[bind].discard(index)
+            self._free(request.name)
         else:
             self._names[message.listener] = request.name
         if request.answer.done():

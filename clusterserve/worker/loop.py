@@ -40,7 +40,7 @@ class ClusterLoopMixin:
         """As `loop.create_server`; the listening socket is the master's."""
         base: Any = super()
         if isinstance(sock, BindSocket):
-            return await self._listen(protocol_factory, sock.bind, backlog, options, client_speaks_first=True)
+            return await self._listen(protocol_factory, sock.bind, backlog, options, pinned=True)
         if sock is not None or reuse_port or not (host is None or isinstance(host, str)):
             # Several hosts at once stay the loop's: an asyncio server with sockets of its own.
             server: asyncio.AbstractServer = await base.create_server(
@@ -74,13 +74,13 @@ class ClusterLoopMixin:
         bind: Bind,
         backlog: int,
         options: dict[str, Any],
-        client_speaks_first: bool = False,
+        pinned: bool = False,
     ) -> asyncio.AbstractServer:
         ssl = {name: options[name] for name in _SSL_ARGUMENTS if options.get(name) is not None}
-        # A TLS client speaks first too, but to the loop's own TLS transport.
-        client_speaks_first = client_speaks_first and not ssl
+        # What listens on a `--bind` is uvicorn.  A TLS client speaks first too, but to the loop's own TLS transport.
+        client_speaks_first = pinned and not ssl
         answer, descriptors = await self.link.listen(
-            str(bind), backlog=backlog, client_speaks_first=client_speaks_first
+            str(bind), backlog=backlog, client_speaks_first=client_speaks_first, pinned=pinned
         )
         if not answer.shared:
             return self.link.serve(answer, protocol_factory, ssl, client_speaks_first)

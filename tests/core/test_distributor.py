@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from clusterserve.core import distributor as module
+from clusterserve.core import handle as handles
+from clusterserve.core import worker as workers
 from clusterserve.core.connection import Connection, State
-from clusterserve.core.distributor import PATIENCE, REFUSED_PAUSE, RETRY, Distributor, Statistics, Worker
+from clusterserve.core.distributor import PATIENCE, REFUSED_PAUSE, RETRY, Distributor, Statistics
 from clusterserve.core.policies import TURN, Candidate, Hash, Policy, RoundRobin, Waiting, make_policy
 from clusterserve.core.records import Kind
+from clusterserve.core.worker import Worker
 from clusterserve.errors import PolicyError, ProtocolError
 
 T = TypeVar("T")
@@ -131,7 +134,7 @@ class TestTheQueue:
         assert distributor.wake_at(0.0) is None
 
     def test_at_most_window_unacknowledged_offers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "WINDOW", 2)
+        monkeypatch.setattr(workers, "WINDOW", 2)
         distributor = rig(workers=1)
         accept(distributor, 1, 2, 3)
         assert distribute(distributor) == [(1, 1), (1, 2)]
@@ -154,7 +157,7 @@ class TestTheQueue:
             assert distribute(distributor) == [(1, capacity + 1)]
 
     def test_over_several_listeners_the_longest_waiting_goes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "WINDOW", 4)
+        monkeypatch.setattr(workers, "WINDOW", 4)
         distributor = rig(workers=1)
         distributor.add_handle(2, RoundRobin(), client_speaks_first=False)
         distributor.attach(1, 2)
@@ -185,7 +188,7 @@ class TestTheQueue:
         assert distribute(distributor) == [(2, 1), (2, 2)]
 
     def test_lanes_that_nobody_waits_in_do_not_pile_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "MANY_LANES", 4)
+        monkeypatch.setattr(handles, "MANY_LANES", 4)
 
         class LanePerClient(RoundRobin):
             def lane(self, connection: Waiting) -> bytes:
@@ -313,7 +316,7 @@ class TestWorkers:
         assert everything(distributor) == before
 
     def test_the_repr_is_a_status_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "WINDOW", 1)
+        monkeypatch.setattr(workers, "WINDOW", 1)
         distributor = rig(workers=1)
         worker = distributor.workers[1]
         assert repr(worker) == "<Worker 1 slot 0 ready: 0 offered, 0 borrowed>"
@@ -809,7 +812,7 @@ class Shell(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         # Small, so that it is reached.
-        self.patch.setattr(module, "WINDOW", 3)
+        self.patch.setattr(workers, "WINDOW", 3)
         self.now = 1000.0
         self.distributor = Distributor()
         self.policies: dict[int, Spy] = {}
@@ -1143,7 +1146,7 @@ class Shell(RuleBasedStateMachine):
         for worker in self.distributor.workers.values():
             process = self.processes[worker.id]
             assert set(worker.unacked) == {*process.unread, *process.read}
-            assert len(worker.unacked) <= (1 if worker.suspect else module.WINDOW)
+            assert len(worker.unacked) <= (1 if worker.suspect else workers.WINDOW)
             assert worker.capacity is None or worker.load <= worker.capacity
 
 

@@ -61,7 +61,7 @@ FRAMES = st.lists(st.tuples(MESSAGES, st.integers(0, 255)), max_size=5)
 EXAMPLES: list[Message] = [
     Boot(1, 0, {"app": "module:app"}, ["", "/srv"]),
     Online(4711),
-    Listen(1, "127.0.0.1:0", 0, 2048, True),
+    Listen(1, "127.0.0.1:0", 0, 2048, True, False),
     Listened(1, 3, 0, "", 2, ["127.0.0.1", 8000], False),
     Listening(3),
     Closed(3),

@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 
 from clusterserve.binds import Bind
 from clusterserve.channel.connection import MasterEnd, WorkerEnd, connection_channel
-from clusterserve.core.distributor import PATIENCE, Distributor, Worker
+from clusterserve.core.distributor import PATIENCE, Distributor
 from clusterserve.core.policies import Policy, RoundRobin
 from clusterserve.core.records import Kind, pack_answer, unpack_offers
+from clusterserve.core.worker import Worker
 from clusterserve.errors import ProtocolError
 from clusterserve.master.dispatcher import Dispatcher
 from clusterserve.master.listeners import Listener, open_listener

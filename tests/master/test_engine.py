@@ -712,6 +712,18 @@ def test_workers_listeners_are_shared_and_go_with_the_last_of_them(make: Make, t
         say(b"hello\n")
 
 
+def test_a_server_of_the_applications_own_spelled_like_the_bind(make: Make) -> None:
+    """Port 0 twice are two listeners, and each client reaches the server it means."""
+    running = make(own("127.0.0.1", 0), lifespan="on", bind="127.0.0.1:0").settle()
+    pinned, theirs = running.engine.handles
+    assert (pinned.pinned, theirs.pinned) == (True, False)
+    for listener, word in ((theirs, b" hello\n"), (pinned, b"HTTP/1.1 ")):
+        client = socket.create_connection(listener.sock.getsockname())
+        client.settimeout(DEADLINE)
+        client.sendall(b"hello\n" if listener is theirs else b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert word in running.answer(client)
+
+
 def test_a_listener_survives_the_crash_of_its_last_worker(make: Make, tmp_path: Path) -> None:
     running = make(own("127.0.0.1", 0), lifespan="on", bind=f"unix:{tmp_path}/s").settle()
     _, theirs = running.engine.handles

@@ -39,10 +39,17 @@ def _handles(rig: Rig, make_policy: Callable[[], Policy] | None) -> Iterator[Han
 
 
 def ask(
-    handles: Handles, worker: FakeWorker, bind: str, index: int = 0, backlog: int = 16, *, first: bool = False
+    handles: Handles,
+    worker: FakeWorker,
+    bind: str,
+    index: int = 0,
+    backlog: int = 16,
+    *,
+    first: bool = False,
+    pinned: bool = False,
 ) -> Listener:
     """The listener that the worker asks for, with its server in place."""
-    listener = handles.listen(worker.id, Listen(1, bind, index, backlog, first))
+    listener = handles.listen(worker.id, Listen(1, bind, index, backlog, first, pinned))
     handles.attach(worker.id, listener.key)
     return listener
 
@@ -139,7 +146,7 @@ def test_pinned_listeners_wait_for_the_first_worker(rig: Rig, handles: Handles) 
         rig.loop.turn()
         assert rig.distributor.handles == {}
         worker = rig.worker()
-        assert ask(handles, worker, "127.0.0.1:0") is listener
+        assert ask(handles, worker, "127.0.0.1:0", pinned=True) is listener
         worker.receive()
 
 
@@ -147,7 +154,7 @@ def test_pinned_listeners_outlive_their_workers(rig: Rig, handles: Handles) -> N
     (listener,) = handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
     for crashed in (False, True):
         worker = rig.worker()
-        ask(handles, worker, "127.0.0.1:0")
+        ask(handles, worker, "127.0.0.1:0", pinned=True)
         worker.die()
         handles.leave_all(worker.id, crashed=crashed)
         rig.loop.forward(ORPHAN_TIME)
@@ -160,7 +167,23 @@ def test_port_0_pinned_several_times(rig: Rig, handles: Handles) -> None:
     listeners = handles.open_pinned([bind, bind, Bind.parse("[::1]:0")], 16)
     assert len({listener.address for listener in listeners}) == 3
     worker = rig.worker()
-    assert [ask(handles, worker, "127.0.0.1:0", index) for index in range(2)] == listeners[:2]
+    assert [ask(handles, worker, "127.0.0.1:0", index, pinned=True) for index in range(2)] == listeners[:2]
+
+
+def test_a_workers_own_of_the_same_spelling_is_another_one(rig: Rig, handles: Handles) -> None:
+    (pinned,) = handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
+    worker = rig.worker()
+    own = ask(handles, worker, "127.0.0.1:0")
+    assert own is not pinned
+    assert ask(handles, worker, "127.0.0.1:0", pinned=True) is pinned
+    handles.leave(worker.id, own.key, crashed=False)
+    assert (own.is_open, pinned.is_open) == (False, True)
+
+
+def test_a_worker_cannot_make_one(rig: Rig, handles: Handles) -> None:
+    handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
+    with pytest.raises(ProtocolError, match="no --bind"):
+        ask(handles, rig.worker(), "127.0.0.1:0", 1, pinned=True)
 
 
 def test_one_that_cannot_be_had_and_those_before_it(handles: Handles, tmp_path: Path) -> None:
@@ -194,7 +217,7 @@ def test_it_goes_with_the_last_worker(rig: Rig, handles: Handles) -> None:
 
 def test_what_waits_for_it_goes_with_it(rig: Rig, handles: Handles) -> None:
     worker = rig.worker()
-    listener = handles.listen(worker.id, Listen(1, "127.0.0.1:0", 0, 16, False))
+    listener = handles.listen(worker.id, Listen(1, "127.0.0.1:0", 0, 16, False, False))
     with connect(listener) as client:
         rig.queued(1)
         handles.leave(worker.id, listener.key, crashed=False)
@@ -259,7 +282,7 @@ def test_each_crash_starts_the_time_anew(rig: Rig, handles: Handles) -> None:
 
 def test_who_asked_and_died_before_it_listened_counts(rig: Rig, handles: Handles) -> None:
     worker = rig.worker()
-    listener = handles.listen(worker.id, Listen(1, "127.0.0.1:0", 0, 16, False))
+    listener = handles.listen(worker.id, Listen(1, "127.0.0.1:0", 0, 16, False, False))
     worker.die()
     handles.leave_all(worker.id, crashed=False)
     assert not listener.is_open
@@ -320,12 +343,12 @@ def test_listening_on_what_was_never_asked_for(rig: Rig, handles: Handles) -> No
 def test_when_all_is_closed_a_late_worker_may_still_serve_what_waits(rig: Rig, handles: Handles) -> None:
     (listener,) = handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
     first = rig.worker()
-    handles.listen(first.id, Listen(1, "127.0.0.1:0", 0, 16, False))
+    handles.listen(first.id, Listen(1, "127.0.0.1:0", 0, 16, False, True))
     with connect(listener):
         rig.queued(1)
         handles.close()
         late = rig.worker()
-        assert ask(handles, late, "127.0.0.1:0", backlog=100) is listener
+        assert ask(handles, late, "127.0.0.1:0", backlog=100, pinned=True) is listener
         late.receive()
         with pytest.raises(BindError, match="the cluster is stopping") as caught:
             ask(handles, late, "127.0.0.1:0", 1)
@@ -336,14 +359,14 @@ def test_when_all_is_closed_a_late_worker_may_still_serve_what_waits(rig: Rig, h
 def test_a_pinned_listener_nobody_had_asked_for_yet(rig: Rig, handles: Handles) -> None:
     (listener,) = handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
     handles.close()
-    assert ask(handles, rig.worker(), "127.0.0.1:0") is listener
+    assert ask(handles, rig.worker(), "127.0.0.1:0", pinned=True) is listener
 
 
 def test_when_all_is_closed_nobody_gets_the_socket_itself(rig: Rig, shared: Handles) -> None:
     shared.open_pinned([Bind.parse("127.0.0.1:0")], 16)
     shared.close()
     with pytest.raises(BindError, match="the cluster is stopping"):
-        ask(shared, rig.worker(), "127.0.0.1:0")
+        ask(shared, rig.worker(), "127.0.0.1:0", pinned=True)
 
 
 def test_the_last_worker_leaves_after_the_end(rig: Rig, handles: Handles) -> None:

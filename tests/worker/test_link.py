@@ -49,7 +49,7 @@ async def serve(fake: FakeMaster, recorders: Recorders, bind: str = "127.0.0.1:0
 class TestListen:
     async def test_the_request_and_its_answer(self, loop: Loop, fake: FakeMaster) -> None:
         answer, descriptors = await fake.link.listen("[::1]:80", backlog=7, client_speaks_first=True)
-        assert fake.messages == [Listen(1, "[::1]:80", 0, 7, True)]
+        assert fake.messages == [Listen(1, "[::1]:80", 0, 7, True, False)]
         assert answer == Listened(1, 1, 0, "", socket.AF_INET, ["127.0.0.1", 8001], False)
         assert descriptors == []
 

@@ -76,7 +76,7 @@ class TestTheRequest:
     )
     async def test_tcp(self, loop: Loop, fake: FakeMaster, arguments: dict[str, Any], bind: str) -> None:
         await loop.create_server(asyncio.Protocol, **arguments)
-        assert fake.of(Listen) == [Listen(1, bind, 0, 100, False)]
+        assert fake.of(Listen) == [Listen(1, bind, 0, 100, False, False)]
 
     async def test_the_backlog(self, loop: Loop, fake: FakeMaster) -> None:
         await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, backlog=7)
@@ -89,6 +89,7 @@ class TestTheRequest:
         for bind in (Bind("tcp", host="127.0.0.1", port=0), Bind("unix", path="/run/x.sock"), Bind("fd", fd=3)):
             await loop.create_server(asyncio.Protocol, sock=BindSocket(bind), backlog=2048, ssl=None)
         await loop.create_server(asyncio.Protocol, sock=BindSocket(Bind("fd", fd=3)), ssl=context)
+        assert all(r.pinned for r in fake.of(Listen))
         assert [(r.bind, r.index, r.backlog, r.client_speaks_first) for r in fake.of(Listen)] == [
             ("127.0.0.1:0", 0, 2048, True),
             ("unix:/run/x.sock", 0, 2048, True),

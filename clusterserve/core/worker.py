@@ -1,0 +1,67 @@
+"""What the distributor knows of a worker; policies see it as their `Candidate`.  Changed by the distributor only."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .connection import Connection
+
+#: Un-acked offers a worker may have.  Recall makes a wide window harmless: what a stalled worker has not read comes
+#: back.
+WINDOW: Final = 64
+
+
+class Worker:
+    """One worker: what it was offered, what it is serving, whether it may get more."""
+
+    __slots__ = (
+        "borrowed", "capacity", "excuses", "held", "id", "listeners", "open", "progress", "resting", "retry", "slot",
+        "stalled", "suspect", "unacked", "unread",
+    )  # fmt: skip
+
+    def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:
+        self.id = id
+        self.slot = slot
+        #: The most connections it may hold; None for no limit, 0 takes none.
+        self.capacity = capacity
+        self.listeners: set[int] = set()
+        #: Offered and not acknowledged, oldest first; then the ones it is serving.
+        self.unacked: dict[int, Connection] = {}
+        self.borrowed: dict[int, Connection] = {}
+        #: False once it drains: nothing more is offered, what it holds it may finish.
+        self.open = True
+        #: When it last acknowledged something, or was first offered something after being idle.
+        self.progress = 0.0
+        #: It made no progress for `PATIENCE`: nothing more for it until it does (or `RETRY`).
+        self.stalled = False
+        #: How often in a row it was late because the machine was busy with others.
+        self.excuses = 0
+        #: Some of what it was offered may still lie unread in its channel; False once that was recalled.
+        self.unread = False
+        #: All it was offered was recalled: nothing is left whose acknowledgement would clear it, so after a rest it
+        #: gets a single offer as a probe, and is trusted again when it answers.
+        self.suspect = False
+        #: When that rest ends.
+        self.retry = 0.0
+        #: Not before this time, after a refusal.
+        self.resting = 0.0
+        #: How long a connection of its holds its loop (µs), as its answers say, at its recent worst.
+        self.held = 0
+
+    @property
+    def load(self) -> int:
+        return len(self.unacked) + len(self.borrowed)
+
+    @property
+    def ready(self) -> bool:
+        return (
+            self.open
+            and not self.stalled
+            and not self.resting
+            and len(self.unacked) < (1 if self.suspect else WINDOW)
+            and (self.capacity is None or self.load < self.capacity)
+        )
+
+    def __repr__(self) -> str:
+        word = "ready" if self.ready else "stalled" if self.stalled else "busy" if self.open else "draining"
+        return f"<Worker {self.id} slot {self.slot} {word}: {len(self.unacked)} offered, {len(self.borrowed)} borrowed>"
