@@ -129,13 +129,21 @@ def test_a_worker_that_is_busy_is_passed_over(serve: Serve) -> None:
 
 
 def test_idle_connections_do_not_take_turns(server: Server) -> None:
-    silent = [server.connect() for _ in range(7)]
-    try:
-        ids = [server.ask_id() for _ in range(10)]
-        assert ids == ids[:2] * 5
-    finally:
-        for client in silent:
-            client.close()
+    def in_turn() -> bool:
+        silent: list[Client] = []
+        ids = []
+        try:
+            for _ in range(10):
+                # One before each: if they took turns, all the others would go to the same worker.
+                silent.append(server.connect())
+                ids.append(server.ask_id())
+        finally:
+            for client in silent:
+                client.reset()
+        return ids == [1, 2] * 5 or ids == [2, 1] * 5
+
+    # The kernel keeps a silent client for about a second, and a busy machine may need longer for all of them.
+    eventually(in_turn, "those that speak take turns")
 
 
 # ── limits ──────────────────────────────────────────────────────────────────────────────────────────────────────────
