@@ -14,7 +14,7 @@ from websockets.sync.client import connect
 
 from tests.helpers import proc
 from tests.helpers.raw import request
-from tests.helpers.server import WORKER_LISTENS, Serve, Server, Worker
+from tests.helpers.server import KEEP, WORKER_LISTENS, Serve, Server, Worker
 from tests.helpers.waiting import DEADLINE, eventually
 
 QUICK = ("--restart-backoff", "0.01")
@@ -105,7 +105,7 @@ def test_siblings_serve_meanwhile(serve: Serve) -> None:
 
 
 def test_kept_connections_of_siblings_do_not_notice(serve: Serve) -> None:
-    server = serve(*QUICK, workers=2).warm()
+    server = serve(*QUICK, *KEEP, workers=2).warm()
     with server.connect() as one, server.connect() as other:
         owners = [client.ask("GET", "/whoami").json()["id"] for client in (one, other)]
         assert sorted(owners) == [1, 2]

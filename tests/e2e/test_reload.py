@@ -13,7 +13,7 @@ from clusterserve import BootError, Cluster, ClusterError
 from tests.helpers import proc
 from tests.helpers.load import under_load
 from tests.helpers.raw import Address, Client, request
-from tests.helpers.server import Serve, Server
+from tests.helpers.server import KEEP, KEPT, Serve, Server
 from tests.helpers.waiting import eventually
 
 FULL = "tests.helpers.apps.full:app"
@@ -83,7 +83,7 @@ def test_nothing_is_lost_under_load(serve: Serve, dispatch: str) -> None:
 
 @BOTH
 def test_idle_connections_outlive_their_worker(serve: Serve, dispatch: str) -> None:
-    server = serve("--dispatch", dispatch, workers=2)
+    server = serve("--dispatch", dispatch, *KEEP, workers=2)
     clients = [server.connect() for _ in range(8)]
     for client in clients:
         assert client.ask("GET", "/whoami").json()["id"] <= 2
@@ -111,7 +111,8 @@ def test_a_request_in_flight_is_finished_and_its_connection_goes_on(serve: Serve
 
 @BOTH
 def test_code_is_imported_again(serve: Serve, code: Code, dispatch: str) -> None:
-    server = serve("--dispatch", dispatch, app="reloaded:app", workers=2, env={"PYTHONPATH": str(code.path.parent)})
+    path = {"PYTHONPATH": str(code.path.parent)}
+    server = serve("--dispatch", dispatch, *KEEP, app="reloaded:app", workers=2, env=path)
     with server.connect() as client:
         assert client.ask("GET", "/").text.startswith("one ")
         code.says("two")
@@ -127,7 +128,7 @@ def test_code_is_imported_again(serve: Serve, code: Code, dispatch: str) -> None
     ids=["raises", "exits"],
 )
 def test_broken_code_leaves_the_old_one_serving(serve: Serve, code: Code, broken: str, why: str) -> None:
-    server = serve(app="reloaded:app", workers=2, noise=True, env={"PYTHONPATH": str(code.path.parent)})
+    server = serve(*KEEP, app="reloaded:app", workers=2, noise=True, env={"PYTHONPATH": str(code.path.parent)})
     pids = {worker.pid for worker in server.workers}
     with server.connect() as client:
         assert client.ask("GET", "/").text.startswith("one ")
@@ -165,8 +166,9 @@ def test_a_reload_during_a_reload(serve: Serve) -> None:
 
 
 def test_from_a_program(code: Code) -> None:
+    path = str(code.path.parent)
     with (
-        Cluster("reloaded:app", app_dir=str(code.path.parent), bind="127.0.0.1:0", workers=2) as cluster,
+        Cluster("reloaded:app", app_dir=path, bind="127.0.0.1:0", workers=2, timeout_keep_alive=KEPT) as cluster,
         Client(Address.parse(cluster.url)) as client,
     ):
         assert client.ask("GET", "/").text.startswith("one ")

@@ -10,7 +10,7 @@ from clusterserve import Cluster, ClusterError, SettingsError
 from tests.helpers import proc
 from tests.helpers.load import under_load
 from tests.helpers.raw import Address, Client
-from tests.helpers.server import Serve, Server
+from tests.helpers.server import KEPT, Serve, Server
 from tests.helpers.waiting import eventually
 
 FULL = "tests.helpers.apps.full:app"
@@ -70,7 +70,7 @@ def test_a_reload_keeps_the_new_number(serve: Serve) -> None:
 
 def test_from_a_program() -> None:
     with (
-        Cluster("examples.asgi_app:app", bind="127.0.0.1:0", workers=1) as cluster,
+        Cluster("examples.asgi_app:app", bind="127.0.0.1:0", workers=1, timeout_keep_alive=KEPT) as cluster,
         Client(Address.parse(cluster.url)) as client,
     ):
         assert client.ask("GET", "/").status == 200

@@ -29,6 +29,9 @@ from tests.helpers.waiting import DEADLINE, eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = "examples.asgi_app:app"
+# For connections that are idle while processes start, which on a busy machine takes longer than the usual 5 s.
+KEPT = 60
+KEEP = ("--timeout-keep-alive", str(KEPT))
 
 LISTENING_ON = re.compile(r"\bListening on ([^\s,;]+)")
 WORKER_LISTENS = re.compile(r"\bWorker (\d+) \(slot (\d+), pid (\d+)\) .*listening")
