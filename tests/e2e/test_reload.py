@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -84,14 +85,13 @@ def test_nothing_is_lost_under_load(serve: Serve, dispatch: str) -> None:
 @BOTH
 def test_idle_connections_outlive_their_worker(serve: Serve, dispatch: str) -> None:
     server = serve("--dispatch", dispatch, *KEEP, workers=2)
-    clients = [server.connect() for _ in range(8)]
-    for client in clients:
-        assert client.ask("GET", "/whoami").json()["id"] <= 2
-    server.signal(signal.SIGHUP)
-    reloaded(server, 3, 2)
-    assert {client.ask("GET", "/whoami").json()["id"] for client in clients} <= {3, 4}
-    for client in clients:
-        client.close()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(8)]
+        for client in clients:
+            assert client.ask("GET", "/whoami").json()["id"] <= 2
+        server.signal(signal.SIGHUP)
+        reloaded(server, 3, 2)
+        assert {client.ask("GET", "/whoami").json()["id"] for client in clients} <= {3, 4}
 
 
 @BOTH

@@ -280,7 +280,9 @@ def test_ctrl_c_while_it_starts(make: Make) -> None:
     cluster = make(HANGS)
 
     def interrupt() -> None:
-        eventually(lambda: proc.children(os.getpid()), "a worker is there")
+        eventually(lambda: cluster._thread and proc.children(os.getpid()), "a worker is there")
+        # Python overlooks a signal that comes after its last look and before the system call that waits.
+        eventually(lambda: proc.state(os.getpid()) == "S", "the main thread waits")
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     thread, _ = in_thread(interrupt)
