@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-#: What makes a process a worker: "message descriptor, connection descriptor, master's pid".  Removed at start-up, so
-#: that what the application starts is not taken for one.
+#: What makes a process a worker: the descriptors of its message channel, connection channel, board and kept epoll, and
+#: the master's pid.  Removed at start-up, so that what the application starts is not taken for one.
 VARIABLE: Final = "CLUSTERSERVE_WORKER"
 
 #: The worker's slot, for the application and what it starts.

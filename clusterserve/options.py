@@ -82,8 +82,9 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         ),
         _value(
             "--dispatch",
-            "[connection|request]",
-            "How long a worker has a connection: until it ends, or for one request.",
+            "[auto|connection|request]",
+            "How long a worker has a connection: until it ends, for one request, or (auto) as long as its requests are "
+            "cheaper than handing it on.",
         ),
         _value("--max-pending", "N", "Stop accepting while this many connections wait for a worker."),
         _value("--timeout-boot", "SECONDS", "How long a worker may take from its start until it listens."),

@@ -51,7 +51,7 @@ class Settings:
     backlog: int = 2048
 
     policy: str = "rr"
-    dispatch: str = "connection"
+    dispatch: str = "auto"
     workers: int = 1
     workers_source: str = ""  # why that many, for the start-up line
     max_pending: int = 2048
@@ -117,6 +117,11 @@ class Settings:
             raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
         return settings
 
+    @property
+    def borrows(self) -> bool:
+        """Whether workers give connections back: only under a policy, and not if connections are the unit."""
+        return self.dispatch != "connection" and self.policy != "none"
+
     def to_json(self) -> dict[str, object]:
         """The settings in JSON's own types.  `from_json` gives back an equal object."""
         values: dict[str, object] = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -139,7 +144,7 @@ _CHECKS: Final[dict[str, Check]] = {
     "factory": flag,
     "interface": choice("auto", "asgi3", "asgi2", later=("wsgi",)),
     "backlog": whole(0),
-    "dispatch": choice("connection", "request", later=("auto",)),
+    "dispatch": choice("auto", "connection", "request"),
     "workers_source": text,
     "max_pending": whole(1),
     "timeout_boot": seconds(above_zero=True),

@@ -289,7 +289,7 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
             ["--policy", "none", "--dispatch", "request"],
             "--dispatch request: needs a policy: under 'none' workers keep what they accept",
         ),
-        (["--dispatch", "auto"], "--dispatch auto: not available in this version; must be one of connection, request"),
+        (["--dispatch", "autos"], "--dispatch autos: must be one of auto, connection, request; did you mean 'auto'?"),
         (["--interface", "wsgi"], "--interface wsgi: not available in this version; must be one of auto, asgi3, asgi2"),
         (["--log-level", "Loud"], "--log-level Loud: must be one of critical, error, warning, info, debug, trace"),
         (["--log-config", "no such"], "--log-config 'no such': there is no such file"),

@@ -293,11 +293,17 @@ def test_an_unknown_policy_in_a_variable_names_the_variable(name: str, monkeypat
     assert refused() == f"{name}='hsh': {ALLOWED}; did you mean 'hash'?"
 
 
-@pytest.mark.parametrize("value", ["auto"])
-def test_dispatch_modes_to_come_are_told_from_nonsense(value: str) -> None:
-    allowed = "must be one of connection, request"
-    assert refused(dispatch=value) == f"dispatch={value!r}: not available in this version; {allowed}"
+def test_a_dispatch_that_is_none() -> None:
+    allowed = "must be one of auto, connection, request"
     assert refused(dispatch="conection") == f"dispatch='conection': {allowed}; did you mean 'connection'?"
+
+
+@pytest.mark.parametrize(
+    ("policy", "dispatch", "borrows"),
+    [("rr", "auto", True), ("hash", "request", True), ("least", "connection", False), ("none", "auto", False)],
+)
+def test_who_gives_connections_back(policy: str, dispatch: str, borrows: bool) -> None:
+    assert create(policy=policy, dispatch=dispatch).borrows is borrows
 
 
 def test_under_none_requests_cannot_be_given_back() -> None:

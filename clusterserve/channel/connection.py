@@ -14,7 +14,7 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
-from ..core.records import ANSWER_SIZE, OFFER_SIZE, unpack_offers
+from ..core.records import ANSWER_SIZE, OFFER_SIZE, Flag, pack_note, unpack_offers
 
 #: Descriptors in one message, at most (the kernel's SCM_MAX_FD is 253).
 MAX_BATCH: Final = 32
@@ -49,6 +49,9 @@ class MasterEnd:
         self._theirs = theirs
         own.setblocking(False)
         theirs.setblocking(False)
+        # Notes that could not be sent, or came back with a recall.  Nothing overtakes them: an offer behind a LOST may
+        # be of the same connection.
+        self._owed: list[bytes] = []
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when answers have come."""
@@ -60,6 +63,8 @@ class MasterEnd:
         All or nothing: a message is atomic.  Offers to a worker whose end is closed count as sent: its death brings
         them back.
         """
+        if self._owed and not self.remind():
+            return False
         try:
             self._own.sendmsg(records, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         except OSError as exc:
@@ -70,6 +75,31 @@ class MasterEnd:
             return False
         return True
 
+    def note(self, flag: Flag, ids: Sequence[int]) -> None:
+        """Tell the worker of connections that it keeps; what cannot be sent now waits for `remind`."""
+        self._owed += [pack_note(flag, id) for id in ids]
+        self.remind()
+
+    def remind(self) -> bool:
+        """Send the notes that wait; False if some still do."""
+        while self._owed:
+            try:
+                self._own.send(b"".join(self._owed[:MAX_BATCH]))
+            except OSError as exc:
+                if exc.errno in _GONE:
+                    self._owed.clear()
+                    return True
+                if exc.errno not in _FULL:
+                    raise
+                return False
+            del self._owed[:MAX_BATCH]
+        return True
+
+    @property
+    def owes(self) -> bool:
+        """Whether notes wait to be sent."""
+        return bool(self._owed)
+
     def answers(self) -> bytes:
         """The records of one message; empty when there is none (now, or ever again)."""
         try:
@@ -78,19 +108,28 @@ class MasterEnd:
             return b""
 
     def recall(self) -> list[int]:
-        """Take back every offer the worker has not read; returns their connection ids."""
+        """Take back every offer the worker has not read; returns their connection ids.  Notes are sent again."""
         ids: list[int] = []
+        notes: list[bytes] = []
         while True:
             try:
                 data, ancillary, _, _ = self._theirs.recvmsg(_OFFER_BYTES, _SPACE, _FLAGS)
             except (BlockingIOError, ConnectionResetError):
-                return ids
+                break
             # Duplicates of what the master holds; at its descriptor limit fewer may arrive, which loses nothing.
             for fd in _descriptors(ancillary):
                 os.close(fd)
             if not data:
-                return ids
-            ids.extend(record[4] for record in unpack_offers(data))
+                break
+            for record in unpack_offers(data):
+                if record[2]:
+                    notes.append(pack_note(Flag(record[2]), record[4]))
+                else:
+                    ids.append(record[4])
+        if notes:
+            self._owed[:0] = notes
+            self.remind()
+        return ids
 
     def close(self) -> None:
         self._own.close()

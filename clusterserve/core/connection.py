@@ -1,8 +1,10 @@
 """The life of one accepted connection, as a table.
 
     accept -> PARKED -readable-> QUEUED -offer-> OFFERED -ack-> BORROWED -+- returned -> PARKED
-                                   ^                |                     +- closed   -> GONE
-                                   +-----back-------+---------------------+- taken    -> GONE (the worker's own)
+                                   ^                |              |      +- closed   -> GONE
+                                   +-----back-------+              |keep  +- taken    -> GONE (the worker's own)
+                                   ^                               v      |
+                                   +-----back (taken back)------- KEPT ---+
 
 A connection is in exactly one state and only `Connection.step` assigns it.  An illegal step raises `IllegalStep` and
 changes nothing, so a worker that answers for a connection it does not hold is found out at once.
@@ -25,8 +27,10 @@ class State(IntEnum):
     OFFERED = 2
     #: A worker is serving it.
     BORROWED = 3
+    #: A worker holds it between requests and serves the next one unasked, unless the master takes it back first.
+    KEPT = 4
     #: Closed, or taken for good by a worker: the master has closed its copy.
-    GONE = 4
+    GONE = 5
 
 
 class Event(IntEnum):
@@ -44,6 +48,8 @@ class Event(IntEnum):
     CLOSE = 5
     #: The worker keeps it for good.
     TAKE = 6
+    #: The worker keeps it for the next request; the master may take it back as long as nobody has read that.
+    KEEP = 7
 
 
 TRANSITIONS: Final[Mapping[State, Mapping[Event, State]]] = MappingProxyType(
@@ -53,6 +59,7 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State]]] = MappingProxyType(
         State.OFFERED: {
             Event.ACK: State.BORROWED,
             Event.BACK: State.QUEUED,
+            Event.KEEP: State.KEPT,
             # One record may say "processed, and already over": the ack and the ending arrive together.
             Event.RETURN: State.PARKED,
             Event.CLOSE: State.GONE,
@@ -60,6 +67,14 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State]]] = MappingProxyType(
         },
         State.BORROWED: {
             # Only when its worker died and had not read a byte of what waits.
+            Event.BACK: State.QUEUED,
+            Event.KEEP: State.KEPT,
+            Event.RETURN: State.PARKED,
+            Event.CLOSE: State.GONE,
+            Event.TAKE: State.GONE,
+        },
+        State.KEPT: {
+            # Taken back while its request lay unread, or its worker died.
             Event.BACK: State.QUEUED,
             Event.RETURN: State.PARKED,
             Event.CLOSE: State.GONE,
@@ -87,7 +102,9 @@ class Connection:
     queued.
     """
 
-    __slots__ = ("client", "family", "fd", "id", "listener", "port", "since", "state", "ticket", "worker")
+    __slots__ = (
+        "client", "family", "fd", "handle", "id", "listener", "port", "relics", "since", "state", "ticket", "worker",
+    )  # fmt: skip
 
     def __init__(
         self, id: int, fd: int, listener: int, client: bytes = b"", port: int = 0, family: int = 0, since: float = 0.0
@@ -104,6 +121,10 @@ class Connection:
         self.ticket = 0
         #: Id of the worker it is offered to or borrowed by, else 0.
         self.worker = 0
+        #: Under which number that worker keeps it (its own descriptor), once it has said so.
+        self.handle = -1
+        #: How many workers it was taken back from still have a copy of the descriptor, as they have not heard of it.
+        self.relics = 0
 
     def step(self, event: Event) -> None:
         """Make the one transition `event` allows; raises `IllegalStep` otherwise."""

@@ -1,8 +1,8 @@
 """Who gets this connection: the queue, the ready workers, the offers between them.
 
-A shell feeds it facts (accepted, readable, answered, recalled, lost) and does what it returns: `distribute` the offers
-to send, `overdue` the workers whose unread offers to recall, `answer` the connection to close or to park.  It holds no
-descriptor and knows no time but what it is told.
+A shell feeds it facts (accepted, readable, answered, looked, recalled, lost) and does what it returns: `distribute` the
+offers to send, `overdue` the workers whose unread offers to recall, `looked` those whose kept connections to take back,
+`answer` the connection to close or to park.  It holds no descriptor and knows no time but what it is told.
 
 Invariants, kept by construction and checked in `tests/core/test_distributor.py`: a connection is in one state and one
 place; at most `window` un-acked offers per worker; no connection waits while its policy would give it to a ready
@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ..errors import PolicyError, ProtocolError
-from .connection import Connection, Event
+from .connection import Connection, Event, State
 from .handle import Handle
 from .policies import Policy
 from .records import Kind
@@ -49,10 +49,12 @@ _CLOSED: Final = int(Kind.CLOSED)
 _RETURNED: Final = int(Kind.RETURNED)
 _TAKEN: Final = int(Kind.TAKEN)
 _REFUSED: Final = int(Kind.REFUSED)
+_KEPT: Final = int(Kind.KEPT)
+_DROPPED: Final = int(Kind.DROPPED)
 
 #: All that can be said of a connection that is being served, and of one that was offered.
 _ENDINGS: Final = frozenset(ack | ending for ack in (0, _ACK) for ending in (_CLOSED, _RETURNED, _TAKEN))
-_ANSWERS: Final = _ENDINGS | {_ACK, _REFUSED}
+_ANSWERS: Final = _ENDINGS | {_ACK, _ACK | _KEPT, _REFUSED}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Statistics:
     offered: int
     borrowed: int
     workers: tuple[tuple[int, int, int, int], ...]
+    #: Of the borrowed ones those that a worker keeps between requests.
+    kept: int = 0
 
 
 class Distributor:
@@ -158,6 +162,10 @@ class Distributor:
         # What still lies in its channel must not speak for connections that others have by then.
         record.unacked.clear()
         record.borrowed.clear()
+        record.kept.clear()
+        for connection in record.lost.values():
+            connection.relics -= 1
+        record.lost.clear()
         return held
 
     # -- facts about connections ----------------------------------------------------------------------------------
@@ -195,18 +203,28 @@ class Distributor:
             del self._expiries[id]
         return [self.parked[id] for id in ids]
 
-    def answer(self, worker: Worker, kind: int, id: int, held: int, now: float) -> Connection | None:
+    def answer(self, worker: Worker, kind: int, id: int, held: int, now: float, handle: int = -1) -> Connection | None:
         """A worker's answer.  Returns the connection if the shell must act: close it if GONE, watch it if PARKED.
 
-        Raises `ProtocolError`, and changes nothing, for a connection this worker does not hold (what was recalled was
-        never read, so an honest worker cannot answer for it) and for an answer that says nothing or too much.
+        `handle` is the worker's descriptor of one that it keeps.  Raises `ProtocolError`, and changes nothing, for a
+        connection this worker does not hold (what was recalled was never read, so an honest worker cannot answer for
+        it) and for an answer that says nothing or too much.
         """
+        if worker.lost and id in worker.lost:
+            # It may have given back, or closed, what was taken back from it: until it has heard of that, others decide.
+            if kind == _DROPPED:
+                worker.lost.pop(id).relics -= 1
+            worker.progress = now
+            worker.stalled = worker.suspect = False
+            return None
         connection = worker.unacked.get(id)
         if connection is None:
             connection = worker.borrowed.get(id)
-            if connection is None or kind not in _ENDINGS:
+            if connection is None or not (kind in _ENDINGS or (kind == _KEPT and connection.state is State.BORROWED)):
                 raise ProtocolError(f"worker {worker.id} answered {kind} for connection {id}, which it was not offered")
             del worker.borrowed[id]
+            if connection.state is State.KEPT:
+                self._release(worker, connection)
         else:
             if kind not in _ANSWERS:
                 raise ProtocolError(f"worker {worker.id} answered {kind} for connection {id}, which is no answer")
@@ -220,6 +238,11 @@ class Distributor:
         if kind == _ACK:
             connection.step(Event.ACK)
             worker.borrowed[id] = connection
+            return None
+        if kind & _KEPT:
+            connection.step(Event.KEEP)
+            connection.handle = handle
+            worker.borrowed[id] = worker.kept[handle] = connection
             return None
         if kind == _REFUSED:
             worker.resting = now + REFUSED_PAUSE
@@ -251,6 +274,23 @@ class Distributor:
         worker.unread = False
         return self._back([worker.unacked.pop(id) for id in back])
 
+    def taken_back(self, worker: Worker, connections: Sequence[Connection], now: float) -> list[Connection]:
+        """The shell has claimed the unread requests of these, which the worker keeps: others may have them.
+
+        Returns those whose listener is gone, for the shell to close.  The shell tells the worker, which answers DROPPED
+        for each.
+        """
+        for connection in connections:
+            del worker.borrowed[connection.id]
+            self._release(worker, connection)
+            worker.lost[connection.id] = connection
+            connection.relics += 1
+            connection.since = now
+            # It became readable just now, and not when it was first offered.
+            self._tickets += 1
+            connection.ticket = self._tickets
+        return self._back(connections)
+
     def undelivered(self, worker: Worker, ids: Iterable[int], now: float) -> list[Connection]:
         """These offers could not be sent, its channel is full: as `recalled`, and it gets a pause."""
         worker.resting = now + REFUSED_PAUSE
@@ -259,6 +299,17 @@ class Distributor:
     def requeue(self, connections: Sequence[Connection]) -> list[Connection]:
         """A dead worker had not touched these: as `recalled`."""
         return self._back(connections)
+
+    def idle(self, connection: Connection, now: float) -> bool:
+        """A dead worker had it between two requests: as if it had given it back.  False if its listener is gone."""
+        connection.worker = 0
+        if connection.listener not in self.handles:
+            connection.step(Event.CLOSE)
+            return False
+        connection.step(Event.RETURN)
+        self.parked[connection.id] = connection
+        self._expiries[connection.id] = now + self.keep_alive
+        return True
 
     def gone(self, connection: Connection) -> None:
         """The shell ends this connection of a dead worker."""
@@ -340,10 +391,31 @@ class Distributor:
             elif worker.stalled and now >= worker.retry:
                 worker.stalled = False
                 worker.suspect = True
-        late = [worker for worker in late if self._replaceable(worker)]
+        late = [worker for worker in late if self._replaceable(worker, worker.unacked)]
         for worker in late:
             worker.retry = now + RETRY
         return late
+
+    @property
+    def watched(self) -> bool:
+        """Whether there is anything to look for: connections that workers keep, or a worker that was stuck."""
+        return any(worker.kept or worker.stuck for worker in self.workers.values())
+
+    def looked(self, worker: Worker, turns: int, unclaimed: bool, running: int) -> bool:
+        """What the worker's board shows: how often its loop has begun or ended a turn, and the requests in progress.
+
+        `unclaimed`: the next request of some connection that it keeps lies there.  Marks it as stuck if nothing has
+        moved since the last look, and it is in the midst of a turn, or requests have been waiting since; returns
+        whether they should be taken back, because somebody else is ready for them.
+        """
+        still = turns == worker.turns and (bool(turns & 1) or (unclaimed and worker.unclaimed))
+        worker.turns, worker.unclaimed, worker.running, worker.stuck = turns, unclaimed, running, still
+        return still and unclaimed and self._replaceable(worker, worker.kept)
+
+    def overlook(self) -> None:
+        """The shell stops looking for a while: what was seen last says nothing about what it will see next."""
+        for worker in self.workers.values():
+            worker.turns, worker.unclaimed, worker.stuck = -1, False, False
 
     def wake_at(self, now: float) -> float | None:
         """When `overdue` and `distribute` should run again though nothing happened; None if never."""
@@ -373,6 +445,7 @@ class Distributor:
             offered=sum(len(worker.unacked) for worker in workers),
             borrowed=sum(len(worker.borrowed) for worker in workers),
             workers=tuple((worker.id, worker.slot, len(worker.unacked), len(worker.borrowed)) for worker in workers),
+            kept=sum(len(worker.kept) for worker in workers),
         )
 
     # -- the queue ------------------------------------------------------------------------------------------------
@@ -404,9 +477,15 @@ class Distributor:
             self.queued += 1
         return orphans
 
-    def _replaceable(self, late: Worker) -> bool:
-        """Whether another ready worker listens where one of this worker's offers came from."""
-        keys = {connection.listener for connection in late.unacked.values()} & self.handles.keys()
+    def _release(self, worker: Worker, connection: Connection) -> None:
+        """The worker keeps it no longer.  Its number may be another's already, whose KEPT came first."""
+        if worker.kept.get(connection.handle) is connection:
+            del worker.kept[connection.handle]
+        connection.handle = -1
+
+    def _replaceable(self, late: Worker, held: Mapping[int, Connection]) -> bool:
+        """Whether another ready worker listens where one of those that this worker holds came from."""
+        keys = {connection.listener for connection in held.values()} & self.handles.keys()
         handles = [handle for key in keys if not (handle := self.handles[key]).sticky]
         return any(other is not late and other.ready for handle in handles for other in handle.workers.values())
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from ..errors import ProtocolError
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 #: Address families of an offer, as bytes on the wire: none (unix sockets), IPv4, IPv6.
 NO_ADDRESS: Final = 0
@@ -35,16 +35,29 @@ class Kind(IntFlag):
     TAKEN = 8
     #: Not wanted here: no such listener, or the descriptor got lost at the descriptor limit.
     REFUSED = 16
+    #: Idle, and kept for its next request: it lies in the kept epoll, where the master can take it back.
+    KEPT = 32
+    #: The worker has heard that it was taken back, and has closed its copy.
+    DROPPED = 64
 
 
-# version, family, flags, listener, id, queued (µs), client port, local port, client, local
-_OFFER: Final = Struct("<BBHIQIHH16s16s")
+class Flag(IntFlag):
+    """What an offer is that is none: news of a connection the worker keeps.  No descriptor rides with it."""
+
+    #: The master has taken it back.
+    LOST = 1
+    #: The master may have disarmed it by mistake: arm it again.
+    REARM = 2
+
+
+# version, family, flags, listener, id, queued (µs), client port, local port, client, local, place on the board
+_OFFER: Final = Struct("<BBHIQIHH16s16sI")
 OFFER_SIZE: Final = _OFFER.size
 _pack_offer = _OFFER.pack
 _iter_offers = _OFFER.iter_unpack
 
-# version, kind, flags, time the batch held the loop (µs), id
-_ANSWER: Final = Struct("<BBHIQ")
+# version, kind, flags, time the batch held the loop (µs), the worker's descriptor (KEPT only), id
+_ANSWER: Final = Struct("<BBHIIQ")
 ANSWER_SIZE: Final = _ANSWER.size
 _pack_answer = _ANSWER.pack
 _iter_answers = _ANSWER.iter_unpack
@@ -53,13 +66,21 @@ _iter_answers = _ANSWER.iter_unpack
 MAX_MICROSECONDS: Final = 2**32 - 1
 
 
-def pack_offer(id: int, listener: int, queued: int, family: int, client: bytes, port: int) -> bytes:
-    """One offer.  `queued` in microseconds; the local address is left for a PROXY header (zero: ask the kernel)."""
-    return _pack_offer(VERSION, family, 0, listener, id, min(queued, MAX_MICROSECONDS), port, 0, client, b"")
+def pack_offer(id: int, listener: int, queued: int, family: int, client: bytes, port: int, place: int = 0) -> bytes:
+    """One offer.  `queued` in microseconds; the local address is left for a PROXY header (zero: ask the kernel).
+
+    `place` is where on the board the worker says how far it is with it.
+    """
+    return _pack_offer(VERSION, family, 0, listener, id, min(queued, MAX_MICROSECONDS), port, 0, client, b"", place)
 
 
-def unpack_offers(data: bytes) -> Iterator[tuple[int, int, int, int, int, int, int, int, bytes, bytes]]:
-    """(version, family, flags, listener, id, queued, client port, local port, client, local) of each offer.
+def pack_note(flag: Flag, id: int) -> bytes:
+    """News of a connection that the worker keeps, in the shape of an offer."""
+    return _pack_offer(VERSION, 0, flag, 0, id, 0, 0, 0, b"", b"", 0)
+
+
+def unpack_offers(data: bytes) -> Iterator[tuple[int, int, int, int, int, int, int, int, bytes, bytes, int]]:
+    """(version, family, flags, listener, id, queued, client port, local port, client, local, place) of each offer.
 
     Raises `ProtocolError` on a message that is not a whole number of offers of this version.
     """
@@ -68,13 +89,16 @@ def unpack_offers(data: bytes) -> Iterator[tuple[int, int, int, int, int, int, i
     return _iter_offers(data)
 
 
-def pack_answer(kind: int, id: int, held: int = 0) -> bytes:
-    """One answer.  `held`: how long the batch it came in held the worker's event loop, in microseconds."""
-    return _pack_answer(VERSION, kind, 0, min(held, MAX_MICROSECONDS), id)
+def pack_answer(kind: int, id: int, held: int = 0, handle: int = 0) -> bytes:
+    """One answer.  `held`: how long the batch it came in held the worker's event loop, in microseconds.
+
+    `handle`: the worker's descriptor, under which a KEPT connection shows in the kept epoll.
+    """
+    return _pack_answer(VERSION, kind, 0, min(held, MAX_MICROSECONDS), handle, id)
 
 
-def unpack_answers(data: bytes) -> Iterator[tuple[int, int, int, int, int]]:
-    """(version, kind, flags, held, id) of each answer; raises `ProtocolError` as `unpack_offers` does."""
+def unpack_answers(data: bytes) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """(version, kind, flags, held, handle, id) of each answer; raises `ProtocolError` as `unpack_offers` does."""
     if not data or len(data) % ANSWER_SIZE or data[0] != VERSION:
         raise ProtocolError(f"a message of {len(data)} bytes on the connection channel is no list of answers")
     return _iter_answers(data)

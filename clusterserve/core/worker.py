@@ -15,8 +15,8 @@ class Worker:
     """One worker: what it was offered, what it is serving, whether it may get more."""
 
     __slots__ = (
-        "borrowed", "capacity", "excuses", "held", "id", "listeners", "open", "progress", "resting", "retry", "slot",
-        "stalled", "suspect", "unacked", "unread",
+        "borrowed", "capacity", "excuses", "held", "id", "kept", "listeners", "lost", "open", "progress", "resting",
+        "retry", "running", "slot", "stalled", "stuck", "suspect", "turns", "unacked", "unclaimed", "unread",
     )  # fmt: skip
 
     def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:
@@ -28,6 +28,17 @@ class Worker:
         #: Offered and not acknowledged, oldest first; then the ones it is serving.
         self.unacked: dict[int, Connection] = {}
         self.borrowed: dict[int, Connection] = {}
+        #: Of the borrowed ones those it keeps between requests, by its own descriptors; and how many of them have a
+        #: request in progress, as it says.
+        self.kept: dict[int, Connection] = {}
+        self.running = 0
+        #: What was taken back from it and it has not confirmed: nothing it says of these counts.
+        self.lost: dict[int, Connection] = {}
+        #: At the last look: how often its loop had turned, and whether requests lay unclaimed.
+        self.turns = 0
+        self.unclaimed = False
+        #: Two looks apart its loop had not turned, though something was waiting or it was in the midst of a turn.
+        self.stuck = False
         #: False once it drains: nothing more is offered, what it holds it may finish.
         self.open = True
         #: When it last acknowledged something, or was first offered something after being idle.
@@ -50,18 +61,21 @@ class Worker:
 
     @property
     def load(self) -> int:
-        return len(self.unacked) + len(self.borrowed)
+        """Connections with a request in progress, or on their way to it."""
+        return len(self.unacked) + len(self.borrowed) - len(self.kept) + self.running
 
     @property
     def ready(self) -> bool:
         return (
             self.open
             and not self.stalled
+            and not self.stuck
             and not self.resting
             and len(self.unacked) < (1 if self.suspect else WINDOW)
-            and (self.capacity is None or self.load < self.capacity)
+            and (self.capacity is None or len(self.unacked) + len(self.borrowed) < self.capacity)
         )
 
     def __repr__(self) -> str:
         word = "ready" if self.ready else "stalled" if self.stalled else "busy" if self.open else "draining"
-        return f"<Worker {self.id} slot {self.slot} {word}: {len(self.unacked)} offered, {len(self.borrowed)} borrowed>"
+        holds = f"{len(self.unacked)} offered, {len(self.borrowed)} borrowed, {len(self.kept)} of them kept"
+        return f"<Worker {self.id} slot {self.slot} {word}: {holds}>"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -16,14 +17,16 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from ..channel.board import UNTOUCHED, Board
 from ..channel.connection import MAX_BATCH, MasterEnd
 from ..core.connection import Connection, State
 from ..core.distributor import Distributor
-from ..core.records import IPV4, IPV6, NO_ADDRESS, pack_offer, unpack_answers
+from ..core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
 from ..core.worker import Worker
 from ..errors import ProtocolError
 from .fate import Fate, answer_bad_gateway, fate_of
 from .listeners import Listener
+from .lookout import Lookout
 from .starvation import Starvation
 
 logger = logging.getLogger("clusterserve.dispatch")
@@ -38,6 +41,8 @@ CHEAP: Final = 500
 #: Out of descriptors or memory: accept nothing for this long (seconds).
 _EXHAUSTED_PAUSE: Final = 0.1
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+_KEPT: Final = int(Kind.KEPT)
 
 _MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 _PARKED: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
@@ -70,6 +75,7 @@ class Dispatcher:
         self._parked: dict[int, Connection] = {}
         self._pids: dict[int, int] = {}
         self._starvation = Starvation()
+        self._lookout = Lookout(loop, distributor, self._read_answers, self._starves, self._close, self._distribute)
         self._ids = 0
         self._accepting = True
         self._retiring = False
@@ -149,9 +155,11 @@ class Dispatcher:
         self._after(now)
 
     def _offer(self, worker: Worker, connections: Sequence[Connection], now: float) -> None:
-        records = [
-            pack_offer(c.id, c.listener, int((now - c.since) * 1e6), c.family, c.client, c.port) for c in connections
-        ]
+        board, records = self._lookout.board(worker.id), []
+        for c in connections:
+            if c.fd < board.places:
+                board.marks[c.fd] = UNTOUCHED
+            records.append(pack_offer(c.id, c.listener, int((now - c.since) * 1e6), c.family, c.client, c.port, c.fd))
         if not self._ends[worker.id].offer(records, array.array("i", [c.fd for c in connections])):
             self._close(self.distributor.undelivered(worker, [c.id for c in connections], now))
             # Another may be ready for them.
@@ -163,20 +171,25 @@ class Dispatcher:
             return False
         answer = self.distributor.answer
         try:
-            for _, kind, _, held, id in unpack_answers(data):
-                connection = answer(worker, kind, id, held, now)
+            for _, kind, _, held, handle, id in unpack_answers(data):
+                connection = answer(worker, kind, id, held, now, handle)
                 if connection is None:
-                    continue
-                if connection.state is State.PARKED:
+                    if kind & _KEPT:
+                        self._lookout.start()
+                elif connection.state is State.PARKED:
                     self._park(connection)
                     if self._retiring:
                         self.end_idle()
                 else:
-                    os.close(connection.fd)
+                    _end(connection)
         except ProtocolError as exc:
             self._on_fault(worker.id, exc)
             return False
         return True
+
+    def _read_answers(self, worker: Worker, end: MasterEnd, now: float) -> None:
+        while self._answers(worker, end, now):
+            pass
 
     # -- around it ------------------------------------------------------------------------------------------------
 
@@ -231,7 +244,7 @@ class Dispatcher:
             if not _has_data(connection.fd):
                 del self._parked[connection.fd]
                 self._epoll.unregister(connection.fd)
-                os.close(self.distributor.hung_up(connection.id).fd)
+                _end(self.distributor.hung_up(connection.id))
 
     def _unpark(self, fd: int, event: int, now: float) -> None:
         connection = self._parked.pop(fd, None)
@@ -248,7 +261,7 @@ class Dispatcher:
 
     def _close(self, connections: Sequence[Connection]) -> None:
         for connection in connections:
-            os.close(connection.fd)
+            _end(connection)
 
     def _exhausted(self, exc: OSError) -> None:
         if self._pause is not None:
@@ -297,12 +310,16 @@ class Dispatcher:
             del self._parks[fd]
             self._epoll.unregister(fd)
 
-    def add_worker(self, worker: int, slot: int, end: MasterEnd, pid: int | None = None) -> None:
-        """A worker exists.  Owns `end` from now on.  `pid` is its process, to ask why it is late."""
+    def add_worker(
+        self, worker: int, slot: int, end: MasterEnd, board: Board, kept: select.epoll, pid: int | None = None
+    ) -> None:
+        """A worker exists.  Owns `end`, `board` and `kept` from now on.  `pid`: its process, to ask why it is late."""
         if pid is not None:
             self._pids[worker] = pid
         self._ends[worker] = end
-        self._channels[end.fileno()] = (self.distributor.add_worker(worker, slot), end)
+        record = self.distributor.add_worker(worker, slot)
+        self._channels[end.fileno()] = (record, end)
+        self._lookout.add(record, end, board, kept)
         self._epoll.register(end.fileno(), select.EPOLLIN)
 
     def attach(self, worker: int, key: int) -> None:
@@ -316,25 +333,32 @@ class Dispatcher:
         end = self._ends.pop(worker)
         self._starvation.forget(self._pids.pop(worker, 0))
         record, _ = self._channels.pop(end.fileno())
-        while self._answers(record, end, now):
-            pass
+        self._read_answers(record, end, now)
         self._recall(record, end)
+        board = self._lookout.board(worker)
         untouched = []
         for connection in self.distributor.remove_worker(worker):
-            fate = fate_of(connection.fd)
+            fate = fate_of(connection.fd, board.mark(connection.fd))
             if fate is Fate.UNTOUCHED:
                 untouched.append(connection)
                 continue
-            self.distributor.gone(connection)
+            if fate is Fate.IDLE and self.distributor.idle(connection, now):
+                self._park(connection)
+                continue
+            if connection.state is not State.GONE:
+                self.distributor.gone(connection)
             handle = self.distributor.handles.get(connection.listener)
             if fate is Fate.READ and handle is not None and handle.client_speaks_first:
                 answer_bad_gateway(self._loop, connection.fd, self._lingering)
             else:
                 # A response that was begun cannot be mended; a protocol that is not ours has no 502.
-                os.close(connection.fd)
+                _end(connection)
         self._close(self.distributor.requeue(untouched))
+        self._lookout.remove(worker)
         self._epoll.unregister(end.fileno())
         end.close()
+        if self._retiring:
+            self.end_idle()
         self._distribute(now)
 
     def forget(self, key: int) -> None:
@@ -348,6 +372,7 @@ class Dispatcher:
     def close(self) -> None:
         """Let go of everything; workers must have been removed."""
         self._loop.remove_reader(self._epoll.fileno())
+        self._lookout.close()
         for timer in (self._timer, self._pause):
             if timer is not None:
                 timer.cancel()
@@ -356,6 +381,17 @@ class Dispatcher:
         for end in tuple(self._lingering):
             end()
         self._epoll.close()
+
+
+def _end(connection: Connection) -> None:
+    """Close it, though a worker that it was taken back from may still have a copy, and hold its loop for long."""
+    if connection.relics:
+        sock = socket.socket(fileno=connection.fd)
+        # The client may be gone already.
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.detach()
+    os.close(connection.fd)
 
 
 def _has_data(fd: int) -> bool:

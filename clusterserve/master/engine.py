@@ -63,9 +63,8 @@ class Engine:
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
         self._loop = loop
-        policy = policy_factory(settings.policy, slots=settings.workers, long_lived=settings.dispatch == "connection")
-        request = settings.dispatch == "request"
-        patience = REQUEST_PATIENCE if request else PATIENCE
+        policy = policy_factory(settings.policy, slots=settings.workers, long_lived=not settings.borrows)
+        patience = REQUEST_PATIENCE if settings.borrows else PATIENCE
         self._distributor = Distributor(patience, settings.timeout_keep_alive)
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
@@ -293,7 +292,9 @@ class Engine:
             self._loop, process.messages, partial(self._on_message, member.id), partial(self._on_closed, member.id)
         )
         self.seats[member.id] = Seat(member, process, channel)
-        self._dispatcher.add_worker(member.id, action.slot, process.connections, process.pid)
+        self._dispatcher.add_worker(
+            member.id, action.slot, process.connections, process.board, process.kept, process.pid
+        )
         # Python overlooks what is no text there, a Path for one; so do we.
         entries: list[object] = [*sys.path]
         path = [entry for entry in entries if isinstance(entry, str)]

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
+from ..channel.board import IDLE, READING, RESPONDING, UNTOUCHED
+
 #: Longest wait for the client to finish sending after an answer of ours (seconds).
 LINGER: Final = 2.0
 
@@ -33,14 +35,34 @@ _LOOKS: Final = 16
 class Fate(Enum):
     #: Not a byte was read: somebody else may serve it.
     UNTOUCHED = "untouched"
+    #: Between two requests.
+    IDLE = "idle"
     #: Read, and not a byte answered.
     READ = "read"
     #: A response was begun, or the kernel cannot tell (unix sockets).
     BEGUN = "begun"
 
 
-def fate_of(fd: int) -> Fate:
-    """The fate of an accepted connection that its worker held from its first byte on (TCP(7), TCP_INFO)."""
+def fate_of(fd: int, mark: int) -> Fate:
+    """The fate of a connection whose dead worker has left this mark on its board.
+
+    It marks before it reads and before it writes: what it says it has not done, it has not.
+    """
+    if mark == UNTOUCHED:
+        return Fate.UNTOUCHED
+    if mark == IDLE:
+        return Fate.IDLE
+    if mark == RESPONDING:
+        return Fate.BEGUN
+    seen = _seen_by_the_kernel(fd)
+    if mark == READING:
+        # It was about to read at least.  On a connection that has been used before the kernel sees old responses.
+        return Fate.UNTOUCHED if seen is Fate.UNTOUCHED else Fate.READ
+    return seen
+
+
+def _seen_by_the_kernel(fd: int) -> Fate:
+    """The same of a connection that its worker held from its first byte on, without marks (TCP(7), TCP_INFO)."""
     sock = socket.socket(fileno=fd)
     try:
         if sock.family == socket.AF_UNIX:

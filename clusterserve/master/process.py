@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ..channel.board import Board
 from ..channel.connection import MasterEnd, connection_channel
 from ..current import SLOT_VARIABLE, VARIABLE
 
@@ -43,7 +45,11 @@ class Exit:
 
 
 class WorkerProcess:
-    """A running worker process.  Owns its pidfd and, until somebody takes them, the master's ends of its channels."""
+    """A running worker process.
+
+    Owns its pidfd and, until somebody takes them, the master's ends of its channels, its board, and the epoll of the
+    connections that it keeps.
+    """
 
     def __init__(self, slot: int, loop: asyncio.AbstractEventLoop, on_exit: Callable[[Exit], None]) -> None:
         """Spawn it; raises OSError if that is impossible.
@@ -60,10 +66,16 @@ class WorkerProcess:
                 self.connections: MasterEnd
                 self.connections, their_connections = connection_channel()
                 undo.callback(self.connections.close)
-                descriptors = (their_messages.fileno(), their_connections.fileno())
+                self.board = Board.create()
+                undo.callback(self.board.close)
+                self.kept = select.epoll()
+                undo.callback(self.kept.close)
+                descriptors = (
+                    their_messages.fileno(), their_connections.fileno(), self.board.fd, self.kept.fileno(),
+                )  # fmt: skip
                 environment = {
                     **os.environ,
-                    VARIABLE: f"{descriptors[0]},{descriptors[1]},{os.getpid()}",
+                    VARIABLE: ",".join(map(str, (*descriptors, os.getpid()))),
                     SLOT_VARIABLE: str(slot),
                 }
                 self._popen = subprocess.Popen([sys.executable, *flags, _ENTRY], env=environment, pass_fds=descriptors)

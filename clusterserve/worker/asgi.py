@@ -65,7 +65,7 @@ _UNTIMED: Final = 0.2
 
 def serve(settings: Settings, link: Link) -> None:
     """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started."""
-    borrowing = Borrowing(after_response=settings.dispatch == "request")
+    borrowing = Borrowing(after_response=settings.borrows)
     config = _config(settings, link, borrowing)
     boot = _BootLog()
     logger.addFilter(boot)
@@ -110,8 +110,7 @@ def serve(settings: Settings, link: Link) -> None:
 
 def _config(settings: Settings, link: Link, borrowing: Borrowing) -> uvicorn.Config:
     options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
-    request = settings.dispatch == "request"
-    options["http"] = borrowing_protocol(settings.http, borrowing) if request else settings.http
+    options["http"] = borrowing_protocol(settings.http, borrowing) if settings.borrows else settings.http
     if settings.log_config is not None:
         options["log_config"] = settings.log_config
     config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
@@ -120,6 +119,8 @@ def _config(settings: Settings, link: Link, borrowing: Borrowing) -> uvicorn.Con
     def factory() -> asyncio.AbstractEventLoop:
         loop = loop_class()
         link.attach(loop)
+        if settings.borrows:
+            link.receiver.borrow(link.kept, keep=settings.dispatch == "auto")
         return loop
 
     config.loop = factory  # type: ignore[assignment]
@@ -208,6 +209,7 @@ class _Drainer:
         # Read by uvicorn when it begins to wait; a second, quick order comes while it waits and ends what it waits for.
         self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]
         self._server.should_exit = True
+        self._link.receiver.stop_keeping()
         if keep:
             for protocol in tuple(self._server.server_state.connections):
                 take_over(protocol, self._borrowing)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import select
 import socket
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from ..channel.board import Board
 from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel
 from ..core.messages import Closed, Drain, Leave, Listen, Listened, Listening, Message
@@ -32,11 +34,13 @@ class _Request(NamedTuple):
 
 
 class Link:
-    """Both channels of this worker.  Owns the two sockets."""
+    """Both channels of this worker, its board, and the epoll of what it keeps.  Owns them all."""
 
-    def __init__(self, messages: socket.socket, connections: socket.socket) -> None:
+    def __init__(self, messages: socket.socket, connections: socket.socket, board: Board, kept: select.epoll) -> None:
         self._messages = messages
         self._connections = connections
+        self._board = board
+        self.kept = kept
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: MessageChannel | None = None
         self._receiver: Receiver | None = None
@@ -54,7 +58,7 @@ class Link:
         """Read the channels on `loop` from now on."""
         self._loop = loop
         self._channel = MessageChannel(loop, self._messages, self._on_message, self._on_closed)
-        self._receiver = Receiver(loop, WorkerEnd(self._connections), lambda: self._on_closed(None))
+        self._receiver = Receiver(loop, WorkerEnd(self._connections), self._board, lambda: self._on_closed(None))
 
     @property
     def receiver(self) -> Receiver:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import socket
 import sys
 from types import FrameType
 from typing import Final
 
+from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
 from ..current import VARIABLE, CurrentWorker, become
 from ..errors import BootError, ProtocolError
@@ -28,13 +30,13 @@ _MASTERS: Final = ("SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN
 
 def main() -> int:
     """Run as a worker until told to finish; returns the exit code."""
-    messages, connections, master = (int(number) for number in os.environ.pop(VARIABLE).split(","))
+    messages, connections, board, kept, master = (int(number) for number in os.environ.pop(VARIABLE).split(","))
     die_with(master)
     for name in _MASTERS:
         signal.signal(getattr(signal, name), heed_the_master)
     channel = socket.socket(fileno=messages)
-    os.set_inheritable(messages, False)
-    os.set_inheritable(connections, False)
+    for descriptor in (messages, connections, board, kept):
+        os.set_inheritable(descriptor, False)
     try:
         boot = _receive_boot(channel)
     except ProtocolError as exc:
@@ -49,7 +51,8 @@ def main() -> int:
     from .asgi import serve
 
     try:
-        serve(Settings.from_json(boot.settings), Link(channel, socket.socket(fileno=connections)))
+        link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
+        serve(Settings.from_json(boot.settings), link)
     except BootError as exc:
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE

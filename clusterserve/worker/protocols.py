@@ -3,8 +3,9 @@
 The second file that knows uvicorn, and the only one that knows the insides of its protocols; each of them has a
 contract test (tests/worker/test_borrow_contract.py).  Relied upon, of both: `on_response_complete` is called from the
 application's task when a response is complete, `shutdown` when the server stops, `cycle` is the newest request (None
-before the first), `cycle.response_complete`, `server_state.total_requests`, `transport`.  Of httptools': `pipeline`
-holds the requests that wait, `on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
+before the first), `cycle.response_started`, `cycle.response_complete`, `flow`, `server_state.total_requests`,
+`transport`.  Of httptools': `pipeline` holds the requests that wait, `on_message_begin` and `on_message_complete`
+enclose a request.  Of h11's: `conn`.
 
 A connection is idle when its last response is complete, the request was read to its end, and nothing beyond it has been
 read: what lies unread in the kernel goes to whoever gets the connection next.  Under policy `none` the transport is the
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import h11
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -24,12 +25,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .transport import HandedTransport
 
+#: How long a client that has closed its side waits for its response to begin (seconds): it may be gone altogether,
+#: which looks the same.
+HALF_CLOSED: Final = 1.0
+
 
 @dataclass
 class Borrowing:
     """What this worker does with idle connections; shared by all its protocols."""
 
-    #: Give a connection back after every response (`--dispatch request`), or only while the worker drains.
+    #: Let go of a connection after every response (`--dispatch request`, `auto`), or only while the worker drains.
     after_response: bool = False
 
 
@@ -59,8 +64,30 @@ def _borrower(base: Any) -> Any:
                 # It has been upgraded, and is a WebSocket's now.
                 return False
             self._unset_keepalive_if_required()
-            transport.give_back()
+            # The same protocol may get the next request.
+            self.flow.resume_reading()
+            self._next_cycle()
+            transport.rest()
             return True
+
+        def _next_cycle(self) -> None:
+            """Make the parser ready for the next request."""
+
+        def _midway(self) -> bool:
+            raise AssertionError("defined by the subclass")
+
+        def eof_received(self) -> bool:
+            # What a client has asked for before it closed its side is answered, if that begins soon; what it has begun
+            # to ask, or already hears (an event stream) is over, as with uvicorn.
+            cycle = self.cycle
+            if cycle is None or cycle.response_started or self._midway():
+                return False
+            self.loop.call_later(HALF_CLOSED, self._too_late, cycle)
+            return True
+
+        def _too_late(self, cycle: Any) -> None:
+            if self.cycle is cycle and not cycle.response_started:
+                self.transport.close()
 
         def on_response_complete(self) -> None:
             if self.borrowing.after_response and self.give_back():
@@ -103,6 +130,9 @@ class BorrowingHttpTools(_borrower(HttpToolsProtocol)):  # type: ignore[misc]
         reading = self._partly_read() if self._taken_over else self._reading
         return not reading and not self.pipeline and (self.cycle is None or self._answered())
 
+    def _midway(self) -> bool:
+        return self._reading
+
     def _partly_read(self) -> bool:
         """The same without the help of `on_message_*`, which the parser of a protocol taken over does not call.
 
@@ -124,7 +154,15 @@ class BorrowingH11(_borrower(H11Protocol)):  # type: ignore[misc]
         if cycle is not None and not self._answered():
             return False
         states = (self.conn.our_state, self.conn.their_state)
+        # Nothing of the next request is buffered.
         return states in ((h11.IDLE, h11.IDLE), (h11.DONE, h11.DONE)) and not self.conn.trailing_data[0]
+
+    def _next_cycle(self) -> None:
+        if self.conn.our_state is h11.DONE:
+            self.conn.start_next_cycle()
+
+    def _midway(self) -> bool:
+        return self.conn.their_state is h11.SEND_BODY
 
 
 def take_over(protocol: Any, borrowing: Borrowing) -> None:

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 from collections.abc import Callable
-from resource import RUSAGE_THREAD, getrusage
-from time import perf_counter
+from resource import RUSAGE_THREAD, getrusage, struct_rusage
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Final
 
+from ..channel.board import READING, Board
 from ..channel.connection import MAX_ANSWERS, WorkerEnd
-from ..core.records import IPV4, IPV6, Kind, pack_answer, unpack_offers
+from ..core.cost import Cost
+from ..core.records import IPV4, IPV6, Flag, Kind, pack_answer, unpack_offers
 from ..errors import ProtocolError
-from .transport import HandedTransport
+from .transport import CHUNK, HandedTransport
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .server import FauxServer
-
-#: The first read of a request.
-_CHUNK: Final = 65536
 
 #: A turn shorter than this (seconds) is taken at its word: asking the kernel is not worth it.
 _DOUBTFUL: Final = 0.0005
@@ -34,27 +35,56 @@ _ACK: Final = int(Kind.ACK)
 _CLOSED: Final = int(Kind.CLOSED)
 _RETURNED: Final = int(Kind.RETURNED)
 _REFUSED: Final = int(Kind.REFUSED)
+_KEPT: Final = int(Kind.KEPT)
+_DROPPED: Final = int(Kind.DROPPED)
+_LOST: Final = int(Flag.LOST)
+
+#: How often the processor time is looked at, in requests.
+_SAMPLE: Final = 16
+
+#: How often idle connections are looked for, and how long one stays at least (seconds).
+IDLE_LOOK: Final = 0.05
 
 
 class Receiver:
     """Takes offers for the faux servers in `servers` and answers for every connection.
 
-    Owns `end`.  `on_lost` is called when the master has closed the channel, or speaks another version of it.
+    Owns `end` and `board`.  `on_lost` is called when the master has closed the channel, or speaks another version.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, end: WorkerEnd, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, end: WorkerEnd, board: Board, on_lost: Callable[[], None]
+    ) -> None:
         self.loop = loop
         self.servers: dict[int, FauxServer] = {}
         #: Connections that outlive their first turn, for `cut`.
         self.kept: dict[int, HandedTransport] = {}
+        #: What the master sees without a message: see `channel.board`.
+        self.marks = board.marks
+        self.counters = board.counters
+        #: Where HTTP connections wait that are borrowed; None if they are not (`borrow`).
+        self.watch: Watch | None = None
+        #: Whether a connection is worth keeping for its next request, now.
+        self.keeps = False
+        self._may_keep = False
+        self._cost = Cost()
+        self._board = board
         self._end = end
         self._on_lost = on_lost
         self._began = 0.0
-        self._usage = getrusage(RUSAGE_THREAD)
-        # Of this turn: the lazy transports to settle, and the answers so far.
+        self._usage: struct_rusage | None = None
+        self._processor = 0.0
+        self._sampled = 0
+        # Of this turn: how many requests began, the lazy transports to settle, and the answers so far.
+        self._requests = 0
         self._lazy: list[HandedTransport] = []
         self._fresh: dict[int, int] = {}
+        self._open = False
         self._turning = False
+        self._later_batch = False
+        # Under which number those are kept of which the master is about to hear, and who is armed then.
+        self._handles: dict[int, int] = {}
+        self._unarmed: list[HandedTransport] = []
         # Those that are acknowledged when their protocol has its connection.
         self._making: set[int] = set()
         # Answers outside of a turn, and whether their sending is scheduled.
@@ -62,6 +92,28 @@ class Receiver:
         self._scheduled = False
         self._blocked: list[bytes] = []
         loop.add_reader(end.fileno(), self._readable)
+
+    def borrow(self, kept: select.epoll, *, keep: bool) -> None:
+        """HTTP connections are given back after a request from now on; with `keep` only if that is worth it.
+
+        Owns `kept`, the epoll shared with the master.
+        """
+        self.watch = Watch(self.loop, kept, self)
+        self._may_keep = self.keeps = keep
+        if keep:
+            self.loop.call_later(IDLE_LOOK, self._look_for_idle)
+
+    def stop_keeping(self) -> None:
+        """Give every connection back as soon as it is idle, those that are kept now."""
+        self._may_keep = self.keeps = False
+        for transport in tuple(self.kept.values()):
+            transport.give_back_if_kept()
+
+    def _look_for_idle(self) -> None:
+        for transport in tuple(self.kept.values()):
+            transport.grow_old()
+        if self._may_keep:
+            self.loop.call_later(IDLE_LOOK, self._look_for_idle)
 
     # -- offers in ------------------------------------------------------------------------------------------------
 
@@ -83,11 +135,14 @@ class Receiver:
                 os.close(fd)
             self._on_lost()
             return False
-        if not self._fresh:
-            self._usage = getrusage(RUSAGE_THREAD)
-            self._began = perf_counter()
-        arrived = len(fds)
-        for number, (_, family, _, key, id, _, port, _, client, _) in enumerate(offers):
+        self.begin_turn(0)
+        self._usage = getrusage(RUSAGE_THREAD)
+        arrived, number = len(fds), -1
+        for _, family, flag, key, id, _, port, _, client, _, place in offers:
+            if flag:
+                self._noted(flag, id)
+                continue
+            number += 1
             server = self.servers.get(key)
             if server is None or number >= arrived:
                 # No such server (any more), or the descriptor was lost at our limit: somebody else's, please.
@@ -100,20 +155,36 @@ class Receiver:
                 peername = (socket.inet_ntop(socket.AF_INET, client[12:]), port)
             elif family == IPV6:
                 peername = (socket.inet_ntop(socket.AF_INET6, client), port)
-            self._take(server, id, fds[number], peername)
-        if not self._turning:
-            # Behind the tasks that the first bytes have created.
-            self._turning = True
-            self.loop.call_soon(self._turned)
+            self._take(server, id, fds[number], peername, min(place, self._board.places))
+            self._requests += 1
+        self.end_batch()
         return True
 
-    def _take(self, server: FauxServer, id: int, fd: int, peername: tuple[str, int] | None) -> None:
+    def _noted(self, flag: int, id: int) -> None:
+        """News of a connection that this worker keeps, or has kept."""
+        transport = self.kept.get(id)
+        if flag != _LOST:
+            if transport is not None:
+                transport.arm_kept()
+            return
+        # What was said of it before the news goes first: the master hears nothing of it until it hears DROPPED.
+        self._flush()
+        if transport is None:
+            self._send([pack_answer(_DROPPED, id)])
+        else:
+            transport.lost()
+
+    def _take(self, server: FauxServer, id: int, fd: int, peername: tuple[str, int] | None, place: int) -> None:
         os.set_blocking(fd, False)
         data: bytes | None = None
+        watch = None
         if server.client_speaks_first:
+            watch = self.watch
             self._fresh[id] = _ACK
+            # Before it is read: whoever died in between has read it for all the master knows.
+            self.marks[place] = READING
             try:
-                data = os.read(fd, _CHUNK)
+                data = os.read(fd, CHUNK)
             except BlockingIOError:
                 pass
             except OSError:
@@ -129,14 +200,16 @@ class Receiver:
         else:
             self._making.add(id)
         try:
-            transport = HandedTransport(self, id, fd, server.protocol_factory(), peername, server.sockname)
+            transport = HandedTransport(
+                self, id, fd, server.protocol_factory(), peername, server.sockname, place, watch
+            )
         except Exception as exc:  # noqa: BLE001 - the user's factory; as a loop does, and this client alone pays
             self.fault(exc, "protocol factory")
             os.close(fd)
             self._making.discard(id)
             self._fresh[id] = _ACK | _CLOSED
             return
-        if data is None:
+        if data is None and watch is None:
             transport.become_real(**server.ssl)
             return
         self._lazy.append(transport)
@@ -156,18 +229,69 @@ class Receiver:
         while self._receive():
             pass
 
-    # -- answers out ----------------------------------------------------------------------------------------------
+    # -- turns ----------------------------------------------------------------------------------------------------
+
+    def begin_turn(self, requests: int) -> None:
+        """Something was read, or is about to be; so many requests, of those that are kept, begin with it."""
+        self._requests += requests
+        if not self._open:
+            self._open = True
+            self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
+            self._usage = None
+            self._began = perf_counter()
+
+    def end_batch(self) -> None:
+        """All of it was given to its protocols: the turn ends behind the tasks that these have created."""
+        if self._turning:
+            # It would end in front of them.
+            self._later_batch = True
+        else:
+            self._turning = True
+            self.loop.call_soon(self._turned)
+
+    def settle_later(self, transport: HandedTransport) -> None:
+        """Something has happened to a transport that waits in the watch; settle it when this turn ends."""
+        self._lazy.append(transport)
+        # In the midst of a batch its end will see to it.
+        if not self._open:
+            self.begin_turn(0)
+            self.end_batch()
 
     def _turned(self) -> None:
         """The loop has turned: settle the lazy transports, acknowledge everything of this turn."""
-        self._turning = False
+        if self._later_batch:
+            self._later_batch = False
+            self.loop.call_soon(self._turned)
+            return
+        self._open = self._turning = False
         lazy, self._lazy = self._lazy, []
+        requests, self._requests = self._requests, 0
+        fresh = self._fresh
+        if requests and self._may_keep:
+            self._weigh(requests)
         for transport in lazy:
             transport.settle()
-        fresh, self._fresh = self._fresh, {}
+        self._fresh = {}
         if fresh:
-            held = int(self._held() * 1e6) // len(fresh)
-            self._send([pack_answer(kind, id, held) for id, kind in fresh.items()])
+            held = int(self._held() * 1e6) // max(requests, 1)
+            self._send([self._pack(kind, id, held) for id, kind in fresh.items()])
+            if self._unarmed:
+                self._arm()
+        self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
+
+    def _weigh(self, requests: int) -> None:
+        self._cost.took(perf_counter() - self._began, requests)
+        self._sampled += requests
+        if self._sampled >= _SAMPLE:
+            processor = thread_time()
+            self._cost.used(processor - self._processor, self._sampled)
+            self._processor, self._sampled = processor, 0
+        self.keeps = self._cost.cheap
+
+    # -- answers out ----------------------------------------------------------------------------------------------
+
+    def _pack(self, kind: int, id: int, held: int = 0) -> bytes:
+        return pack_answer(kind, id, held, self._handles.pop(id) if kind & _KEPT else 0)
 
     def _held(self) -> float:
         """How long the turn held the loop (seconds): what it took, less what other processes had of it.
@@ -178,7 +302,7 @@ class Receiver:
         if took < _DOUBTFUL:
             return took
         usage = getrusage(RUSAGE_THREAD)
-        if usage.ru_nvcsw != self._usage.ru_nvcsw:
+        if self._usage is None or usage.ru_nvcsw != self._usage.ru_nvcsw:
             return took
         return usage.ru_utime + usage.ru_stime - self._usage.ru_utime - self._usage.ru_stime
 
@@ -199,6 +323,27 @@ class Receiver:
             self._making.discard(id)
             self._later(id, kind)
 
+    def dropped(self, id: int) -> None:
+        """Our copy of a connection that the master has taken back is closed."""
+        self.kept.pop(id, None)
+        self._send([pack_answer(_DROPPED, id)])
+
+    def tell_kept(self, id: int, fd: int, transport: HandedTransport) -> None:
+        """Tell the master that it is kept; it is armed when that is said."""
+        self._handles[id] = fd
+        self._unarmed.append(transport)
+        if id in self._fresh:
+            self._fresh[id] |= _KEPT
+        else:
+            self._later(id, _KEPT)
+
+    def _arm(self) -> None:
+        """What the master was told of, it may claim."""
+        if not self._blocked:
+            unarmed, self._unarmed = self._unarmed, []
+            for transport in unarmed:
+                transport.arm_kept()
+
     def _later(self, id: int, kind: int) -> None:
         self._answers[id] = self._answers.get(id, 0) | kind
         if not self._scheduled:
@@ -208,7 +353,9 @@ class Receiver:
     def _flush(self) -> None:
         self._scheduled = False
         answers, self._answers = self._answers, {}
-        self._send([pack_answer(kind, id) for id, kind in answers.items()])
+        self._send([self._pack(kind, id) for id, kind in answers.items()])
+        if self._unarmed:
+            self._arm()
 
     def _send(self, records: list[bytes]) -> None:
         if self._blocked:
@@ -226,6 +373,7 @@ class Receiver:
             del self._blocked[:MAX_ANSWERS]
         if not self._blocked:
             self.loop.remove_writer(self._end.fileno())
+            self._arm()
 
     # -- the ones that stay ---------------------------------------------------------------------------------------
 
@@ -243,3 +391,6 @@ class Receiver:
         self.loop.remove_reader(self._end.fileno())
         self.loop.remove_writer(self._end.fileno())
         self._end.close()
+        if self.watch is not None:
+            self.watch.close()
+        self._board.close()

@@ -1,15 +1,21 @@
-"""The transport of a handed-over connection: lazy while a request may end within one turn of the loop, real after that.
+"""The transport of a handed-over connection: lazy while it lasts, one of the event loop's when it must be.
 
-Most requests on a new connection are over as soon as the application has run once: the bytes are there before the
-descriptor arrives, and the response fits the socket's buffer.  For those the loop never learns of the descriptor: one
-read, one write, one close.  Everything else becomes a transport of the event loop at the end of the turn (`settle`),
-and from then on this object only passes on: what the loop's transport does best, it does.
+Most requests are over as soon as the application has run once: the bytes are there before the descriptor arrives, and
+the response fits the socket's buffer.  For those the loop never learns of the descriptor: one read, one write, and at
+the end of the turn (`settle`) a close, or a way back to the master.  What goes on becomes a transport of the event
+loop, and from then on this object only passes on: what the loop's transport does best, it does.
 
-    LAZY -settle, ended------> CLOSED
-      |--settle, not ended--> PENDING -the loop's connection_made-> REAL -connection_lost-> CLOSED
+With a `watch` (HTTP where connections are borrowed) a connection that goes on may wait in an epoll instead, which is
+much cheaper than a transport of the loop for every request:
 
-It becomes real when: there was nothing to read; the request is not complete, or its response is not, after one turn;
-the connection stays open (keep-alive, upgrade); a write did not fit.
+    LAZY -settle, ended-----------------> CLOSED
+     ^ |--settle, request unfinished----> BUSY -client or application says something-> LAZY
+     | |--settle, idle and worth keeping> KEPT -next request claimed------------------> LAZY
+     | |                                    `--taken back by the master--> CLOSED
+     | `--settle, anything else---------> PENDING -the loop's connection_made-> REAL -connection_lost-> CLOSED
+
+It becomes real when a write did not fit, another protocol took over (an upgrade), or there is no `watch` and it is not
+over after one turn.
 """
 
 from __future__ import annotations
@@ -20,8 +26,14 @@ import socket
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from ..channel.board import IDLE, READING, RESPONDING, UNKNOWN
+
 if TYPE_CHECKING:
     from .receiver import Receiver
+    from .watch import Watch
+
+#: What is read at once.
+CHUNK: Final = 65536
 
 #: Bytes written but not yet taken by the kernel, above which the protocol is told to pause (asyncio's own default).
 HIGH_WATER: Final = 65536
@@ -35,6 +47,8 @@ class Phase(IntEnum):
     PENDING = 1
     REAL = 2
     CLOSED = 3
+    BUSY = 4
+    KEPT = 5
 
 
 class HandedTransport(asyncio.Transport):
@@ -52,6 +66,8 @@ class HandedTransport(asyncio.Transport):
         protocol: asyncio.Protocol,
         peername: tuple[str, int] | None,
         sockname: tuple[str, int] | str | None,
+        place: int = 0,
+        watch: Watch | None = None,
     ) -> None:
         # Not calling BaseTransport.__init__: it makes a dictionary that get_extra_info below does without.
         self._receiver = receiver
@@ -65,6 +81,7 @@ class HandedTransport(asyncio.Transport):
         self._closing = False
         self._abort = False
         self._returning = False
+        self._taken_back = False
         self._reading = True
         self._eof = False
         self._paused = False
@@ -74,30 +91,175 @@ class HandedTransport(asyncio.Transport):
         self._size = 0
         self._error: OSError | None = None
         self._real: asyncio.Transport | None = None
+        # With a watch: whether it has been in either epoll, and whether it is to be told there of what is readable.
+        self._place = place
+        self._watch = watch
+        self._in_kept = False
+        self._in_busy = False
+        self._armed = False
+        #: The last response is complete and nothing beyond its request was read.
+        self._resting = False
+        #: The master knows that it is kept; of those, it serves a request now.
+        self._known = False
+        self._running = False
+        #: Idle at the last look for such.
+        self._old = False
+        self._upgraded = False
 
     # -- the lazy life --------------------------------------------------------------------------------------------
 
-    def begin(self, data: bytes) -> None:
-        """Give the protocol its connection and the first bytes."""
+    def begin(self, data: bytes | None) -> None:
+        """Give the protocol its connection and the first bytes, if there are any."""
         self._made = True
         self._protocol.connection_made(self)
-        if not self._closing:
+        if data and not self._closing:
             # Also if it has paused reading, which no HTTP protocol does here: they are read already.
             protocol: Any = self._protocol
             protocol.data_received(data)
 
     def settle(self) -> None:
         """The turn is over: end what is finished, give the loop what is not."""
+        if self._phase is not Phase.LAZY:
+            # It was over before the turn was, by the master's hand.
+            return
         if not self._abort and self._pieces:
             self._flush()
         if self._abort or self._error is not None or (self._closing and not self._pieces):
             self._finish(self._error)
-        else:
+        elif self._watch is None or self._pieces or self._upgraded or self._eof:
+            if self._resting:
+                # As soon as all is flushed.
+                self._returning = self._closing = True
             self.become_real()
+        elif not self._resting:
+            self._phase = Phase.BUSY
+            self._receiver.keep(self._id, self)
+            if self._reading and not self._armed:
+                self._arm(self._watch)
+        elif self._receiver.keeps:
+            self._keep(self._watch)
+        else:
+            self._returning = True
+            self._finish(None)
+
+    # -- between turns, without the loop --------------------------------------------------------------------------
+
+    def _keep(self, watch: Watch) -> None:
+        """Wait for the next request where the master can take it back."""
+        self._resting = False
+        self._phase = Phase.KEPT
+        self._receiver.marks[self._place] = IDLE
+        if self._armed:
+            watch.pause(self._fd)
+            self._armed = False
+        if self._known:
+            if self._running:
+                self._running = False
+                self._receiver.counters[1] -= 1
+            watch.keep(self._fd, self, self._in_kept)
+            self._in_kept = True
+        else:
+            # Armed when the master has been told: it must know what it may claim.
+            self._known = True
+            self._receiver.keep(self._id, self)
+            self._receiver.tell_kept(self._id, self._fd, self)
+
+    def arm_kept(self) -> None:
+        """The master has been told, or may have disarmed it by mistake."""
+        if self._phase is Phase.KEPT and self._watch is not None:
+            self._watch.keep(self._fd, self, self._in_kept)
+            self._in_kept = True
+
+    def claimed(self) -> None:
+        """The next request is here, and nobody else's."""
+        self._running = True
+        self._old = False
+        self._receiver.counters[1] += 1
+        self._receiver.marks[self._place] = READING
+        self._wake()
+        # Unless there was nothing after all.
+        self._resting = True
+        if self._read():
+            self._resting = False
+
+    def readable(self) -> None:
+        """The client says more, or leaves, in the midst of a request."""
+        self._armed = False
+        # A turn that ends it may be on its way: what is to be read then is for whoever has it next.
+        if self._phase is Phase.BUSY and self._reading:
+            self._wake()
+            self._read()
+
+    def _read(self) -> bool:
+        """Read once and tell the protocol; False if there was nothing."""
+        try:
+            data = os.read(self._fd, CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            self._error = exc
+            return True
+        protocol: Any = self._protocol
+        try:
+            if data:
+                protocol.data_received(data)
+            elif protocol.eof_received():
+                self._reading = False
+            else:
+                self.close()
+        except Exception as exc:  # noqa: BLE001 - the user's protocol; as a loop's transport does
+            self._receiver.fault(exc, "protocol")
+            self.abort()
+        return True
+
+    def _arm(self, watch: Watch) -> None:
+        watch.watch(self._fd, self, self._in_busy)
+        self._in_busy = self._armed = True
+
+    def _wake(self) -> None:
+        """Back to the lazy life, if it waits outside of it: what happens now is settled at the end of the turn."""
+        if self._phase is Phase.BUSY or self._phase is Phase.KEPT:
+            self._phase = Phase.LAZY
+            self._receiver.settle_later(self)
+
+    def rest(self) -> None:
+        """The response is complete and nothing beyond its request was read: keep the connection, or give it back."""
+        if self._watch is None or self._phase is Phase.PENDING or self._phase is Phase.REAL:
+            self.give_back()
+        else:
+            self._resting = True
+            self._wake()
+
+    def grow_old(self) -> None:
+        """Called from time to time: what has had no request since the last time goes back to the master."""
+        if self._old:
+            self.give_back_if_kept()
+        else:
+            self._old = True
+
+    def give_back_if_kept(self) -> None:
+        """Give it back if it is between two requests."""
+        if self._phase is Phase.KEPT:
+            self.give_back()
+
+    def lost(self) -> None:
+        """The master has taken it back, with the request that lay unread: close our copy, it is over for us."""
+        self._taken_back = True
+        self._finish(None)
+
+    def _leave_watch(self) -> None:
+        if self._in_kept or self._in_busy:
+            assert self._watch is not None
+            self._watch.forget(self._fd, self._in_kept, self._in_busy)
+            self._in_kept = self._in_busy = self._armed = False
+        if self._running:
+            self._running = False
+            self._receiver.counters[1] -= 1
 
     def _flush(self) -> None:
         """Write what the kernel takes now."""
         pieces = self._pieces
+        self._receiver.marks[self._place] = RESPONDING
         try:
             sent = os.writev(self._fd, pieces[:_MAX_PIECES]) if len(pieces) > 1 else os.write(self._fd, pieces[0])
         except BlockingIOError:
@@ -124,8 +286,12 @@ class HandedTransport(asyncio.Transport):
     def _finish(self, error: Exception | None) -> None:
         self._phase = Phase.CLOSED
         self._closing = True
+        self._leave_watch()
         os.close(self._fd)
-        self._receiver.ended(self._id, returned=self._returning and error is None)
+        if self._taken_back:
+            self._receiver.dropped(self._id)
+        else:
+            self._receiver.ended(self._id, returned=self._returning and error is None)
         try:
             self._protocol.connection_lost(error)
         except Exception as exc:  # noqa: BLE001 - the user's protocol; the other connections of this turn must go on
@@ -136,6 +302,8 @@ class HandedTransport(asyncio.Transport):
     def become_real(self, **ssl: Any) -> None:
         """Hand the descriptor to the loop's own transport; `ssl` is for `loop.connect_accepted_socket`."""
         self._phase = Phase.PENDING
+        self._leave_watch()
+        self._receiver.marks[self._place] = UNKNOWN
         self._receiver.keep(self._id, self)
         # All three are asked from the kernel: asyncio sets TCP_NODELAY only on a socket whose `proto` says TCP.
         sock = socket.socket(fileno=self._fd)
@@ -242,6 +410,8 @@ class HandedTransport(asyncio.Transport):
         # What may change under us is copied, as asyncio does.
         self._pieces.append(data if isinstance(data, bytes) else bytes(data))
         self._size += len(data)
+        if self._phase is Phase.BUSY:
+            self._wake()
         if self._size > HIGH_WATER and not self._paused:
             if self._phase is Phase.LAZY:
                 self._flush()
@@ -253,6 +423,7 @@ class HandedTransport(asyncio.Transport):
         if self._closing:
             return
         self._closing = True
+        self._wake()
         if self._phase is Phase.LAZY and self._pieces:
             # The client need not wait for the other requests of this turn.
             self._flush()
@@ -274,12 +445,14 @@ class HandedTransport(asyncio.Transport):
         self._closing = self._abort = True
         self._pieces.clear()
         self._size = 0
+        self._wake()
 
     def is_closing(self) -> bool:
         return self._closing
 
     def write_eof(self) -> None:
         self._eof = True
+        self._wake()
 
     def can_write_eof(self) -> bool:
         return True
@@ -289,6 +462,8 @@ class HandedTransport(asyncio.Transport):
 
     def resume_reading(self) -> None:
         self._reading = True
+        if self._phase is Phase.BUSY and not self._armed and self._watch is not None:
+            self._arm(self._watch)
 
     def is_reading(self) -> bool:
         return self._reading and not self.is_closing()
@@ -309,6 +484,8 @@ class HandedTransport(asyncio.Transport):
         return self._protocol
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._upgraded = True
+        self._wake()
         self._protocol = protocol
         if self._real is not None:
             # A new wire, because loops remember the bound methods of the protocol they were given.

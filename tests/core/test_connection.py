@@ -16,10 +16,16 @@ ALLOWED = {
     (State.OFFERED, Event.RETURN): State.PARKED,
     (State.OFFERED, Event.CLOSE): State.GONE,
     (State.OFFERED, Event.TAKE): State.GONE,
+    (State.OFFERED, Event.KEEP): State.KEPT,
     (State.BORROWED, Event.BACK): State.QUEUED,
     (State.BORROWED, Event.RETURN): State.PARKED,
     (State.BORROWED, Event.CLOSE): State.GONE,
     (State.BORROWED, Event.TAKE): State.GONE,
+    (State.BORROWED, Event.KEEP): State.KEPT,
+    (State.KEPT, Event.BACK): State.QUEUED,
+    (State.KEPT, Event.RETURN): State.PARKED,
+    (State.KEPT, Event.CLOSE): State.GONE,
+    (State.KEPT, Event.TAKE): State.GONE,
 }
 PAIRS = [pytest.param(state, event, id=f"{state.name}-{event.name}") for state in State for event in Event]
 
@@ -29,6 +35,7 @@ WAYS = {
     State.QUEUED: (Event.READABLE,),
     State.OFFERED: (Event.READABLE, Event.OFFER),
     State.BORROWED: (Event.READABLE, Event.OFFER, Event.ACK),
+    State.KEPT: (Event.READABLE, Event.OFFER, Event.KEEP),
     State.GONE: (Event.CLOSE,),
 }
 
@@ -77,7 +84,7 @@ def test_a_new_connection_is_parked_and_nobody_has_it() -> None:
     connection = Connection(1, 5, 2)
     assert everything(connection) == {
         "id": 1, "fd": 5, "listener": 2, "client": b"", "port": 0, "family": 0, "since": 0.0,
-        "state": State.PARKED, "ticket": 0, "worker": 0,
+        "state": State.PARKED, "ticket": 0, "worker": 0, "handle": -1, "relics": 0,
     }  # fmt: skip
 
 

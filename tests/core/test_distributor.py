@@ -30,8 +30,9 @@ T = TypeVar("T")
 
 ENDINGS = {Kind.CLOSED: State.GONE, Kind.TAKEN: State.GONE, Kind.RETURNED: State.PARKED}
 #: What a worker may say about a connection it was offered, and about one it is serving.
-OF_OFFERED = {int(kind) for kind in (Kind.ACK, Kind.REFUSED, *ENDINGS, *(Kind.ACK | ending for ending in ENDINGS))}
-OF_BORROWED = {int(kind) for kind in (*ENDINGS, *(Kind.ACK | ending for ending in ENDINGS))}
+_OVER = (*ENDINGS, *(Kind.ACK | ending for ending in ENDINGS))
+OF_OFFERED = {int(kind) for kind in (Kind.ACK, Kind.ACK | Kind.KEPT, Kind.REFUSED, *_OVER)}
+OF_BORROWED = {int(kind) for kind in (Kind.KEPT, *_OVER)}
 
 CLIENTS = [bytes(15) + bytes([number]) for number in range(12)]
 
@@ -319,15 +320,15 @@ class TestWorkers:
         monkeypatch.setattr(workers, "WINDOW", 1)
         distributor = rig(workers=1)
         worker = distributor.workers[1]
-        assert repr(worker) == "<Worker 1 slot 0 ready: 0 offered, 0 borrowed>"
+        assert repr(worker) == "<Worker 1 slot 0 ready: 0 offered, 0 borrowed, 0 of them kept>"
         accept(distributor, 1)
         distribute(distributor)
-        assert repr(worker) == "<Worker 1 slot 0 busy: 1 offered, 0 borrowed>"
+        assert repr(worker) == "<Worker 1 slot 0 busy: 1 offered, 0 borrowed, 0 of them kept>"
         distributor.overdue(PATIENCE)
-        assert repr(worker) == "<Worker 1 slot 0 stalled: 1 offered, 0 borrowed>"
+        assert repr(worker) == "<Worker 1 slot 0 stalled: 1 offered, 0 borrowed, 0 of them kept>"
         say(distributor, 1, Kind.ACK, 1)
         distributor.drain_worker(1)
-        assert repr(worker) == "<Worker 1 slot 0 draining: 0 offered, 1 borrowed>"
+        assert repr(worker) == "<Worker 1 slot 0 draining: 0 offered, 1 borrowed, 0 of them kept>"
 
 
 class TestAnswers:

@@ -43,7 +43,7 @@ def test_offers_come_back_as_they_were_packed_in_their_order(
     )
     assert len(message) == len(offers) * OFFER_SIZE
     assert list(unpack_offers(message)) == [
-        (VERSION, family, 0, listener, id, queued, port, 0, client or bytes(16), bytes(16))
+        (VERSION, family, 0, listener, id, queued, port, 0, client or bytes(16), bytes(16), 0)
         for id, listener, queued, (family, client), port in offers
     ]
 
@@ -53,14 +53,14 @@ def test_offers_come_back_as_they_were_packed_in_their_order(
 def test_answers_come_back_as_they_were_packed_in_their_order(answers: list[tuple[int, int, int]]) -> None:
     message = b"".join(pack_answer(kind, id, held) for kind, id, held in answers)
     assert len(message) == len(answers) * ANSWER_SIZE
-    assert list(unpack_answers(message)) == [(VERSION, kind, 0, held, id) for kind, id, held in answers]
+    assert list(unpack_answers(message)) == [(VERSION, kind, 0, held, 0, id) for kind, id, held in answers]
 
 
 def test_the_sizes_on_the_wire() -> None:
     """Both ends run the same release, but a change here has to be a new `VERSION`."""
-    assert (VERSION, OFFER_SIZE, ANSWER_SIZE) == (1, 56, 16)
+    assert (VERSION, OFFER_SIZE, ANSWER_SIZE) == (2, 60, 20)
     assert (NO_ADDRESS, IPV4, IPV6) == (0, 4, 6)
-    assert bytes.fromhex("01010000 00000000 0100000000000000") == AN_ANSWER
+    assert bytes.fromhex("02010000 00000000 00000000 0100000000000000") == AN_ANSWER
 
 
 @pytest.mark.parametrize("microseconds", [MAX_MICROSECONDS, MAX_MICROSECONDS + 1, 10**15])
@@ -74,7 +74,7 @@ def test_times_too_long_for_the_record_are_the_longest_it_can_carry(microseconds
 
 def test_kinds_combine_and_are_one_bit_each() -> None:
     assert Kind.ACK | Kind.CLOSED == 3
-    assert [kind.bit_count() for kind in Kind] == [1] * 5
+    assert [kind.bit_count() for kind in Kind] == [1] * 7
     (answer,) = unpack_answers(pack_answer(Kind.ACK | Kind.RETURNED, 5))
     assert Kind(answer[1]) == Kind.ACK | Kind.RETURNED
 
@@ -86,7 +86,7 @@ def test_kinds_combine_and_are_one_bit_each() -> None:
         pytest.param(AN_OFFER[:-1], id="truncated"),
         pytest.param(AN_OFFER + b"\1", id="trailing"),
         pytest.param(b"\1", id="one byte"),
-        pytest.param(b"\2" + AN_OFFER[1:], id="another version"),
+        pytest.param(b"\1" + AN_OFFER[1:], id="another version"),
         pytest.param(b"\0" * OFFER_SIZE, id="zeroes"),
     ],
 )
@@ -102,7 +102,7 @@ def test_what_is_no_list_of_offers_is_refused(message: bytes) -> None:
         pytest.param(AN_ANSWER[:-1], id="truncated"),
         pytest.param(AN_ANSWER + b"\1", id="trailing"),
         pytest.param(b"\1", id="one byte"),
-        pytest.param(b"\2" + AN_ANSWER[1:], id="another version"),
+        pytest.param(b"\1" + AN_ANSWER[1:], id="another version"),
         pytest.param(b"\xff" * ANSWER_SIZE, id="noise"),
     ],
 )

@@ -260,7 +260,7 @@ def test_a_descriptor_that_is_a_datagram_socket() -> None:
         ((EXAMPLE, "--host", "127.0.0.1", "--bind", "127.0.0.1:0"), ("--host", "--bind")),
         ((EXAMPLE, "--worker", "2"), ("--worker", "--workers")),
         ((EXAMPLE, "--polcy", "rr"), ("--polcy", "--policy")),
-        ((EXAMPLE, "--dispatch", "auto"), ("--dispatch", "auto")),
+        ((EXAMPLE, "--dispatch", "requests"), ("--dispatch", "request")),
         ((EXAMPLE, "--policy", "none", "--dispatch", "request"), ("--dispatch", "request", "none")),
         ((EXAMPLE, "--timeout-graceful-shutdown", "-1"), ("--timeout-graceful-shutdown", "-1")),
         ((), ("APP",)),

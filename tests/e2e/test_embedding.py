@@ -207,7 +207,7 @@ def test_an_unknown_setting_is_refused_with_the_near_match() -> None:
 def test_policy_and_dispatch_are_frozen(name: str) -> None:
     with Cluster(EXAMPLE, workers=1, bind="127.0.0.1:0", policy="least") as cluster:
         settings = cluster.settings
-        assert (settings.policy, settings.dispatch) == ("least", "connection")
+        assert (settings.policy, settings.dispatch) == ("least", "auto")
         with pytest.raises(AttributeError):
             setattr(settings, name, "rr")
         with pytest.raises(AttributeError):

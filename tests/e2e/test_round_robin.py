@@ -47,7 +47,7 @@ def rr() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def least() -> Iterator[Server]:
     with serving() as serve:
-        yield serve("--policy", "least", workers=2).warm()
+        yield serve("--policy", "least", "--dispatch", "connection", workers=2).warm()
 
 
 @pytest.fixture(scope="module")

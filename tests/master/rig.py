@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from clusterserve.binds import Bind
+from clusterserve.channel.board import UNKNOWN, Board
 from clusterserve.channel.connection import MasterEnd, WorkerEnd, connection_channel
 from clusterserve.core.distributor import PATIENCE, Distributor
 from clusterserve.core.policies import Policy, RoundRobin
@@ -120,7 +121,9 @@ class FakeWorker:
         #: How many connections came in each message.
         self.batches: list[int] = []
         self.alive = True
-        rig.dispatcher.add_worker(id, slot, own, pid)
+        self.board = Board.create()
+        self.kept = select.epoll()
+        rig.dispatcher.add_worker(id, slot, own, self.board, self.kept, pid)
 
     @property
     def record(self) -> Worker:
@@ -133,10 +136,12 @@ class FakeWorker:
         if message is None:
             return []
         data, fds = message
-        new = [
-            Offer(id, key, family, port, client, queued, socket.socket(fileno=fd))
-            for (_, family, _, key, id, queued, port, _, client, _), fd in zip(unpack_offers(data), fds, strict=True)
-        ]
+        new = []
+        for record, fd in zip(unpack_offers(data), fds, strict=True):
+            _, family, _, key, id, queued, port, _, client, _, place = record
+            new.append(Offer(id, key, family, port, client, queued, socket.socket(fileno=fd)))
+            # As a worker does whose event loop serves it: the kernel is asked when it dies.
+            self.board.marks[place] = UNKNOWN
         self.batches.append(len(new))
         self.offers.update({offer.id: offer for offer in new})
         return new

@@ -573,7 +573,7 @@ def test_what_a_full_channel_did_not_take_goes_to_a_ready_worker_at_once(rig: Ri
         b"x",
         b"x" * 160,
         pack_answer(Kind.ACK, 2)[:-1],
-        b"\2" + pack_answer(Kind.ACK, 2)[1:],
+        b"\1" + pack_answer(Kind.ACK, 2)[1:],
     ],
 )
 def test_nonsense_is_that_workers_fault_alone(rig: Rig, nonsense: bytes) -> None:

@@ -227,7 +227,7 @@ def test_it_settles_and_serves(make: Make, log: Log) -> None:
     assert set(served) == {(pids[0], 0), (pids[1], 1)}
     told = log(logging.INFO)
     assert told[0] == f"Listening on {next(iter(running.engine.handles)).address}"
-    assert told[1].startswith("Serving small_app:app with 2 workers (workers), policy rr, dispatch connection, master")
+    assert told[1].startswith("Serving small_app:app with 2 workers (workers), policy rr, dispatch auto, master")
     assert sorted(told[2:]) == [f"Worker {n} (slot {n - 1}, pid {pids[n - 1]}) is listening" for n in (1, 2)]
 
 
@@ -581,7 +581,7 @@ def test_what_waits_at_the_deadline_is_closed(make: Make, flag: Path) -> None:
 
 def test_a_death_that_empties_the_queue_at_the_end(make: Make, flag: Path) -> None:
     """Round robin waits for a stalled worker's turn; its death is what lets the last client go to another."""
-    running = make(workers=2).settle()
+    running = make(workers=2, dispatch="connection").settle()
     loop, engine = running.loop, running.engine
     running.get()
     stalled = running.block(flag)

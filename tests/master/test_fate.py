@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 
 from clusterserve.binds import Bind
+from clusterserve.channel.board import UNKNOWN
 from clusterserve.master.fate import BAD_GATEWAY, LINGER, Fate, answer_bad_gateway, fate_of
 from clusterserve.master.listeners import open_listener
 from tests.helpers.waiting import DEADLINE, eventually
@@ -47,7 +48,7 @@ class Pair:
 
     @property
     def fate(self) -> Fate:
-        return fate_of(self.server.fileno())
+        return fate_of(self.server.fileno(), UNKNOWN)
 
 
 @contextlib.contextmanager
@@ -242,12 +243,12 @@ def test_the_kernel_cannot_tell_of_unix_sockets() -> None:
     left, right = socket.socketpair()
     with left, right:
         right.sendall(REQUEST)
-        assert fate_of(left.fileno()) is Fate.BEGUN
+        assert fate_of(left.fileno(), UNKNOWN) is Fate.BEGUN
 
 
 def test_the_kernel_cannot_tell_of_datagrams() -> None:
     with socket.socket(type=socket.SOCK_DGRAM) as odd:
-        assert fate_of(odd.fileno()) is Fate.BEGUN
+        assert fate_of(odd.fileno(), UNKNOWN) is Fate.BEGUN
 
 
 def test_it_needs_no_descriptor(asked: Pair) -> None:

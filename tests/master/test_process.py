@@ -29,7 +29,7 @@ Spawn = Callable[..., WorkerProcess]
 #: A worker's first line: where its ends of the channels are.
 PRELUDE = """
 import os, signal, socket, sys
-messages, connections, master = (int(each) for each in os.environ["CLUSTERSERVE_WORKER"].split(","))
+messages, connections, board, kept, master = (int(each) for each in os.environ["CLUSTERSERVE_WORKER"].split(","))
 messages = socket.socket(fileno=messages)
 """
 
@@ -57,6 +57,8 @@ def spawn(loop: SkewedLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exi
         # Without its channel a worker ends.
         each.messages.close()
         each.connections.close()
+        each.board.close()
+        each.kept.close()
     loop.until(lambda: len(exits) == len(started), "every worker's exit is known")
 
 
@@ -79,8 +81,8 @@ def test_a_worker_is_told_where_its_channels_are(spawn: Spawn, loop: SkewedLoop)
     assert parent == master == os.getpid()
     assert slot == "3"
     assert kinds == [socket.SOCK_STREAM, socket.SOCK_SEQPACKET]
-    # Its two channels, and nothing else of the master's.
-    assert len(opened) == 2
+    # Its two channels, its board and its epoll, and nothing else of the master's.
+    assert len(opened) == 4
     assert "CLUSTERSERVE_WORKER" not in os.environ
 
 

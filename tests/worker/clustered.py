@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import array
 import contextlib
+import select
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import pytest
 
+from clusterserve.channel.board import Board
 from clusterserve.channel.connection import MasterEnd, connection_channel
 from clusterserve.channel.message import MessageChannel
 from clusterserve.core.messages import Listen, Listened, Message
@@ -29,7 +31,7 @@ class FakeMaster:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.end: MasterEnd
         self.end, connections = connection_channel()
-        self.link = Link(theirs, connections.dup())
+        self.link = Link(theirs, connections.dup(), Board.create(), select.epoll())
         self.loop = cluster_loop(loop_class, self.link)()
         self.link.attach(self.loop)
         self.channel = MessageChannel(self.loop, ours, self._on_message, self._on_closed)
@@ -113,7 +115,7 @@ class FakeMaster:
         return bytes(data)
 
     def _read(self) -> None:
-        for _, kind, _, _, id in unpack_answers(self.end.answers()):
+        for _, kind, _, _, _, id in unpack_answers(self.end.answers()):
             self.kinds[id] = self.kinds.get(id, Kind(0)) | Kind(kind)
 
     async def answered(self, id: int, kind: Kind) -> None:
@@ -128,6 +130,7 @@ class FakeMaster:
         if self.link._channel is not None:
             self.link._channel.close()
         self.link.receiver.close()
+        self.link.kept.close()
         self.channel.close()
         self.loop.remove_reader(self.end.fileno())
         self.end.close()

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from clusterserve.channel.board import Board
 from clusterserve.channel.connection import MasterEnd, WorkerEnd, connection_channel
 from clusterserve.core.messages import Listened
 from clusterserve.core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
@@ -131,7 +132,7 @@ class Master:
         self.end: MasterEnd
         self.end, theirs = connection_channel()
         self.losses = 0
-        self.receiver = Receiver(loop, WorkerEnd(theirs.dup()), self._lost)
+        self.receiver = Receiver(loop, WorkerEnd(theirs.dup()), Board.create(), self._lost)
         self.connections: dict[int, Handed] = {}
         self.offered: set[int] = set()
         #: What was answered, message by message.
@@ -234,7 +235,7 @@ class Master:
         data = self.end.answers()
         if not data:
             return False
-        self.messages.append([Answer(id, Kind(kind), held) for _, kind, _, held, id in unpack_answers(data)])
+        self.messages.append([Answer(id, Kind(kind), held) for _, kind, _, held, _, id in unpack_answers(data)])
         for id, kind, _ in self.messages[-1]:
             handed = self.connections[id]
             handed.answers.append(kind)

@@ -6,6 +6,7 @@ import array
 import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from clusterserve.channel.board import Board
 from clusterserve.channel.connection import MasterEnd, connection_channel
 from clusterserve.core.messages import (
     Boot,
@@ -45,6 +47,8 @@ class Remote:
         self.channel.settimeout(DEADLINE)
         self.end: MasterEnd
         self.end, self.connections = connection_channel()
+        self.board = Board.create()
+        self.kept = select.epoll()
         self._decoder = Decoder()
         self._frames: list[bytes] = []
         self._ids = 0
@@ -114,6 +118,8 @@ class Remote:
         self.channel.close()
         self.theirs.close()
         self.end.close()
+        self.board.close()
+        self.kept.close()
 
 
 def _everything(client: socket.socket) -> bytes:
@@ -130,10 +136,10 @@ class Worker(Remote):
         self, environment: Mapping[str, str] | None = None, *, master: int | None = None, cwd: Path = ROOT
     ) -> None:
         super().__init__()
-        numbers = self.theirs.fileno(), self.connections.fileno()
+        numbers = self.theirs.fileno(), self.connections.fileno(), self.board.fd, self.kept.fileno()
         own = {
             **os.environ,
-            VARIABLE: f"{numbers[0]},{numbers[1]},{os.getpid() if master is None else master}",
+            VARIABLE: ",".join(map(str, (*numbers, os.getpid() if master is None else master))),
             SLOT_VARIABLE: "0",
             **(environment or {}),
         }

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from clusterserve.channel.board import Board
 from clusterserve.core.messages import Closed, Leave, Listen, Listening
 from clusterserve.errors import BootError
 from clusterserve.settings import Settings
@@ -56,6 +58,9 @@ def run(loggers: None) -> Iterator[Callable[..., Remote]]:
         opened.callback(remote.close)
         connections = remote.connections.dup()
         opened.callback(connections.close)
+        board, kept = Board.create(), select.epoll()
+        opened.callback(board.close)
+        opened.callback(kept.close)
         faults: list[BaseException] = []
 
         def talk() -> None:
@@ -69,7 +74,7 @@ def run(loggers: None) -> Iterator[Callable[..., Remote]]:
         thread = threading.Thread(target=talk)
         thread.start()
         try:
-            serve(values, Link(remote.theirs, connections))
+            serve(values, Link(remote.theirs, connections, board, kept))
         finally:
             gc.unfreeze()
             remote.theirs.close()
@@ -207,9 +212,13 @@ class TestStopping:
 
         server: Any = Server()
         remote = Remote()
-        link = Link(remote.theirs, remote.connections)
+        link = Link(remote.theirs, remote.connections.dup(), Board.create(), remote.kept)
         _Drainer(server, link, Borrowing())
-        link.on_drain(grace, False, False)
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            link.attach(loop)
+            link.on_drain(grace, False, False)
+            link.receiver.close()
+            loop.remove_reader(remote.theirs)
         assert server.config.timeout_graceful_shutdown == pytest.approx(left)
         assert server.should_exit
         remote.close()
@@ -292,7 +301,8 @@ def test_a_failure_when_it_serves_is_its_own(run: Any, trouble: BaseException, m
 
     monkeypatch.setattr(FauxServer, "wait_closed", wait_closed)
     with pytest.raises(type(trouble)) as caught:
-        run(master, settings(APP))
+        # Without epolls of its own: the traceback keeps the loop alive, and nobody closes it.
+        run(master, settings(APP, dispatch="connection"))
     assert caught.value is trouble
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import select
 import signal
 import socket
 from typing import Any
 
 import pytest
 
+from clusterserve.channel.board import Board
 from clusterserve.channel.connection import connection_channel
 from clusterserve.core.messages import Boot, Closed, Drain, Leave, Listen, Listened, Listening, Message, Online
 from clusterserve.core.records import Kind
@@ -314,11 +316,14 @@ class TestTheEndOfTheMaster:
 def test_before_it_is_attached() -> None:
     ours, theirs = socket.socketpair()
     end, connections = connection_channel()
-    link = Link(theirs, connections)
+    board = Board.create()
+    link = Link(theirs, connections, board, select.epoll())
     link.send(Online(1))
     link.ask_to_leave()
     with pytest.raises(AssertionError, match="not attached"):
         _ = link.receiver
+    board.close()
+    link.kept.close()
     ours.setblocking(False)
     with pytest.raises(BlockingIOError):
         ours.recv(1)

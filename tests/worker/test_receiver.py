@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from clusterserve.channel.board import Board
 from clusterserve.channel.connection import MAX_ANSWERS, MasterEnd, WorkerEnd, connection_channel
 from clusterserve.core.records import NO_ADDRESS, Kind, pack_answer, pack_offer, unpack_answers
 from clusterserve.worker.receiver import Receiver
@@ -550,7 +551,7 @@ class Alone:
         self.master, self.theirs = connection_channel()
         self.lost = 0
         self.heard: list[int] = []
-        self.receiver = Receiver(loop, WorkerEnd(self.theirs.dup()), self._lost)
+        self.receiver = Receiver(loop, WorkerEnd(self.theirs.dup()), Board.create(), self._lost)
 
     def _lost(self) -> None:
         self.lost += 1
@@ -558,7 +559,7 @@ class Alone:
     def answers(self) -> list[int]:
         """The connections that the next message answers for."""
         data = self.master.answers()
-        ids = [answer[4] for answer in unpack_answers(data)] if data else []
+        ids = [answer[5] for answer in unpack_answers(data)] if data else []
         self.heard += ids
         return ids
 
@@ -595,7 +596,7 @@ class TestTheEnd:
         "message",
         [
             pytest.param(b"x", id="a byte"),
-            pytest.param(b"\2" + pack_offer(1, 1, 0, NO_ADDRESS, b"", 0)[1:], id="another version"),
+            pytest.param(b"\1" + pack_offer(1, 1, 0, NO_ADDRESS, b"", 0)[1:], id="another version"),
             pytest.param(pack_offer(1, 1, 0, NO_ADDRESS, b"", 0)[:-1], id="cut"),
         ],
     )

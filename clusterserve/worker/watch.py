@@ -1,0 +1,88 @@
+"""Where this worker's own transports wait for their clients: two epolls, nested in the event loop.
+
+`kept` has those between two requests.  The master made it and holds it too: an entry is one-shot, so the kernel gives
+what is ready to whoever asks first, and nobody else.  That is how the master takes back the requests behind a handler
+that holds the loop.  `busy` is this process's alone and has those in the midst of a request: for the rest of a body, or
+to notice that the client has left.
+
+An entry outlives our descriptor, because the master has a copy of it: whatever is closed is taken out first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from .receiver import Receiver
+    from .transport import HandedTransport
+
+#: What is claimed at once cannot be taken back.
+CLAIMS: Final = 4
+
+_ARMED: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+
+
+class Watch:
+    """The two epolls and who waits in them.  Owns both (`kept` is a copy of the master's)."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, kept: select.epoll, receiver: Receiver) -> None:
+        self._loop = loop
+        self._receiver = receiver
+        self._kept = kept
+        self._busy = select.epoll()
+        self._waiting: dict[int, HandedTransport] = {}
+        loop.add_reader(kept.fileno(), self._claim)
+        loop.add_reader(self._busy.fileno(), self._look)
+
+    def _claim(self) -> None:
+        events = self._kept.poll(0, CLAIMS)
+        if events:
+            self._receiver.begin_turn(len(events))
+            for fd, _ in events:
+                self._waiting[fd].claimed()
+            self._receiver.end_batch()
+
+    def _look(self) -> None:
+        events = self._busy.poll(0, 64)
+        if events:
+            self._receiver.begin_turn(0)
+            for fd, _ in events:
+                self._waiting[fd].readable()
+            self._receiver.end_batch()
+
+    def keep(self, fd: int, transport: HandedTransport, known: bool) -> None:
+        """Between two requests: tell of the next, or let the master have it.  `known`: it has been here before."""
+        if known:
+            self._kept.modify(fd, _ARMED)
+        else:
+            self._waiting[fd] = transport
+            self._kept.register(fd, _ARMED)
+
+    def watch(self, fd: int, transport: HandedTransport, known: bool) -> None:
+        """In the midst of a request: tell, once, when the client says something or leaves."""
+        if known:
+            self._busy.modify(fd, _ARMED)
+        else:
+            self._waiting[fd] = transport
+            self._busy.register(fd, _ARMED)
+
+    def pause(self, fd: int) -> None:
+        """Tell nothing of one that is watched."""
+        self._busy.modify(fd, 0)
+
+    def forget(self, fd: int, kept: bool, busy: bool) -> None:
+        """It is about to be closed, or to become the loop's."""
+        if kept:
+            self._kept.unregister(fd)
+        if busy:
+            self._busy.unregister(fd)
+        del self._waiting[fd]
+
+    def close(self) -> None:
+        """Stop watching; who still waits is told nothing any more."""
+        for epoll in (self._kept, self._busy):
+            self._loop.remove_reader(epoll.fileno())
+            epoll.close()
+        self._waiting.clear()
