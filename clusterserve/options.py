@@ -87,6 +87,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "cheaper than handing it on.",
         ),
         _value("--max-pending", "N", "Stop accepting while this many connections wait for a worker."),
+        _value(
+            "--timeout-queue",
+            "SECONDS",
+            "Answer 503 to a request for which no worker was free for this long; 0: let it wait.",
+        ),
         _value("--timeout-boot", "SECONDS", "How long a worker may take from its start until it listens."),
         _value(
             "--timeout-graceful-shutdown --graceful-timeout",
@@ -99,6 +104,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
     "HTTP": (
         _value("--loop", "[auto|asyncio|uvloop]", "The event loop of the workers."),
         _value("--http", "[auto|h11|httptools|zttp]", "The HTTP implementation, or MODULE:CLASS."),
+        _value(
+            "--timeout-request-header",
+            "SECONDS",
+            "How long a client may take to send the head of a request; then 408. 0: as long as it likes.",
+        ),
         _value("--timeout-keep-alive --keep-alive", "SECONDS", "Close a connection that asks nothing for this long."),
         _value("--root-path", "PATH", "ASGI's root_path, for an app that is mounted below this path."),
         _value("--header", "NAME:VALUE", "Send this header with every response; repeatable.", "headers")._replace(
@@ -161,8 +171,8 @@ _LATER = """
 --reload --reload-delay --reload-dir --reload-engine --reload-exclude --reload-extra-file --reload-include
 --reload-surge --reuse-port --rss-sample-interval --rss-samples --shutdown-delay --spew --ssl-ca-certs
 --ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile --ssl-keyfile-password --ssl-reload --ssl-version
---statsd-host --statsd-prefix --strip-header-spaces --suppress-ragged-eofs --threads --timeout --timeout-queue
---timeout-request --timeout-request-body --timeout-request-header --timeout-worker-healthcheck --uds-permissions
+--statsd-host --statsd-prefix --strip-header-spaces --suppress-ragged-eofs --threads --timeout
+--timeout-request --timeout-request-body --timeout-worker-healthcheck --uds-permissions
 --umask --user --uwsgi-allow-from --worker-connections --worker-tmp-dir --workers-lifetime
 --workers-lifetime-jitter --workers-max-rss
 -c -e -g -m -n -t -u -R

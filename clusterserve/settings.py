@@ -59,6 +59,8 @@ class Settings:
     timeout_boot: float = 60.0
     timeout_graceful_shutdown: float = 30.0
     timeout_keep_alive: int = 5
+    timeout_queue: float = 30.0
+    timeout_request_header: float = 30.0
     restart_backoff: float = 0.1
     restart_backoff_max: float = 15.0
 
@@ -150,6 +152,8 @@ _CHECKS: Final[dict[str, Check]] = {
     "timeout_boot": seconds(above_zero=True),
     "timeout_graceful_shutdown": seconds(),
     "timeout_keep_alive": whole(0),
+    "timeout_queue": seconds(),
+    "timeout_request_header": seconds(),
     # From zero, doubling would never leave zero: a dying app would be respawned in a busy loop.
     "restart_backoff": seconds(above_zero=True),
     "restart_backoff_max": seconds(above_zero=True),

@@ -51,10 +51,11 @@ _TAKEN: Final = int(Kind.TAKEN)
 _REFUSED: Final = int(Kind.REFUSED)
 _KEPT: Final = int(Kind.KEPT)
 _DROPPED: Final = int(Kind.DROPPED)
+_SILENT: Final = int(Kind.SILENT)
 
 #: All that can be said of a connection that is being served, and of one that was offered.
 _ENDINGS: Final = frozenset(ack | ending for ack in (0, _ACK) for ending in (_CLOSED, _RETURNED, _TAKEN))
-_ANSWERS: Final = _ENDINGS | {_ACK, _ACK | _KEPT, _REFUSED}
+_ANSWERS: Final = _ENDINGS | {_ACK, _ACK | _KEPT, _ACK | _SILENT, _REFUSED}
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,21 @@ class Statistics:
 class Distributor:
     """All connections the master knows, and who may have them."""
 
-    def __init__(self, patience: float = PATIENCE, keep_alive: float = KEEP_ALIVE) -> None:
+    def __init__(
+        self, patience: float = PATIENCE, keep_alive: float = KEEP_ALIVE, *, queue: float = 0.0, head: float = 0.0
+    ) -> None:
         self.patience = patience
         self.keep_alive = keep_alive
+        #: How long a connection may wait for a worker, and a new client with its first word (seconds; 0: for ever).
+        self.queue_timeout = queue
+        self.head_timeout = head
         self.handles: dict[int, Handle] = {}
         self.workers: dict[int, Worker] = {}
         self.parked: dict[int, Connection] = {}
         #: When a parked connection that was served before is closed, by id, soonest first.
         self._expiries: dict[int, float] = {}
+        #: The same of those that have never said anything.
+        self._silent: dict[int, float] = {}
         #: Connections in all lanes together; what `--max-pending` bounds.
         self.queued = 0
         self._tickets = 0
@@ -105,7 +113,7 @@ class Distributor:
             worker.listeners.discard(key)
         for connection in left:
             self.parked.pop(connection.id, None)
-            self._expiries.pop(connection.id, None)
+            self._unpark(connection.id)
             connection.step(Event.CLOSE)
         return left
 
@@ -175,33 +183,52 @@ class Distributor:
         if waiting:
             self._enqueue(connection)
         else:
-            self.parked[connection.id] = connection
+            self._park_silent(connection, connection.since)
 
     def readable(self, id: int) -> None:
         """A parked connection's client has sent something."""
-        self._expiries.pop(id, None)
+        self._unpark(id)
         self._enqueue(self.parked.pop(id))
 
     def hung_up(self, id: int) -> Connection:
         """A parked connection's client left without a word; returns it for the shell to close."""
         connection = self.parked.pop(id)
-        self._expiries.pop(id, None)
+        self._unpark(id)
         connection.step(Event.CLOSE)
         return connection
 
     def expired(self, now: float) -> list[Connection]:
-        """Idle for `keep_alive` seconds since they were given back: `hung_up`, if nothing has arrived meanwhile.
+        """Idle for `keep_alive` seconds since they were given back, or silent for `head_timeout` from the start.
 
-        Each is named once; whoever has sent something is `readable` as soon as the shell hears of it.
+        They are `hung_up`, if nothing has arrived meanwhile.  Each is named once; whoever has sent something is
+        `readable` as soon as the shell hears of it.
         """
         ids = []
-        for id, deadline in self._expiries.items():
-            if deadline > now:
-                break
-            ids.append(id)
+        for deadlines in (self._expiries, self._silent):
+            for id, deadline in deadlines.items():
+                if deadline > now:
+                    break
+                ids.append(id)
         for id in ids:
-            del self._expiries[id]
+            self._unpark(id)
         return [self.parked[id] for id in ids]
+
+    def longest_idle(self, count: int) -> list[Connection]:
+        """So many parked connections that were served before, longest idle first: who goes when room is short."""
+        return [self.parked[id] for id in itertools.islice(self._expiries, count)]
+
+    def waited_too_long(self, now: float) -> list[Connection]:
+        """Take out of the queue who has waited for a worker for `queue_timeout`; the shell answers and closes them."""
+        over = []
+        if self.queue_timeout:
+            for handle in self.handles.values():
+                for lane in handle.lanes.values():
+                    while lane and lane[0].since + self.queue_timeout <= now:
+                        connection = lane.popleft()
+                        self.queued -= 1
+                        connection.step(Event.CLOSE)
+                        over.append(connection)
+        return over
 
     def answer(self, worker: Worker, kind: int, id: int, held: int, now: float, handle: int = -1) -> Connection | None:
         """A worker's answer.  Returns the connection if the shell must act: close it if GONE, watch it if PARKED.
@@ -249,6 +276,11 @@ class Distributor:
             return connection if self._back((connection,)) else None
         if kind & _TAKEN:
             connection.step(Event.TAKE)
+        elif kind & _SILENT and connection.listener in self.handles:
+            connection.step(Event.RETURN)
+            connection.worker = 0
+            self._park_silent(connection, connection.since)
+            return connection
         elif kind & _RETURNED and connection.listener in self.handles:
             connection.step(Event.RETURN)
             connection.worker = 0
@@ -434,6 +466,10 @@ class Distributor:
             wakes = (getattr(handle.policy, "wake_at", None) for handle in self.handles.values())
             times += [wake for wake in wakes if wake is not None]
         times += itertools.islice(self._expiries.values(), 1)
+        times += itertools.islice(self._silent.values(), 1)
+        if self.queued and self.queue_timeout:
+            heads = [lane[0].since for handle in self.handles.values() for lane in handle.lanes.values() if lane]
+            times.append(min(heads) + self.queue_timeout)
         return min(times, default=None)
 
     def statistics(self) -> Statistics:
@@ -447,6 +483,17 @@ class Distributor:
             workers=tuple((worker.id, worker.slot, len(worker.unacked), len(worker.borrowed)) for worker in workers),
             kept=sum(len(worker.kept) for worker in workers),
         )
+
+    # -- parking --------------------------------------------------------------------------------------------------
+
+    def _park_silent(self, connection: Connection, since: float) -> None:
+        self.parked[connection.id] = connection
+        if self.head_timeout:
+            self._silent[connection.id] = since + self.head_timeout
+
+    def _unpark(self, id: int) -> None:
+        self._expiries.pop(id, None)
+        self._silent.pop(id, None)
 
     # -- the queue ------------------------------------------------------------------------------------------------
 

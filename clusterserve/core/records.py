@@ -39,6 +39,8 @@ class Kind(IntFlag):
     KEPT = 32
     #: The worker has heard that it was taken back, and has closed its copy.
     DROPPED = 64
+    #: Given back to be watched: its client has not said a word yet.
+    SILENT = 128
 
 
 class Flag(IntFlag):

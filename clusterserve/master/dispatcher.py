@@ -24,7 +24,8 @@ from ..core.distributor import Distributor
 from ..core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
 from ..core.worker import Worker
 from ..errors import ProtocolError
-from .fate import Fate, answer_bad_gateway, fate_of
+from .answers import BAD_GATEWAY, UNAVAILABLE, answer
+from .fate import Fate, fate_of
 from .listeners import Listener
 from .lookout import Lookout
 from .starvation import Starvation
@@ -40,6 +41,10 @@ CHEAP: Final = 500
 
 #: Out of descriptors or memory: accept nothing for this long (seconds).
 _EXHAUSTED_PAUSE: Final = 0.1
+#: Said no more often than this (seconds).
+_COMPLAINT_PAUSE: Final = 10.0
+#: So many idle connections are closed at a time to make room for new ones.
+_SHED: Final = 16
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _KEPT: Final = int(Kind.KEPT)
@@ -80,6 +85,7 @@ class Dispatcher:
         self._accepting = True
         self._retiring = False
         self._pause: asyncio.TimerHandle | None = None
+        self._complain_after = 0.0
         # uvloop's handle for a time that is not ahead does not know its time, so it is kept beside.
         self._timer: asyncio.Handle | None = None
         self._due = 0.0
@@ -221,6 +227,7 @@ class Dispatcher:
         for worker in self.distributor.overdue(now, starving):
             self._recall(worker, self._ends[worker.id])
         self._end_idle(self.distributor.expired(now))
+        self._turn_away(self.distributor.waited_too_long(now))
         self._distribute(now)
 
     def _starves(self, worker: int, now: float) -> bool:
@@ -246,6 +253,15 @@ class Dispatcher:
                 self._epoll.unregister(connection.fd)
                 _end(self.distributor.hung_up(connection.id))
 
+    def _turn_away(self, connections: Sequence[Connection]) -> None:
+        """They have waited too long for a worker."""
+        for connection in connections:
+            handle = self.distributor.handles.get(connection.listener)
+            if handle is not None and handle.client_speaks_first:
+                answer(self._loop, connection.fd, UNAVAILABLE, self._lingering)
+            else:
+                _end(connection)
+
     def _unpark(self, fd: int, event: int, now: float) -> None:
         connection = self._parked.pop(fd, None)
         if connection is None:
@@ -264,9 +280,15 @@ class Dispatcher:
             _end(connection)
 
     def _exhausted(self, exc: OSError) -> None:
-        if self._pause is not None:
+        idle = self.distributor.longest_idle(_SHED)
+        now = self._loop.time()
+        if now >= self._complain_after:
+            self._complain_after = now + _COMPLAINT_PAUSE
+            what = f"closing the {len(idle)} connections idle longest" if idle else "waiting"
+            logger.warning("Cannot accept: %s; %s (said once in %g s)", exc.strerror, what, _COMPLAINT_PAUSE)
+        self._end_idle(idle)
+        if idle or self._pause is not None:
             return
-        logger.warning("Cannot accept: %s; trying again in %g s", exc.strerror, _EXHAUSTED_PAUSE)
         self._set_accepting(False)
         self._pause = self._loop.call_later(_EXHAUSTED_PAUSE, self._resume)
 
@@ -349,7 +371,7 @@ class Dispatcher:
                 self.distributor.gone(connection)
             handle = self.distributor.handles.get(connection.listener)
             if fate is Fate.READ and handle is not None and handle.client_speaks_first:
-                answer_bad_gateway(self._loop, connection.fd, self._lingering)
+                answer(self._loop, connection.fd, BAD_GATEWAY, self._lingering)
             else:
                 # A response that was begun cannot be mended; a protocol that is not ours has no 502.
                 _end(connection)

@@ -65,7 +65,12 @@ class Engine:
         self._loop = loop
         policy = policy_factory(settings.policy, slots=settings.workers, long_lived=not settings.borrows)
         patience = REQUEST_PATIENCE if settings.borrows else PATIENCE
-        self._distributor = Distributor(patience, settings.timeout_keep_alive)
+        self._distributor = Distributor(
+            patience,
+            settings.timeout_keep_alive,
+            queue=settings.timeout_queue,
+            head=settings.timeout_request_header,
+        )
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )

@@ -1,26 +1,16 @@
-"""What a dead worker had done to a connection, asked from the kernel; and the answer for a request it had begun."""
+"""What a dead worker had done to a connection: as its board says, confirmed by the kernel."""
 
 from __future__ import annotations
 
 import array
-import asyncio
 import fcntl
 import socket
 import struct
 import termios
-from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
 from ..channel.board import IDLE, READING, RESPONDING, UNTOUCHED
-
-#: Longest wait for the client to finish sending after an answer of ours (seconds).
-LINGER: Final = 2.0
-
-BAD_GATEWAY: Final = (
-    b"HTTP/1.1 502 Bad Gateway\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: 46\r\n"
-    b"connection: close\r\n\r\nThe worker serving this request died. Retry.\r\n"
-)
 
 # linux/tcp.h, struct tcp_info: state; bytes acknowledged by the client, bytes received from it.
 _TCP_INFO: Final = struct.Struct("<B119xQQ")
@@ -92,39 +82,3 @@ def _queued(fd: int, request: int) -> int:
     buffer = array.array("i", [0])
     fcntl.ioctl(fd, request, buffer)
     return buffer[0]
-
-
-def answer_bad_gateway(loop: asyncio.AbstractEventLoop, fd: int, lingering: set[Callable[[], None]]) -> None:
-    """Answer 502 and close once the client has stopped sending: closing at once would reset what it has not read.
-
-    Takes over `fd`.  As long as it waits for the client, what ends the waiting is in `lingering`.
-    """
-    sock = socket.socket(fileno=fd)
-    sock.setblocking(False)
-    try:
-        sock.send(BAD_GATEWAY)
-        sock.shutdown(socket.SHUT_WR)
-    except OSError:
-        sock.close()
-        return
-
-    def discard() -> None:
-        try:
-            if sock.recv(65536):
-                return
-        except BlockingIOError:
-            return
-        except OSError:
-            # Reset, timed out: nobody is left to wait for.
-            pass
-        end()
-
-    def end() -> None:
-        lingering.discard(end)
-        timer.cancel()
-        loop.remove_reader(sock)
-        sock.close()
-
-    loop.add_reader(sock, discard)
-    timer = loop.call_later(LINGER, end)
-    lingering.add(end)

@@ -120,7 +120,9 @@ def _config(settings: Settings, link: Link, borrowing: Borrowing) -> uvicorn.Con
         loop = loop_class()
         link.attach(loop)
         if settings.borrows:
-            link.receiver.borrow(link.kept, keep=settings.dispatch == "auto")
+            link.receiver.borrow(
+                link.kept, keep=settings.dispatch == "auto", head_timeout=settings.timeout_request_header
+            )
         return loop
 
     config.loop = factory  # type: ignore[assignment]

@@ -23,11 +23,18 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .receiver import HEAD_LOOKS
 from .transport import HandedTransport
 
 #: How long a client that has closed its side waits for its response to begin (seconds): it may be gone altogether,
 #: which looks the same.
 HALF_CLOSED: Final = 1.0
+
+
+REQUEST_TIMEOUT: Final = (
+    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: 33\r\n"
+    b"connection: close\r\n\r\nThe request took too long to come"
+)
 
 
 @dataclass
@@ -46,6 +53,8 @@ def _borrower(base: Any) -> Any:
 
     class _Borrower(base):  # type: ignore[misc]  # whichever it is
         borrowing: Borrowing
+        _late_head: object = None
+        _looks = 0
 
         def _idle(self) -> bool:
             raise AssertionError("defined by the subclass")
@@ -75,6 +84,21 @@ def _borrower(base: Any) -> Any:
 
         def _midway(self) -> bool:
             raise AssertionError("defined by the subclass")
+
+        def _head_begun(self) -> object:
+            """What stands for the request whose head has begun and is not complete; None if there is none."""
+            raise AssertionError("defined by the subclass")
+
+        def look_at_head(self) -> None:
+            """Called four times in the time a head may take: end a client that drips, whatever it sends meanwhile."""
+            head = None if self.cycle is not None and not self._answered() else self._head_begun()
+            if head is None or head is not self._late_head:
+                self._late_head, self._looks = head, 0
+            else:
+                self._looks += 1
+                if self._looks == HEAD_LOOKS - 1:
+                    self.transport.write(REQUEST_TIMEOUT)
+                    self.transport.close()
 
         def eof_received(self) -> bool:
             # What a client has asked for before it closed its side is answered, if that begins soon; what it has begun
@@ -133,6 +157,11 @@ class BorrowingHttpTools(_borrower(HttpToolsProtocol)):  # type: ignore[misc]
     def _midway(self) -> bool:
         return self._reading
 
+    def _head_begun(self) -> object:
+        if not self._reading or (self.cycle is not None and self.cycle.scope is self.scope):
+            return None
+        return self.scope
+
     def _partly_read(self) -> bool:
         """The same without the help of `on_message_*`, which the parser of a protocol taken over does not call.
 
@@ -163,6 +192,10 @@ class BorrowingH11(_borrower(H11Protocol)):  # type: ignore[misc]
 
     def _midway(self) -> bool:
         return self.conn.their_state is h11.SEND_BODY
+
+    def _head_begun(self) -> object:
+        begun = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]
+        return (self.cycle or self) if begun else None
 
 
 def take_over(protocol: Any, borrowing: Borrowing) -> None:

@@ -37,6 +37,7 @@ _RETURNED: Final = int(Kind.RETURNED)
 _REFUSED: Final = int(Kind.REFUSED)
 _KEPT: Final = int(Kind.KEPT)
 _DROPPED: Final = int(Kind.DROPPED)
+_SILENT: Final = int(Kind.SILENT)
 _LOST: Final = int(Flag.LOST)
 
 #: How often the processor time is looked at, in requests.
@@ -44,6 +45,9 @@ _SAMPLE: Final = 16
 
 #: How often idle connections are looked for, and how long one stays at least (seconds).
 IDLE_LOOK: Final = 0.05
+
+#: How often heads are looked at in the time one may take.
+HEAD_LOOKS: Final = 4
 
 
 class Receiver:
@@ -93,15 +97,24 @@ class Receiver:
         self._blocked: list[bytes] = []
         loop.add_reader(end.fileno(), self._readable)
 
-    def borrow(self, kept: select.epoll, *, keep: bool) -> None:
+    def borrow(self, kept: select.epoll, *, keep: bool, head_timeout: float) -> None:
         """HTTP connections are given back after a request from now on; with `keep` only if that is worth it.
 
-        Owns `kept`, the epoll shared with the master.
+        A request's head may take `head_timeout` seconds (0: for ever).  Owns `kept`, the epoll shared with the master.
         """
         self.watch = Watch(self.loop, kept, self)
         self._may_keep = self.keeps = keep
         if keep:
             self.loop.call_later(IDLE_LOOK, self._look_for_idle)
+        if head_timeout:
+            self.loop.call_later(head_timeout / HEAD_LOOKS, self._look_at_heads, head_timeout / HEAD_LOOKS)
+
+    def _look_at_heads(self, pause: float) -> None:
+        for transport in tuple(self.kept.values()):
+            look = getattr(transport.get_protocol(), "look_at_head", None)
+            if look is not None:
+                look()
+        self.loop.call_later(pause, self._look_at_heads, pause)
 
     def stop_keeping(self) -> None:
         """Give every connection back as soon as it is idle, those that are kept now."""
@@ -189,6 +202,11 @@ class Receiver:
                 pass
             except OSError:
                 data = b""
+            if data is None and watch is not None:
+                # Nobody has said a word yet: the master can wait for that without costing a worker anything.
+                os.close(fd)
+                self._fresh[id] = _ACK | _SILENT
+                return
             if data == b"":
                 # It left before it said anything: no protocol needs to hear of it.
                 os.close(fd)
@@ -209,7 +227,7 @@ class Receiver:
             self._making.discard(id)
             self._fresh[id] = _ACK | _CLOSED
             return
-        if data is None and watch is None:
+        if data is None:
             transport.become_real(**server.ssl)
             return
         self._lazy.append(transport)

@@ -108,11 +108,11 @@ class HandedTransport(asyncio.Transport):
 
     # -- the lazy life --------------------------------------------------------------------------------------------
 
-    def begin(self, data: bytes | None) -> None:
-        """Give the protocol its connection and the first bytes, if there are any."""
+    def begin(self, data: bytes) -> None:
+        """Give the protocol its connection and the first bytes."""
         self._made = True
         self._protocol.connection_made(self)
-        if data and not self._closing:
+        if not self._closing:
             # Also if it has paused reading, which no HTTP protocol does here: they are read already.
             protocol: Any = self._protocol
             protocol.data_received(data)

@@ -31,7 +31,7 @@ T = TypeVar("T")
 ENDINGS = {Kind.CLOSED: State.GONE, Kind.TAKEN: State.GONE, Kind.RETURNED: State.PARKED}
 #: What a worker may say about a connection it was offered, and about one it is serving.
 _OVER = (*ENDINGS, *(Kind.ACK | ending for ending in ENDINGS))
-OF_OFFERED = {int(kind) for kind in (Kind.ACK, Kind.ACK | Kind.KEPT, Kind.REFUSED, *_OVER)}
+OF_OFFERED = {int(kind) for kind in (Kind.ACK, Kind.ACK | Kind.KEPT, Kind.ACK | Kind.SILENT, Kind.REFUSED, *_OVER)}
 OF_BORROWED = {int(kind) for kind in (Kind.KEPT, *_OVER)}
 
 CLIENTS = [bytes(15) + bytes([number]) for number in range(12)]
@@ -80,7 +80,7 @@ def where(distributor: Distributor) -> Iterator[tuple[Connection, str]]:
         for connection in worker.unacked.values():
             yield connection, f"offered to {worker.id}"
         for connection in worker.borrowed.values():
-            yield connection, f"borrowed by {worker.id}"
+            yield connection, f"{'kept' if connection.state is State.KEPT else 'borrowed'} by {worker.id}"
 
 
 def everything(distributor: Distributor) -> object:
@@ -827,6 +827,8 @@ class Shell(RuleBasedStateMachine):
         self.last: dict[object, int] = {}
         self.offered: set[int] = set()
         self.listener = self.worker = 0
+        #: What was taken back, from whom, and not confirmed.
+        self.lost: list[tuple[int, int]] = []
 
     def teardown(self) -> None:
         self.patch.undo()
@@ -911,12 +913,17 @@ class Shell(RuleBasedStateMachine):
         held = self.distributor.remove_worker(id)
         tickets = [connection.ticket for connection in held]
         assert tickets == sorted(tickets)
-        its = f"offered to {id}", f"borrowed by {id}"
+        self.lost = [pair for pair in self.lost if pair[0] != id]
+        its = f"offered to {id}", f"borrowed by {id}", f"kept by {id}"
         assert {connection.id for connection in held} == {known for known, place in self.places.items() if place in its}
         assert len(set(tickets)) == len(tickets)
         untouched = [connection for position, connection in enumerate(held) if position not in touched]
         for connection in held:
-            if connection not in untouched:
+            if connection not in untouched and connection.id % 2 and self.places[connection.id] == f"kept by {id}":
+                parked = self.distributor.idle(connection, self.now)
+                assert parked is (connection.listener in self.policies)
+                self.place([connection.id], "parked" if parked else None)
+            elif connection not in untouched:
                 self.distributor.gone(connection)
                 self.place([connection.id], None)
         for some in [untouched] if together else [[connection] for connection in reversed(untouched)]:
@@ -969,16 +976,64 @@ class Shell(RuleBasedStateMachine):
         borrowers = [worker for worker in self.distributor.workers.values() if worker.borrowed]
         if borrowers:
             worker = one_of(borrowers, number)
-            self.say(worker.id, one_of(list(worker.borrowed), which), kind)
+            id = one_of(list(worker.borrowed), which)
+            if kind != Kind.KEPT or self.places[id] != f"kept by {worker.id}":
+                self.say(worker.id, id, kind)
         if turn:
             self.turn(0.0)
 
+    @rule(number=ONE, which=st.sets(ONE, min_size=1, max_size=3), turn=st.booleans())
+    def take_back(self, number: int, which: set[int], turn: bool) -> None:
+        """The kernel has given the master the next requests on some that a worker keeps."""
+        keepers = [worker for worker in self.distributor.workers.values() if worker.kept]
+        if keepers:
+            worker = one_of(keepers, number)
+            some = list({one_of(list(worker.kept.values()), each).id: None for each in which})
+            orphans = self.distributor.taken_back(worker, [self.connections[id] for id in some], self.now)
+            self.lost += [(worker.id, id) for id in some]
+            self.came_back(some, orphans)
+        if turn:
+            self.turn(0.0)
+
+    @rule(number=ONE, late=st.sampled_from([None, Kind.RETURNED, Kind.CLOSED]))
+    def drop(self, number: int, late: Kind | None) -> None:
+        """The worker hears of it; what it has said before that counts for nothing."""
+        if self.lost:
+            worker, id = pair = one_of(self.lost, number)
+            record = self.distributor.workers[worker]
+            if late is not None:
+                assert self.distributor.answer(record, late, id, 0, self.now) is None
+                assert id in record.lost
+            assert self.distributor.answer(record, Kind.DROPPED, id, 0, self.now) is None
+            self.lost.remove(pair)
+
+    @rule(turns=st.lists(st.integers(0, 3), min_size=1), unclaimed=st.booleans(), pause=st.booleans())
+    def look(self, turns: list[int], unclaimed: bool, pause: bool) -> None:
+        """At the boards: who stands still loses its requests, if somebody else is ready for them."""
+        if pause:
+            self.distributor.overlook()
+        for number, worker in enumerate(tuple(self.distributor.workers.values())):
+            before = worker.turns
+            back = self.distributor.looked(worker, one_of(turns, number), unclaimed, 1)
+            assert not (worker.stuck and before != worker.turns)
+            if back:
+                assert worker.stuck
+                assert not worker.ready
+                assert worker.kept
+                assert any(other.ready for other in self.distributor.workers.values())
+        assert self.distributor.watched == any(
+            worker.stuck or worker.kept for worker in self.distributor.workers.values()
+        )
+        self.turn(0.0)
+
     @precondition(lambda self: self.processes)
-    @rule(number=ONE, id=st.integers(0, 40), kind=st.integers(0, 63))
+    @rule(number=ONE, id=st.integers(0, 40), kind=st.integers(0, 255))
     def lie(self, number: int, id: int, kind: int) -> None:
         worker = one_of(list(self.processes), number)
         place = self.places.get(id)
-        if kind in {f"offered to {worker}": OF_OFFERED, f"borrowed by {worker}": OF_BORROWED}.get(str(place), ()):
+        if (worker, id) in self.lost:
+            return
+        if kind in {f"offered to {worker}": OF_OFFERED, f"borrowed by {worker}": OF_BORROWED, f"kept by {worker}": OF_BORROWED - {Kind.KEPT}}.get(str(place), ()):
             return
         before = everything(self.distributor)
         with pytest.raises(ProtocolError):
@@ -1035,6 +1090,7 @@ class Shell(RuleBasedStateMachine):
     def serve_everything(self) -> bool:
         """Read and end all there is; whether there was anything."""
         before = self.now, dict(self.places)
+        self.distributor.overlook()
         for id, process in self.processes.items():
             process.read += process.unread
             process.unread.clear()
@@ -1050,7 +1106,7 @@ class Shell(RuleBasedStateMachine):
         connection = self.connections[id]
         offered = self.places[id] == f"offered to {worker}"
         listens = connection.listener in self.policies
-        answer = self.distributor.answer(self.distributor.workers[worker], kind, id, 5, self.now)
+        answer = self.distributor.answer(self.distributor.workers[worker], kind, id, 5, self.now, 100 + id)
         if offered:
             self.processes[worker].read.remove(id)
         if kind == Kind.REFUSED:
@@ -1058,9 +1114,12 @@ class Shell(RuleBasedStateMachine):
         elif kind == Kind.ACK:
             assert answer is None
             self.place([id], f"borrowed by {worker}")
+        elif kind & Kind.KEPT:
+            assert answer is None
+            self.place([id], f"kept by {worker}")
         else:
             assert answer is connection
-            self.place([id], "parked" if kind & Kind.RETURNED and listens else None)
+            self.place([id], "parked" if kind & (Kind.RETURNED | Kind.SILENT) and listens else None)
 
     def recall(self, worker: Worker) -> None:
         """Only what lies unread, and only if somebody else could have it."""
@@ -1128,9 +1187,10 @@ class Shell(RuleBasedStateMachine):
             words = (place or "gone").split()
             assert connection.state is {
                 "lane": State.QUEUED, "parked": State.PARKED, "offered": State.OFFERED, "borrowed": State.BORROWED,
-                "gone": State.GONE,
+                "kept": State.KEPT, "gone": State.GONE,
             }[words[0]]  # fmt: skip
             assert connection.worker == (int(words[-1]) if len(words) > 1 else 0)
+            assert connection.relics == sum(lost == id for _, lost in self.lost)
 
     @invariant()
     def the_counts_are_what_can_be_counted(self) -> None:
@@ -1140,7 +1200,8 @@ class Shell(RuleBasedStateMachine):
         assert self.distributor.queued == statistics.queued == counts[State.QUEUED] == sum(map(len, lanes))
         assert statistics.parked == counts[State.PARKED]
         assert statistics.offered == counts[State.OFFERED]
-        assert statistics.borrowed == counts[State.BORROWED]
+        assert statistics.borrowed == counts[State.BORROWED] + counts[State.KEPT]
+        assert statistics.kept == counts[State.KEPT]
 
     @invariant()
     def no_worker_has_more_than_it_may(self) -> None:
@@ -1148,7 +1209,7 @@ class Shell(RuleBasedStateMachine):
             process = self.processes[worker.id]
             assert set(worker.unacked) == {*process.unread, *process.read}
             assert len(worker.unacked) <= (1 if worker.suspect else workers.WINDOW)
-            assert worker.capacity is None or worker.load <= worker.capacity
+            assert worker.capacity is None or len(worker.unacked) + len(worker.borrowed) <= worker.capacity
 
 
 TestShell = Shell.TestCase

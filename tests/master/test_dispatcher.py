@@ -19,8 +19,8 @@ from clusterserve.core.distributor import PATIENCE, REFUSED_PAUSE, RETRY
 from clusterserve.core.policies import Hash, Least, RoundRobin
 from clusterserve.core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_answer
 from clusterserve.errors import ProtocolError
+from clusterserve.master.answers import BAD_GATEWAY
 from clusterserve.master.dispatcher import CHEAP
-from clusterserve.master.fate import BAD_GATEWAY
 from clusterserve.master.listeners import Listener
 from tests.helpers import proc
 
@@ -497,7 +497,7 @@ def test_no_descriptor_for_a_new_client(rig: Rig, caplog: pytest.LogCaptureFixtu
         # Two pauses long: a few turns for each look of this test, thousands if it were spinning.
         assert rig.loop.turns - turns < 400
         assert time.thread_time() - busy < 0.15
-    assert caplog.records[0].message == "Cannot accept: Too many open files; trying again in 0.1 s"
+    assert caplog.records[0].message == "Cannot accept: Too many open files; waiting (said once in 10 s)"
     offers = worker.receive(3)
     assert {offer.sock.getpeername() for offer in offers} == {client.getsockname() for client in clients}
 
@@ -511,7 +511,7 @@ def test_accepting_what_is_left_at_the_descriptor_limit(rig: Rig, caplog: pytest
         rig.dispatcher.accept_rest()
     # Once for both of them.
     assert [record.message for record in caplog.records] == [
-        "Cannot accept: Too many open files; trying again in 0.1 s"
+        "Cannot accept: Too many open files; waiting (said once in 10 s)"
     ]
     rig.loop.forward(0.1)
     worker.receive(2)

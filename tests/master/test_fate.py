@@ -14,7 +14,8 @@ import pytest
 
 from clusterserve.binds import Bind
 from clusterserve.channel.board import UNKNOWN
-from clusterserve.master.fate import BAD_GATEWAY, LINGER, Fate, answer_bad_gateway, fate_of
+from clusterserve.master.answers import BAD_GATEWAY, LINGER, answer
+from clusterserve.master.fate import Fate, fate_of
 from clusterserve.master.listeners import open_listener
 from tests.helpers.waiting import DEADLINE, eventually
 
@@ -263,7 +264,7 @@ def say(loop: SkewedLoop, made: Pair) -> set[Callable[[], None]]:
     """Answer 502 as the master does: on a descriptor of its own, which is closed in the end."""
     lingering: set[Callable[[], None]] = set()
     made.server.setblocking(False)
-    answer_bad_gateway(loop, made.server.detach(), lingering)
+    answer(loop, made.server.detach(), BAD_GATEWAY, lingering)
     return lingering
 
 
