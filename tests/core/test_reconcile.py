@@ -20,16 +20,14 @@ from clusterserve.core.reconcile import (
     Action,
     Drain,
     Kill,
-    Limits,
-    Member,
     Plan,
-    Roster,
     Spawn,
     Stop,
     Target,
     Verdict,
     plan,
 )
+from clusterserve.core.roster import Limits, Member, Roster
 
 ONLINE, LISTENING, DISCONNECTED, EXITED = (
     WorkerEvent.ONLINE, WorkerEvent.LISTENING, WorkerEvent.DISCONNECTED, WorkerEvent.EXITED,
@@ -423,14 +421,15 @@ class TestReload:
 
     def test_another_reload_in_the_moment_a_replacement_came_up(self) -> None:
         """1. A replacement listens.  2. Before that is acted upon, the next generation is wanted.
-        Result: the oldest leaves all the same, so that the slot never has three.
+        Result: the oldest leaves all the same, so that the slot never has three; the slot with the oldest worker is
+        first.
         """
         driver = running(2)
         driver.wants(generation=2)
         driver.roster.happened(3, ONLINE, driver.now)
         driver.roster.happened(3, LISTENING, driver.now)
-        assert driver.wants(generation=3) == [Spawn(0, 3), Drain(1, False, False, True)]
-        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(1, 3), Drain(3, False, False, True)]
+        assert driver.wants(generation=3) == [Spawn(1, 3), Drain(1, False, False, True)]
+        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(0, 3), Drain(2, False, False, True)]
 
     def test_back_to_the_old_generation(self) -> None:
         driver = running(3, Limits(surge=2))
