@@ -42,7 +42,7 @@ def test_age_counts_from_when_it_listens() -> None:
 
 @given(st.floats(0, 1e9), st.floats(0.001, 1e6))
 def test_age_is_due_at_the_very_deadline(since: float, lifetime: float) -> None:
-    """Else a plan that was asked for again at its own deadline would find nothing to do, and a deadline that is over."""
+    """Else a plan that is asked for again at its own deadline would find nothing to do, and a deadline that is over."""
     assert Wear(lifetime=lifetime).reason(since, since + lifetime)
 
 
