@@ -75,10 +75,9 @@ def test_it_goes_on_while_the_worker_drains() -> None:
 
 
 def test_every_thread_is_shown() -> None:
-    with serving(timeout=0) as worker:
-        with worker.hand(request("GET", "/threads")):
-            eventually(lambda: worker.get("/count_threads") >= 2, "a second thread runs")
-            worker.process.send_signal(signal.SIGABRT)
-            _, err = worker.ends()
+    with serving(timeout=0) as worker, worker.hand(request("GET", "/threads")):
+        eventually(lambda: worker.get("/count_threads") >= 2, "a second thread runs")
+        worker.process.send_signal(signal.SIGABRT)
+        _, err = worker.ends()
     assert "in in_a_thread" in err
     assert "Current thread" in err

@@ -312,7 +312,8 @@ async def test_the_total_counts_the_requests_that_are_done(
             await leave(each)
 
 
-async def test_cutting_what_it_waits_for_ends_its_waiting(    loop: Loop, application: Application, records: list[logging.LogRecord]
+async def test_cutting_what_it_waits_for_ends_its_waiting(
+    loop: Loop, application: Application, records: list[logging.LogRecord]
 ) -> None:
     """A second, quick order comes while it waits without limit."""
     server = uvicorn.Server(configuration(application, timeout_graceful_shutdown=None))
