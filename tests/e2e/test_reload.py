@@ -199,7 +199,14 @@ def test_a_reload_during_a_reload(serve: Serve) -> None:
 
 def test_from_a_program(code: Code) -> None:
     with (
-        Cluster("reloaded:app", app_dir=str(code.path.parent), bind="127.0.0.1:0", workers=2) as cluster,
+        Cluster(
+            "reloaded:app",
+            app_dir=str(code.path.parent),
+            bind="127.0.0.1:0",
+            workers=2,
+            # The client is silent for as long as three workers take to start.
+            timeout_keep_alive=60,
+        ) as cluster,
         Client(Address.parse(cluster.url)) as client,
     ):
         assert client.ask("GET", "/").text.startswith("one ")
