@@ -79,6 +79,19 @@ def seconds(*, above_zero: bool = False) -> Callable[[str, object], float]:
     return check
 
 
+_MULTIPLES = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size(setting: str, value: object) -> int:
+    """An amount of memory, in bytes: `512M`, `1.5G`, `900K`; a bare number counts MiB."""
+    written = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(written, str):
+        found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?) ?([KMGT]?)(?:i?B)?", written.strip(), re.IGNORECASE)
+        if found:
+            return int(float(found[1]) * _MULTIPLES[found[2].upper()])
+    raise SettingValueError(setting, value, "must be an amount of memory, as in 512M or 1.5G; a bare number counts MiB")
+
+
 def choice(
     *names: str, imports: bool = False, later: tuple[str, ...] = (), any_case: bool = False
 ) -> Callable[[str, object], str]:

@@ -100,6 +100,30 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         ),
         _value("--restart-backoff", "SECONDS", "Wait before a dead worker is replaced; doubles while they keep dying."),
         _value("--restart-backoff-max", "SECONDS", "The longest such wait."),
+        _value("--reload-surge", "N", "Replacements that may start at once while the workers they replace serve on."),
+    ),
+    "Workers' health": (
+        _value(
+            "--timeout -t --timeout-worker-healthcheck",
+            "SECONDS",
+            "A worker whose event loop has not turned for this long writes the stacks of its threads to stderr, and is "
+            "killed and replaced; 0: never.",
+        ),
+        _value(
+            "--limit-max-requests --max-requests",
+            "N",
+            "Replace a worker that has served this many requests, once its replacement listens; 0: never.",
+        ),
+        _value("--limit-max-requests-jitter --max-requests-jitter", "N", "Up to this many more, for each at random."),
+        _value("--workers-lifetime", "SECONDS", "Replace a worker that has served for this long; 0: never."),
+        _value("--workers-lifetime-jitter", "SECONDS", "Up to this much longer, for each at random."),
+        _value(
+            "--workers-max-rss",
+            "SIZE",
+            "Replace a worker that holds more memory, as in 512M or 1.5G; a bare number counts MiB; 0: never.",
+        ),
+        _value("--rss-sample-interval", "SECONDS", "How often its memory is looked at."),
+        _value("--rss-samples", "N", "So many looks in a row must find too much."),
     ),
     "HTTP": (
         _value("--loop", "[auto|asyncio|uvloop]", "The event loop of the workers."),
@@ -161,21 +185,20 @@ _LATER = """
 --dogstatsd-tags --enable-backlog-metric --enable-stdio-inheritance --env --error-logfile --forwarder-headers
 --group --header-map --hooks --http-protocols --http2 --http2-cleartext --http2-initial-window-size
 --http2-max-concurrent-streams --http2-max-frame-size --http2-max-header-list-size --initgroups --keyfile
---limit-concurrency --limit-max-requests --limit-max-requests-jitter --limit-request-field_size
+--limit-concurrency --limit-request-field_size
 --limit-request-fields --limit-request-line --log-config-json --log-file --log-format --log-syslog
---log-syslog-facility --log-syslog-prefix --log-syslog-to --logger-class --max-requests --max-requests-jitter
+--log-syslog-facility --log-syslog-prefix --log-syslog-to --logger-class
 --max-restarts --max-workers --metrics --metrics-address --metrics-bind --metrics-port --min-uptime --name
 --no-control-socket --no-sendfile --no-ssl-reload --on-worker-exit-code --paste --paste-global --paster
 --permit-obsolete-folding --permit-unconventional-http-method --permit-unconventional-http-version --pid
 --pid-file --preload --print-config --process-name --profile --protocol --proxy-allow-from --proxy-protocol
 --reload --reload-delay --reload-dir --reload-engine --reload-exclude --reload-extra-file --reload-include
---reload-surge --reuse-port --rss-sample-interval --rss-samples --shutdown-delay --spew --ssl-ca-certs
+--reuse-port --shutdown-delay --spew --ssl-ca-certs
 --ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile --ssl-keyfile-password --ssl-reload --ssl-version
---statsd-host --statsd-prefix --strip-header-spaces --suppress-ragged-eofs --threads --timeout
---timeout-request --timeout-request-body --timeout-worker-healthcheck --uds-permissions
---umask --user --uwsgi-allow-from --worker-connections --worker-tmp-dir --workers-lifetime
---workers-lifetime-jitter --workers-max-rss
--c -e -g -m -n -t -u -R
+--statsd-host --statsd-prefix --strip-header-spaces --suppress-ragged-eofs --threads
+--timeout-request --timeout-request-body --uds-permissions
+--umask --user --uwsgi-allow-from --worker-connections --worker-tmp-dir
+-c -e -g -m -n -u -R
 """
 LATER = frozenset(_LATER.split())
 

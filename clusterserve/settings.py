@@ -24,6 +24,7 @@ from clusterserve.checks import (
     near_match,
     optional,
     seconds,
+    size,
     text,
     texts,
     whole,
@@ -63,6 +64,16 @@ class Settings:
     timeout_request_header: float = 30.0
     restart_backoff: float = 0.1
     restart_backoff_max: float = 15.0
+    reload_surge: int = 1
+
+    timeout: float = 30.0
+    limit_max_requests: int = 0
+    limit_max_requests_jitter: int = 0
+    workers_lifetime: float = 0.0
+    workers_lifetime_jitter: float = 0.0
+    workers_max_rss: int = 0  # bytes; whoever sets it says "512M", or counts MiB
+    rss_sample_interval: float = 30.0
+    rss_samples: int = 1
 
     loop: str = "auto"
     http: str = "auto"
@@ -157,6 +168,15 @@ _CHECKS: Final[dict[str, Check]] = {
     # From zero, doubling would never leave zero: a dying app would be respawned in a busy loop.
     "restart_backoff": seconds(above_zero=True),
     "restart_backoff_max": seconds(above_zero=True),
+    "reload_surge": whole(1),
+    "timeout": seconds(),
+    "limit_max_requests": whole(0),
+    "limit_max_requests_jitter": whole(0),
+    "workers_lifetime": seconds(),
+    "workers_lifetime_jitter": seconds(),
+    "workers_max_rss": size,
+    "rss_sample_interval": seconds(above_zero=True),
+    "rss_samples": whole(1),
     "loop": choice("auto", "asyncio", "uvloop", later=("none", "zuvloop")),
     "http": choice("auto", "h11", "httptools", "zttp", imports=True),
     "ws": choice("auto", "none", "websockets", "websockets-sansio", "wsproto", imports=True),

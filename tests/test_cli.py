@@ -18,6 +18,7 @@ from uvicorn.main import main as uvicorn_command
 
 import clusterserve
 from clusterserve import cli, cpus
+from clusterserve.checks import MAX_SECONDS
 from clusterserve.errors import BindError, BootError, ClusterError, SettingsError
 from clusterserve.options import INSTEAD, LATER, SPECS
 from clusterserve.settings import Settings
@@ -177,6 +178,15 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--timeout-graceful-shutdown": ("1.5", "timeout_graceful_shutdown", 1.5),
         "--restart-backoff": ("0.2", "restart_backoff", 0.2),
         "--restart-backoff-max": ("3", "restart_backoff_max", 3.0),
+        "--reload-surge": ("2", "reload_surge", 2),
+        "--timeout": ("20", "timeout", 20.0),
+        "--limit-max-requests": ("1000", "limit_max_requests", 1000),
+        "--limit-max-requests-jitter": ("50", "limit_max_requests_jitter", 50),
+        "--workers-lifetime": ("3600", "workers_lifetime", 3600.0),
+        "--workers-lifetime-jitter": ("60.5", "workers_lifetime_jitter", 60.5),
+        "--workers-max-rss": ("1.5G", "workers_max_rss", 3 << 29),
+        "--rss-sample-interval": ("10", "rss_sample_interval", 10.0),
+        "--rss-samples": ("3", "rss_samples", 3),
         "--loop": ("asyncio", "loop", "asyncio"),
         "--http": ("h11", "http", "h11"),
         "--timeout-keep-alive": ("7", "timeout_keep_alive", 7),
@@ -224,6 +234,10 @@ def test_the_positive_half_of_a_pair(parsed: Parsed) -> None:
         ("-w2", "workers", 2),
         ("--graceful-timeout=3", "timeout_graceful_shutdown", 3.0),
         ("--keep-alive=3", "timeout_keep_alive", 3),
+        ("-t5", "timeout", 5.0),
+        ("--timeout-worker-healthcheck=5", "timeout", 5.0),
+        ("--max-requests=7", "limit_max_requests", 7),
+        ("--max-requests-jitter=7", "limit_max_requests_jitter", 7),
         ("--pythonpath=/", "app_dir", "/"),
     ],
 )
@@ -268,6 +282,7 @@ def test_addresses_that_exclude_each_other(argv: list[str], pair: str, refused: 
 
 
 COUNT = "must be a whole number of at least 1, or 'auto'"
+SIZE = "must be an amount of memory, as in 512M or 1.5G; a bare number counts MiB"
 POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
 
 
@@ -301,6 +316,9 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
         (["--header", "X"], "--header X: a header is 'Name:Value'"),
         (["--ws-per-message-deflate", "2"], "--ws-per-message-deflate 2: must be true or false"),
         (["--restart-backoff", "20"], "--restart-backoff 20.0: must not be above restart_backoff_max, which is 15"),
+        (["--workers-max-rss", "lots"], f"--workers-max-rss lots: {SIZE}"),
+        (["-t", "-1"], f"--timeout -1: must be a number of seconds from 0 to {MAX_SECONDS}"),
+        (["--reload-surge", "0"], "--reload-surge 0: must be a whole number of at least 1"),
         (["--restart-backoff-max", ".01"], "restart_backoff=0.1: must not be above restart_backoff_max, which is 0.01"),
         (["--port"], "option '--port' requires an argument"),
         (["--factory=1"], "option '--factory' does not take a value"),
@@ -341,7 +359,17 @@ def test_help_is_complete_and_grouped(flag: str, capsys: pytest.CaptureFixture[s
     assert err == ""
     assert out.startswith("Usage: clusterserve [run] MODULE:ATTRIBUTE [OPTIONS]\n")
     titles = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    expected = ["Application", "Binding", "Cluster", "HTTP", "WebSocket", "Proxies", "Logging", "Other"]
+    expected = [
+        "Application",
+        "Binding",
+        "Cluster",
+        "Workers' health",
+        "HTTP",
+        "WebSocket",
+        "Proxies",
+        "Logging",
+        "Other",
+    ]
     assert titles == [f"{title}:" for title in expected]
     words = out.replace(",", " ").split()
     assert [flag for spec in SPECS for flag in spec.flags if flag not in words] == []

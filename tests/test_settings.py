@@ -55,7 +55,8 @@ def test_what_is_passed_through_has_uvicorns_default() -> None:
     ours = {field.name: field.default for field in dataclasses.fields(Settings)}
     theirs = inspect.signature(uvicorn.Config).parameters
     # None: uvicorn's logging, unless a file is named; None: no headers; an unlimited drain hangs on event streams.
-    apart = {"app", "workers", "log_config", "headers", "timeout_graceful_shutdown"}
+    # No limit of requests is None for uvicorn, 0 for gunicorn and here.
+    apart = {"app", "workers", "log_config", "headers", "timeout_graceful_shutdown", "limit_max_requests"}
     shared = ours.keys() & theirs.keys() - apart
     assert len(shared) > 20
     assert {name: ours[name] for name in shared} == {name: theirs[name].default for name in shared}
@@ -332,6 +333,17 @@ def test_an_unknown_setting_names_the_near_match() -> None:
         ("timeout_boot", ".5", 0.5),
         ("timeout_boot", MAX_SECONDS, float(MAX_SECONDS)),
         ("restart_backoff", 1, 1.0),
+        ("timeout", "0", 0.0),
+        ("limit_max_requests", "0", 0),
+        ("workers_lifetime", "1.5", 1.5),
+        ("workers_max_rss", 0, 0),
+        ("workers_max_rss", 512, 512 << 20),
+        ("workers_max_rss", "512", 512 << 20),
+        ("workers_max_rss", "512M", 512 << 20),
+        ("workers_max_rss", "512 MiB", 512 << 20),
+        ("workers_max_rss", "900k", 900 << 10),
+        ("workers_max_rss", "1.5gb", 3 << 29),
+        ("workers_max_rss", 0.5, 1 << 19),
         ("ws_ping_interval", None, None),
         ("ws_ping_timeout", "0", 0.0),
         ("factory", "YES", True),
@@ -376,6 +388,14 @@ def test_a_value_is_kept_in_its_own_type(name: str, given: object, kept: object)
         ("timeout_boot", MAX_SECONDS + 1, "must be a number of seconds above 0"),
         ("timeout_boot", 10**400, "must be a number of seconds above 0"),
         ("restart_backoff", 0, "must be a number of seconds above 0"),
+        ("timeout", "soon", "must be a number of seconds from 0"),
+        ("reload_surge", 0, "must be a whole number of at least 1"),
+        ("rss_samples", 0, "must be a whole number of at least 1"),
+        ("workers_max_rss", "512X", "must be an amount of memory, as in 512M"),
+        ("workers_max_rss", -1, "must be an amount of memory, as in 512M"),
+        ("workers_max_rss", True, "must be an amount of memory, as in 512M"),
+        ("workers_max_rss", float("nan"), "must be an amount of memory, as in 512M"),
+        ("workers_max_rss", None, "must be an amount of memory, as in 512M"),
         ("restart_backoff", 20, "must not be above restart_backoff_max, which is 15"),
         ("factory", "maybe", "must be true or false"),
         ("factory", 1, "must be true or false"),

@@ -97,6 +97,13 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Beat:
+    """A heartbeat: the worker's event loop turns.  `served` counts its requests since it started."""
+
+    served: int
+
+
+@dataclass(frozen=True)
 class Leave:
     """The worker was asked to go (SIGTERM), and asks to be drained: the master decides when."""
 
@@ -113,10 +120,10 @@ class Drain:
     keep: bool
 
 
-Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Leave | Drain
+Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain
 
 _KINDS: Final = MappingProxyType(
-    {kind.__name__: kind for kind in (Boot, Online, Listen, Listened, Listening, Closed, Failed, Leave, Drain)}
+    {kind.__name__: kind for kind in (Boot, Online, Listen, Listened, Listening, Closed, Failed, Beat, Leave, Drain)}
 )
 _JSON_TYPES: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     {"int": int, "float": (int, float), "str": str, "bool": bool, "dict[str, Any]": dict, "list[str]": list,

@@ -1,17 +1,19 @@
 """Which workers should exist: compare what is wanted with what is there, never patch by event.
 
 `plan(target, roster, now)` changes nothing and returns what to do now and when to ask again.  Start, respawn
-with back-off, scale, reload and stop are one reconciliation with different targets.  Facts enter through the `Roster`;
-executing an action is a fact too (`spawned`, `drained`, `killed`), so asking twice never orders twice.
+with back-off, scale, reload, the replacement of worn and hung workers, and stop are one reconciliation with different
+targets.  Facts enter through the `Roster`; executing an action is a fact too (`spawned`, `drained`, `aborted`,
+`killed`), so asking twice never orders twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
-from .lifecycle import WorkerEvent, WorkerState, step
+from .lifecycle import WorkerState
+from .roster import Member, Roster, Slot
 
 
 class Stop(Enum):
@@ -46,28 +48,13 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Times in seconds; 0 switches `boot` off."""
-
-    boot: float = 60.0
-    graceful: float = 30.0
-    quick: float = 2.0
-    #: A worker whose channel is closed should be dead by then.
-    disconnected: float = 5.0
-    backoff: float = 0.1
-    backoff_max: float = 15.0
-    #: A worker that listened this long was healthy: its slot's failures are forgotten.
-    min_uptime: float = 1.0
-    #: Workers of a new generation that may boot while the old one still serves.
-    surge: int = 1
-
-
-@dataclass(frozen=True)
 class Spawn:
-    """Start a worker process in `slot`."""
+    """Start a worker process in `slot`; to replace worker `worn`, which `why`, if that is not 0."""
 
     slot: int
     generation: int
+    worn: int = 0
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +69,14 @@ class Drain:
 
 
 @dataclass(frozen=True)
+class Abort:
+    """Have a hung worker write its stacks, of which it dies; `why` completes "worker N is hung: …"."""
+
+    worker: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Kill:
     """SIGKILL a worker; `why` completes the log line "worker N was killed: …"."""
 
@@ -89,102 +84,7 @@ class Kill:
     why: str
 
 
-Action = Spawn | Drain | Kill
-
-
-@dataclass
-class Member:
-    """One worker process, from spawn to exit."""
-
-    id: int
-    slot: int
-    generation: int
-    spawned: float
-    state: WorkerState = WorkerState.NONE
-    listening: float | None = None
-    #: When it was told to drain (again), and whether quickly.
-    drained: float | None = None
-    quick: bool = False
-    disconnected: float | None = None
-    killed: bool = False
-
-    @property
-    def current(self) -> bool:
-        """Neither leaving nor gone."""
-        return self.state in (WorkerState.NONE, WorkerState.ONLINE, WorkerState.LISTENING)
-
-
-@dataclass
-class Slot:
-    """What is remembered of a place after its worker died."""
-
-    failures: int = 0
-    not_before: float = 0.0
-
-
-@dataclass
-class Roster:
-    """Every worker that is not dead, and the slots.  Changed only by facts."""
-
-    limits: Limits
-    members: dict[int, Member] = field(default_factory=dict)
-    slots: dict[int, Slot] = field(default_factory=dict)
-    #: Whether any worker ever listened, and the newest generation of which one did.
-    proven: int = 0
-    #: The newest generation of which one left before any of it had listened, while an older one serves.
-    rejected: int = 0
-    _ids: int = 0
-
-    def spawned(self, slot: int, generation: int, now: float) -> Member:
-        """A process was started in `slot`; gives it its id (1, 2, 3 …, never reused)."""
-        self._ids += 1
-        member = self.members[self._ids] = Member(self._ids, slot, generation, now)
-        self.slots.setdefault(slot, Slot())
-        return member
-
-    def happened(self, id: int, event: WorkerEvent, now: float) -> Member:
-        """A fact about worker `id`; raises `IllegalStep` for one that cannot be."""
-        member = self.members[id]
-        current = member.current
-        member.state = step(member.state, event)
-        if current and event in (WorkerEvent.DISCONNECTED, WorkerEvent.EXITED):
-            # Unasked, and counted when it stops serving: the channel's end and the exit are one failure.
-            self._failed(member, now)
-        if event is WorkerEvent.LISTENING and member.state is WorkerState.LISTENING and member.listening is None:
-            member.listening = now
-            self.proven = max(self.proven, member.generation)
-        elif event is WorkerEvent.DISCONNECTED:
-            member.disconnected = now
-        elif event is WorkerEvent.EXITED:
-            del self.members[id]
-        return member
-
-    def drained(self, id: int, quick: bool, now: float) -> None:
-        """Worker `id` was told to drain."""
-        member = self.happened(id, WorkerEvent.DRAIN, now)
-        member.drained, member.quick = now, quick
-
-    def killed(self, id: int) -> None:
-        """Worker `id` was sent SIGKILL."""
-        self.members[id].killed = True
-
-    def count(self, state: WorkerState) -> int:
-        """How many workers are in `state`."""
-        return sum(member.state is state for member in self.members.values())
-
-    def _failed(self, member: Member, now: float) -> None:
-        """It left unasked: the next one in its slot waits, longer each time, unless it had been healthy."""
-        slot = self.slots[member.slot]
-        if self.proven and member.generation > self.proven:
-            self.rejected = member.generation
-        if member.listening is not None and now - member.listening >= self.limits.min_uptime:
-            slot.failures = 0
-            slot.not_before = now
-            return
-        # The exponent is capped: the delay has long reached its maximum, and floats end at 2**1024.
-        delay = self.limits.backoff * 2.0 ** min(slot.failures, 60)
-        slot.failures += 1
-        slot.not_before = now + min(delay, self.limits.backoff_max)
+Action = Spawn | Drain | Abort | Kill
 
 
 @dataclass(frozen=True)
@@ -194,6 +94,8 @@ class Plan:
     actions: tuple[Action, ...]
     deadline: float | None
     verdict: Verdict
+    #: Slots whose worker has failed so often that whoever waits for it should not wait any longer.
+    stuck: tuple[int, ...]
 
 
 def plan(target: Target, roster: Roster, now: float) -> Plan:
@@ -201,12 +103,12 @@ def plan(target: Target, roster: Roster, now: float) -> Plan:
     if target.stop is not Stop.NO:
         wanted = list(_stop(target, roster))
     else:
-        wanted = [*_start(target, roster), *_retire(target, roster)]
+        wanted = [*_start(target, roster, now), *_retire(target, roster, now)]
     wanted += _kill(roster)
     # An entry is (when, what); what lies ahead only sets the deadline.
     actions = tuple(action for due, action in wanted if due <= now)
     deadline = min((due for due, _ in wanted if due > now), default=None)
-    return Plan(actions, deadline, _verdict(target, roster, actions))
+    return Plan(actions, deadline, _verdict(target, roster, actions), _stuck(target, roster))
 
 
 _Due = Iterator[tuple[float, Action]]
@@ -215,46 +117,60 @@ _Due = Iterator[tuple[float, Action]]
 def _stop(target: Target, roster: Roster) -> _Due:
     quick = target.stop is Stop.QUICK
     for member in roster.members.values():
-        if member.state is WorkerState.DISCONNECTED:
+        if member.state is WorkerState.DISCONNECTED or member.doomed:
             continue
         if member.drained is None or (quick and not member.quick):
             yield 0.0, Drain(member.id, quick, interrupt=member.listening is None, keep=False)
 
 
-def _start(target: Target, roster: Roster) -> _Due:
-    """Fill empty slots; in a reload, also start replacements, `surge` at a time."""
+def _start(target: Target, roster: Roster, now: float) -> _Due:
+    """Fill empty slots; in a reload and for worn workers also start replacements, `surge` at a time."""
     if _rejected(target, roster):
         return
     here = [member for member in roster.members.values() if member.current and not _abandoned(member, target)]
-    taken = {member.slot for member in here}
-    fresh = {member.slot for member in here if member.generation == target.generation}
-    booting = sum(member.listening is None for member in here)
+    newest = {member.slot: member for member in here}
+    fresh = {member.slot: member for member in here if _fresh(member, target, now)}
     for number in range(target.count):
-        if number in fresh:
-            continue
         slot = roster.slots.get(number, Slot())
-        if number not in taken:
-            # Before anyone ever listened, a slot whose first worker died stays empty: no respawn loop of a broken app.
-            if roster.proven or not slot.failures:
-                yield slot.not_before, Spawn(number, target.generation)
-        elif booting < roster.limits.surge:
-            booting += 1
+        # Before anyone ever listened, a slot whose first worker died stays empty: no respawn loop of a broken app.
+        if number not in newest and (roster.proven or not slot.failures):
             yield slot.not_before, Spawn(number, target.generation)
+    booting = sum(member.listening is None for member in here)
+    # The oldest first: else the lowest slots, if their workers wear out quickly, would always be served before others.
+    stale = sorted((number for number in newest if number not in fresh), key=lambda number: newest[number].id)
+    for number in stale:
+        if number < target.count and booting < roster.limits.surge:
+            # One that waits for its back-off keeps its turn: what made it fail may make the next one fail too.
+            booting += 1
+            old = newest[number]
+            of_age = old.id if old.generation == target.generation else 0
+            why = old.worn(now) if of_age else ""
+            yield roster.slots[number].not_before, Spawn(number, target.generation, of_age, why)
+    for number, member in fresh.items():
+        if member.wear.lifetime and member.listening is not None:
+            # Ahead, or it were not fresh: what is asked for then is decided then.
+            yield member.listening + member.wear.lifetime, Spawn(number, target.generation)
 
 
-def _retire(target: Target, roster: Roster) -> _Due:
-    """Workers of slots no longer wanted, and those of other generations that are replaced or not needed any more."""
-    # The best of each slot: one of the wanted generation, else the newest.
+def _retire(target: Target, roster: Roster, now: float) -> _Due:
+    """Workers of slots no longer wanted, and those worn or of other generations that are replaced or not needed."""
+    # The best of each slot: a fresh one of the wanted generation, else the newest.
     best: dict[int, Member] = {}
     for member in roster.members.values():
         if member.state is WorkerState.LISTENING:
             known = best.get(member.slot)
-            if known is None or known.generation != target.generation:
+            if known is None or not _fresh(known, target, now):
                 best[member.slot] = member
     for member in roster.members.values():
-        replaced = member.generation != target.generation and best.get(member.slot, member) is not member
-        if member.current and (member.slot >= target.count or replaced or _abandoned(member, target)):
+        replaced = not _fresh(member, target, now) and best.get(member.slot, member) is not member
+        leaves = member.slot >= target.count or replaced or _abandoned(member, target)
+        if member.current and not member.doomed and leaves:
             yield 0.0, Drain(member.id, quick=False, interrupt=member.listening is None, keep=True)
+
+
+def _fresh(member: Member, target: Target, now: float) -> bool:
+    """Whether it needs no replacement."""
+    return member.generation == target.generation and not member.worn(now)
 
 
 def _abandoned(member: Member, target: Target) -> bool:
@@ -268,18 +184,22 @@ def _rejected(target: Target, roster: Roster) -> bool:
 
 
 def _kill(roster: Roster) -> _Due:
-    """Who did not come up, or did not go, in time."""
+    """Who did not come up, did not go, or did not answer in time."""
     limits = roster.limits
     for member in roster.members.values():
         if member.killed:
             continue
-        if member.state is WorkerState.DISCONNECTED and member.disconnected is not None:
+        if member.aborted is not None:
+            yield member.aborted + limits.abort, Kill(member.id, "it was hung, and did not die of SIGABRT")
+        elif member.state is WorkerState.DISCONNECTED and member.disconnected is not None:
             yield member.disconnected + limits.disconnected, Kill(member.id, "it closed its channel but did not exit")
         elif member.drained is not None:
             grace = limits.quick if member.quick else limits.graceful
             yield member.drained + grace, Kill(member.id, f"it did not finish within {grace:g} s")
         elif member.listening is None and limits.boot:
             yield member.spawned + limits.boot, Kill(member.id, f"it did not listen within {limits.boot:g} s")
+        elif member.state is WorkerState.LISTENING and roster.hung(member):
+            yield 0.0, Abort(member.id, f"its event loop has not turned for {limits.timeout:g} s")
 
 
 def _verdict(target: Target, roster: Roster, actions: tuple[Action, ...]) -> Verdict:
@@ -299,3 +219,19 @@ def _verdict(target: Target, roster: Roster, actions: tuple[Action, ...]) -> Ver
         and not actions
     )
     return Verdict.SETTLED if settled else Verdict.RUNNING
+
+
+def _stuck(target: Target, roster: Roster) -> tuple[int, ...]:
+    """The wanted slots without a worker of the wanted generation in which one after the other fails."""
+    if target.stop is not Stop.NO or not roster.proven:
+        return ()
+    served = {
+        member.slot
+        for member in roster.members.values()
+        if member.state is WorkerState.LISTENING and member.generation == target.generation
+    }
+    return tuple(
+        number
+        for number in range(target.count)
+        if number not in served and roster.slots.get(number, Slot()).failures >= roster.limits.tries
+    )

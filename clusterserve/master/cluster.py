@@ -121,7 +121,11 @@ class Cluster:
     # -- change ---------------------------------------------------------------------------------------------------
 
     def scale(self, workers: int) -> None:
-        """Have `workers` workers, and return when it is so.  Raises `ClusterError` if the cluster does not run."""
+        """Have `workers` workers, and return when it is so.
+
+        Raises `BootError` if workers die again and again before they are of use: the cluster goes on trying to have as
+        many as it was told.  Raises `ClusterError` if it does not run.
+        """
         if workers < 1:
             raise SettingsError(f"a cluster has at least 1 worker, not {workers}")
         self._change(lambda engine: engine.scale(workers))

@@ -23,13 +23,15 @@ from ..channel.message import MessageChannel
 from ..core.connection import IllegalStep
 from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online
+from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online
 from ..core.messages import Drain as DrainMessage
-from ..core.reconcile import Drain, Kill, Limits, Member, Roster, Spawn, Stop, Target, Verdict, plan
+from ..core.reconcile import Abort, Action, Drain, Spawn, Stop, Target, Verdict, plan
+from ..core.roster import Limits, Member, Roster
 from ..errors import BindError, BootError, ClusterError, ProtocolError
 from ..settings import Settings
 from .dispatcher import Dispatcher
 from .handles import Handles
+from .health import Health
 from .policies import policy_factory
 from .process import Exit, WorkerProcess
 
@@ -81,8 +83,11 @@ class Engine:
                 graceful=settings.timeout_graceful_shutdown,
                 backoff=settings.restart_backoff,
                 backoff_max=settings.restart_backoff_max,
+                surge=settings.reload_surge,
+                timeout=settings.timeout,
             )
         )
+        self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
         self._target = Target(settings.workers)
         self._generation = 1
         self._changes: list[asyncio.Future[None]] = []
@@ -115,6 +120,7 @@ class Engine:
             self.settings.dispatch,
             os.getpid(),
         )
+        self._health.start()
         self._reconcile()
 
     def stop(self, how: Stop) -> None:
@@ -134,7 +140,7 @@ class Engine:
             self._loop.call_at(self._stop_deadline, self._stop_workers)
 
     def scale(self, count: int) -> asyncio.Future[None]:
-        """Have `count` workers from now on.  Done when it is so."""
+        """Have `count` workers from now on.  Done when it is so; fails with `BootError` as `reload` does."""
         if count != self._target.count and self._stopping is Stop.NO:
             logger.info("Scaling from %d to %d workers", self._target.count, count)
             self._target = dataclasses.replace(self._target, count=count)
@@ -146,9 +152,10 @@ class Engine:
         self.scale(max(1, self._target.count + difference))
 
     def reload(self) -> asyncio.Future[None]:
-        """Replace every worker by a fresh one, one at a time, each when its replacement listens.
+        """Replace every worker by a fresh one, `reload_surge` at a time, each when its replacement listens.
 
-        Done when the last has left; fails with `BootError` if a replacement cannot start, and the old ones stay.
+        Done when the last has left; fails with `BootError` if a replacement cannot start, and the old ones stay.  Once
+        one could, and another fails again and again, it is tried for ever, but whoever waits here hears of it.
         """
         if self._stopping is Stop.NO:
             self._generation += 1
@@ -160,6 +167,10 @@ class Engine:
     def _change(self) -> asyncio.Future[None]:
         change: asyncio.Future[None] = self._loop.create_future()
         self._changes.append(change)
+        if self._roster.proven:
+            # A fresh start for every slot: before anybody listened, who failed stays where it is.
+            self._failure = None
+            self._roster.forgiven(self._loop.time())
         self._reconcile()
         return change
 
@@ -185,6 +196,16 @@ class Engine:
         self._changed(error)
         self._reconcile()
 
+    def _give_up(self, slots: tuple[int, ...]) -> None:
+        """What was ordered may never be: let nobody wait for it, and go on trying."""
+        failure = self._failure or Failed(self._last_exit, "")
+        reason = (
+            f"workers die again and again before they are of use, in slot {', '.join(map(str, slots))}: "
+            f"{failure.reason}; the cluster goes on trying"
+        )
+        logger.error("Not done yet: %s", reason)
+        self._changed(BootError(reason, failure.traceback))
+
     def _close_listeners(self) -> None:
         if self.handles.open:
             self._dispatcher.accept_rest()
@@ -205,6 +226,7 @@ class Engine:
             self._reconcile()
 
     def _close(self) -> None:
+        self._health.close()
         self.handles.close()
         self._dispatcher.close()
         if self._deadline is not None:
@@ -251,6 +273,8 @@ class Engine:
                 self._finish(BootError(failure.reason, failure.traceback))
         elif current.verdict is Verdict.STOPPED:
             self._finish(None)
+        elif current.stuck and self._changes:
+            self._give_up(current.stuck)
 
     @contextlib.contextmanager
     def _as_one(self) -> Iterator[None]:
@@ -263,7 +287,7 @@ class Engine:
             self._planning = planning
         self._reconcile()
 
-    def _perform(self, action: Spawn | Drain | Kill, now: float) -> None:
+    def _perform(self, action: Action, now: float) -> None:
         if isinstance(action, Spawn):
             self._spawn(action, now)
             return
@@ -276,6 +300,13 @@ class Engine:
             seat.channel.send(DrainMessage(grace, action.quick, action.keep))
             if action.interrupt:
                 seat.process.send_signal(signal.SIGTERM)
+        elif isinstance(action, Abort):
+            self._roster.aborted(action.worker, now)
+            self._dispatcher.distributor.drain_worker(action.worker)
+            who = (action.worker, seat.member.slot, seat.process.pid)
+            logger.error("Worker %d (slot %d, pid %d) is hung: %s; its stacks follow, it is replaced", *who, action.why)
+            self._last_exit = f"worker {action.worker} was hung, {action.why}"
+            seat.process.send_signal(signal.SIGABRT)
         else:
             self._roster.killed(action.worker)
             # Before anybody ever listened, the story is told once, when the cluster fails.
@@ -285,7 +316,8 @@ class Engine:
             seat.process.send_signal(signal.SIGKILL)
 
     def _spawn(self, action: Spawn, now: float) -> None:
-        member = self._roster.spawned(action.slot, action.generation, now)
+        member = self._roster.spawned(action.slot, action.generation, now, self._health.wear())
+        self._tell_why(action, member)
         try:
             process = WorkerProcess(action.slot, self._loop, partial(self._exited, member.id))
         except OSError as exc:
@@ -306,6 +338,19 @@ class Engine:
         if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
             path.insert(0, first)
         channel.send(Boot(member.id, action.slot, self.settings.to_json(), path))
+
+    def _tell_why(self, action: Spawn, member: Member) -> None:
+        if action.worn:
+            who = (member.id, action.worn, action.slot, self.seats[action.worn].process.pid)
+            logger.info("Worker %d is to replace worker %d (slot %d, pid %d), which %s", *who, action.why)
+        if self._roster.rejected > action.generation:
+            # There is no other way to get at the old code; what it does then, its log lines say.
+            logger.warning(
+                "Worker %d starts from the files as they are now, from which generation %d could not start; "
+                "repair them, and reload",
+                member.id,
+                self._roster.rejected,
+            )
 
     # -- facts about workers --------------------------------------------------------------------------------------
 
@@ -331,6 +376,8 @@ class Engine:
             self.handles.leave(worker, message.listener, crashed=False)
         elif isinstance(message, Online):
             self._says(worker, WorkerEvent.ONLINE)
+        elif isinstance(message, Beat):
+            self._health.heard(worker, message.served)
         elif isinstance(message, Leave):
             self._leave(worker)
         elif isinstance(message, Failed):
@@ -381,7 +428,7 @@ class Engine:
             del self.seats[worker]
             asked = seat.member.drained is not None
             self.handles.leave_all(worker, crashed=not asked)
-            self._last_exit = self._last_exit if seat.member.killed else f"worker {worker} {ended}"
+            self._last_exit = self._last_exit if seat.member.doomed else f"worker {worker} {ended}"
             level = logging.ERROR if self._roster.proven and not asked else logging.DEBUG
             logger.log(level, "Worker %d (slot %d, pid %d) %s", worker, seat.member.slot, seat.process.pid, ended)
             self._happened(worker, WorkerEvent.EXITED)
@@ -418,6 +465,9 @@ class Engine:
     def statistics(self) -> Statistics:
         """Connections by state and by worker, now."""
         return self._distributor.statistics()
+
+    def _pids(self) -> list[tuple[int, int]]:
+        return [(id, seat.process.pid) for id, seat in self.seats.items()]
 
     def states(self) -> list[tuple[int, int, int, WorkerState]]:
         """(id, slot, pid, state) of every worker that is not dead."""

@@ -3,8 +3,8 @@
 uvicorn's `Server` runs as it is.  What is relied upon beyond its documented API has a contract test each
 (tests/worker/test_uvicorn_contract.py): `Config.app` may be replaced before `load`, a loop factory may be given as
 `Config.loop`, `startup(sockets=…)` passes each socket to `loop.create_server`, `should_exit` and
-`config.timeout_graceful_shutdown` are read when they are needed, `server_state.tasks` are the running requests, and the
-texts of its start-up and shutdown lines.
+`config.timeout_graceful_shutdown` are read when they are needed, `server_state.tasks` are the running requests,
+`server_state.total_requests` those that are done, and the texts of its start-up and shutdown lines.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from uvicorn.importer import ImportFromStringError, import_from_string
 
 from ..errors import BootError
 from ..settings import Settings
+from .heart import Heart
 from .link import Link
 from .loop import cluster_loop
 from .protocols import Borrowing, borrowing_protocol, take_over
@@ -71,6 +72,7 @@ def serve(settings: Settings, link: Link) -> None:
     logger.addFilter(boot)
     server = uvicorn.Server(config)
     _Drainer(server, link, borrowing)
+    heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
     expected = len(settings.binds)
 
     def listening() -> None:
@@ -78,6 +80,7 @@ def serve(settings: Settings, link: Link) -> None:
         expected -= 1
         if not expected:
             boot.release()
+            heart.start(asyncio.get_running_loop())
             # uvicorn has taken both for itself meanwhile.  A terminal's Ctrl-C and systemd's SIGTERM reach the whole
             # group, and what was accepted is served only if the master says who goes when.
             signal.signal(signal.SIGINT, _heed_the_master)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import select
 import signal
@@ -34,6 +35,10 @@ def main() -> int:
     die_with(master)
     for name in _MASTERS:
         signal.signal(getattr(signal, name), heed_the_master)
+    if not faulthandler.is_enabled():
+        # The master's SIGABRT finds a worker that no longer runs any Python: its stacks are written in C, from the
+        # signal handler, to the descriptor and not to what the application may put in the place of sys.stderr.
+        faulthandler.enable(2, all_threads=True)
     channel = socket.socket(fileno=messages)
     for descriptor in (messages, connections, board, kept):
         os.set_inheritable(descriptor, False)

@@ -16,6 +16,7 @@ from clusterserve.core import messages
 from clusterserve.core.messages import (
     HEADER_SIZE,
     MAX_BODY,
+    Beat,
     Boot,
     Closed,
     Decoder,
@@ -53,6 +54,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Listening, INTS),
     st.builds(Closed, INTS),
     st.builds(Failed, TEXTS, TEXTS),
+    st.builds(Beat, INTS),
     st.just(Leave()),
     st.builds(Drain, SECONDS, st.booleans()),
 )
@@ -66,6 +68,7 @@ EXAMPLES: list[Message] = [
     Listening(3),
     Closed(3),
     Failed("ImportError: no module named 'app'", "Traceback …"),
+    Beat(150),
     Leave(),
     Drain(30.0, False, True),
 ]

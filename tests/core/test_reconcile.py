@@ -17,19 +17,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from clusterserve.core.connection import IllegalStep
 from clusterserve.core.lifecycle import WorkerEvent, WorkerState
 from clusterserve.core.reconcile import (
+    Abort,
     Action,
     Drain,
     Kill,
-    Limits,
-    Member,
     Plan,
-    Roster,
     Spawn,
     Stop,
     Target,
     Verdict,
     plan,
 )
+from clusterserve.core.roster import Limits, Member, Roster
+from clusterserve.core.wear import Wear
 
 ONLINE, LISTENING, DISCONNECTED, EXITED = (
     WorkerEvent.ONLINE, WorkerEvent.LISTENING, WorkerEvent.DISCONNECTED, WorkerEvent.EXITED,
@@ -39,20 +39,24 @@ ONLINE, LISTENING, DISCONNECTED, EXITED = (
 class Driver:
     """A shell without processes: it executes plans, and every execution is a fact."""
 
-    def __init__(self, target: Target, limits: Limits | None = None) -> None:
+    def __init__(self, target: Target, limits: Limits | None = None, wear: Wear | None = None) -> None:
         self.roster = Roster(limits or Limits())
         self.target = target
+        #: What each new worker may take.
+        self.wear = wear or Wear()
         self.now = 1000.0
         self.deadline: float | None = None
         self.verdict = Verdict.RUNNING
+        self.stuck: tuple[int, ...] = ()
         #: (when, what) of all that was ever ordered.
         self.log: list[tuple[float, Action]] = []
 
     def ask(self) -> Plan:
         """Ask once; the plan is checked for what holds of any plan."""
-        roster, before = self.roster, deepcopy(self.roster)
+        # As text: copies of it all would take most of the time of these tests.
+        roster, before = self.roster, repr(self.roster)
         answer = plan(self.target, roster, self.now)
-        assert roster == before
+        assert repr(roster) == before
         assert answer.deadline is None or answer.deadline > self.now
         assert len(set(answer.actions)) == len(answer.actions)
         return answer
@@ -62,7 +66,7 @@ class Driver:
         done: list[Action] = []
         for _ in range(5):
             answer = self.ask()
-            self.deadline, self.verdict = answer.deadline, answer.verdict
+            self.deadline, self.verdict, self.stuck = answer.deadline, answer.verdict, answer.stuck
             if not answer.actions:
                 return done
             assert set(done).isdisjoint(answer.actions)
@@ -74,11 +78,27 @@ class Driver:
     def execute(self, action: Action) -> None:
         self.log.append((self.now, action))
         if isinstance(action, Spawn):
-            self.roster.spawned(action.slot, action.generation, self.now)
+            self.roster.spawned(action.slot, action.generation, self.now, replace(self.wear))
         elif isinstance(action, Drain):
+            assert not self.roster.members[action.worker].doomed
             self.roster.drained(action.worker, action.quick, self.now)
+        elif isinstance(action, Abort):
+            self.roster.aborted(action.worker, self.now)
         else:
             self.roster.killed(action.worker)
+
+    def looks(self, seconds: float, *, every: float = 1.0, but: int = 0) -> list[Action]:
+        """The master looks at its workers as time goes by; all but one send their heartbeats."""
+        done: list[Action] = []
+        end = self.now + seconds
+        while self.now < end:
+            self.now += every
+            for member in self.roster.members.values():
+                if member.id != but and member.listening is not None:
+                    self.roster.heard(member.id, member.wear.served, self.now)
+            self.roster.looked(self.now)
+            done += self.reconcile()
+        return done
 
     def happens(self, id: int, *events: WorkerEvent) -> list[Action]:
         for event in events:
@@ -100,9 +120,9 @@ class Driver:
         return {member.slot: member.id for member in self.roster.members.values() if member.current}
 
 
-def running(count: int = 2, limits: Limits | None = None) -> Driver:
+def running(count: int = 2, limits: Limits | None = None, wear: Wear | None = None) -> Driver:
     """A cluster whose workers 1 … count have been listening for a while, at time 1010."""
-    driver = Driver(Target(count), limits)
+    driver = Driver(Target(count), limits, wear)
     driver.reconcile()
     for id in range(1, count + 1):
         driver.happens(id, ONLINE, LISTENING)
@@ -242,6 +262,23 @@ class TestRespawn:
         assert driver.happens(5, EXITED) == [Spawn(0, 1)]
         assert driver.happens(6, EXITED) == []
         assert driver.deadline == pytest.approx(1013.1)
+
+    def test_failures_are_forgotten_when_a_healthy_worker_is_told_to_leave(self) -> None:
+        driver = running(1, Limits(backoff=1.0, backoff_max=100.0, min_uptime=1.0))
+        driver.happens(1, EXITED)
+        for id in (2, 3, 4):
+            driver.happens(id, EXITED)
+            assert driver.deadline is not None
+            driver.at(driver.deadline)
+        driver.happens(5, ONLINE, LISTENING)
+        driver.now += 0.5
+        driver.wants(count=0)
+        assert driver.roster.slots[0].failures == 3
+        driver.wants(count=1)
+        driver.happens(6, ONLINE, LISTENING)
+        driver.now += 1.0
+        driver.wants(count=0)
+        assert driver.roster.slots[0].failures == 0
 
     def test_slots_fail_each_for_itself(self) -> None:
         driver = running(2, Limits(backoff=1.0))
@@ -423,14 +460,15 @@ class TestReload:
 
     def test_another_reload_in_the_moment_a_replacement_came_up(self) -> None:
         """1. A replacement listens.  2. Before that is acted upon, the next generation is wanted.
-        Result: the oldest leaves all the same, so that the slot never has three.
+        Result: the oldest leaves all the same, so that the slot never has three; the slot with the oldest worker is
+        first.
         """
         driver = running(2)
         driver.wants(generation=2)
         driver.roster.happened(3, ONLINE, driver.now)
         driver.roster.happened(3, LISTENING, driver.now)
-        assert driver.wants(generation=3) == [Spawn(0, 3), Drain(1, False, False, True)]
-        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(1, 3), Drain(3, False, False, True)]
+        assert driver.wants(generation=3) == [Spawn(1, 3), Drain(1, False, False, True)]
+        assert driver.happens(4, ONLINE, LISTENING) == [Spawn(0, 3), Drain(2, False, False, True)]
 
     def test_back_to_the_old_generation(self) -> None:
         driver = running(3, Limits(surge=2))
@@ -461,6 +499,266 @@ class TestReload:
             Drain(1, False, True, True),
             Drain(2, False, True, True),
         ]
+
+
+class TestWornWorkers:
+    """A worker that has taken enough is replaced: the replacement listens before it leaves."""
+
+    def test_the_replacement_listens_first(self) -> None:
+        driver = running(2, wear=Wear(requests=100))
+        assert not driver.roster.heard(1, 99, driver.now)
+        assert driver.reconcile() == []
+        assert driver.roster.heard(1, 100, driver.now)
+        assert driver.reconcile() == [Spawn(0, 1, 1, "has served 100 requests")]
+        assert driver.happens(3, ONLINE) == []
+        assert driver.happens(3, LISTENING) == [Drain(1, False, False, True)]
+        assert driver.happens(1, EXITED) == []
+        assert (driver.slots, driver.verdict) == ({0: 3, 1: 2}, Verdict.SETTLED)
+
+    def test_one_at_a_time_and_the_oldest_first(self) -> None:
+        driver = running(3, wear=Wear(requests=100))
+        driver.happens(1, EXITED)
+        driver.happens(4, ONLINE, LISTENING)
+        for id in (2, 3, 4):
+            driver.roster.heard(id, 100 + id, driver.now)
+        assert driver.reconcile() == [Spawn(1, 1, 2, "has served 102 requests")]
+        assert driver.happens(5, ONLINE, LISTENING) == [
+            Spawn(2, 1, 3, "has served 103 requests"),
+            Drain(2, False, False, True),
+        ]
+        assert driver.happens(6, ONLINE, LISTENING) == [
+            Spawn(0, 1, 4, "has served 104 requests"),
+            Drain(3, False, False, True),
+        ]
+
+    def test_surge_at_a_time(self) -> None:
+        driver = running(3, Limits(surge=2), Wear(requests=1))
+        for id in (1, 2, 3):
+            driver.roster.heard(id, 1, driver.now)
+        assert [action.slot for action in driver.reconcile() if isinstance(action, Spawn)] == [0, 1]
+
+    def test_a_replacement_that_cannot_start_leaves_the_worn_one_serving(self) -> None:
+        driver = running(2, Limits(backoff=1.0, backoff_max=2.0), Wear(requests=100))
+        driver.roster.heard(1, 100, driver.now)
+        driver.roster.heard(2, 100, driver.now)
+        spawn = Spawn(0, 1, 1, "has served 100 requests")
+        assert driver.reconcile() == [spawn]
+        for id, wait in ((3, 1.0), (4, 2.0), (5, 2.0)):
+            # Nor is it tried with the other one: what made this one fail may make that one fail too.
+            assert driver.happens(id, ONLINE, EXITED) == []
+            assert driver.verdict is Verdict.SETTLED
+            assert driver.deadline == driver.now + wait
+            assert driver.slots == {0: 1, 1: 2}
+            assert driver.at(driver.deadline) == [spawn]
+        assert driver.happens(6, ONLINE, LISTENING)[1] == Drain(1, False, False, True)
+
+    def test_a_worn_worker_that_dies_before_its_replacement_listens(self) -> None:
+        driver = running(1, wear=Wear(requests=1))
+        driver.roster.heard(1, 1, driver.now)
+        driver.reconcile()
+        assert driver.happens(1, EXITED) == []
+        assert driver.happens(2, ONLINE, LISTENING) == []
+        assert driver.verdict is Verdict.SETTLED
+
+    def test_a_replacement_that_is_worn_at_once(self) -> None:
+        driver = running(1, wear=Wear(requests=1))
+        driver.roster.heard(1, 1, driver.now)
+        driver.reconcile()
+        driver.roster.happened(2, ONLINE, driver.now)
+        driver.roster.happened(2, LISTENING, driver.now)
+        driver.roster.heard(2, 1, driver.now)
+        assert driver.reconcile() == [Spawn(0, 1, 2, "has served 1 requests"), Drain(1, False, False, True)]
+
+    def test_a_worn_worker_of_a_slot_that_is_not_wanted_just_leaves(self) -> None:
+        driver = running(2, wear=Wear(requests=1))
+        driver.roster.heard(2, 1, driver.now)
+        assert driver.wants(count=1) == [Drain(2, False, False, True)]
+
+    def test_a_reload_replaces_the_worn_as_well(self) -> None:
+        driver = running(1, wear=Wear(requests=1))
+        driver.roster.heard(1, 1, driver.now)
+        driver.reconcile()
+        assert driver.wants(generation=2) == [Spawn(0, 2), Drain(2, False, True, True)]
+        assert driver.happens(3, ONLINE, LISTENING) == [Drain(1, False, False, True)]
+
+    def test_after_a_rejected_reload_the_worn_one_stays_and_it_is_tried_again(self) -> None:
+        driver = running(1, Limits(backoff=1.0), Wear(requests=1))
+        driver.wants(generation=2)
+        driver.roster.heard(1, 1, driver.now)
+        driver.happens(2, EXITED)
+        assert driver.verdict is Verdict.REJECTED
+        assert driver.wants(generation=1) == []
+        assert driver.at(1011.0) == [Spawn(0, 1, 1, "has served 1 requests")]
+        assert driver.slots == {0: 3}
+        assert driver.happens(3, EXITED) == []
+        assert (driver.slots, driver.deadline) == ({0: 1}, 1013.0)
+
+    def test_nobody_is_replaced_who_boots_or_leaves(self) -> None:
+        driver = Driver(Target(1), wear=Wear(requests=1))
+        driver.reconcile()
+        driver.roster.heard(1, 5, driver.now)
+        assert driver.reconcile() == []
+        driver.wants(count=0)
+        driver.roster.heard(1, 6, driver.now)
+        assert driver.reconcile() == []
+
+    def test_age_is_a_deadline(self) -> None:
+        driver = running(2, wear=Wear(lifetime=60.0))
+        assert driver.deadline == 1060.0
+        assert driver.at(1059.0) == []
+        assert driver.at(1060.0) == [Spawn(0, 1, 1, "has served for 60 s")]
+        driver.now = 1061.0
+        assert driver.happens(3, ONLINE, LISTENING) == [
+            Spawn(1, 1, 2, "has served for 60 s"),
+            Drain(1, False, False, True),
+        ]
+        driver.happens(1, EXITED)
+        driver.happens(4, ONLINE, LISTENING)
+        driver.happens(2, EXITED)
+        assert (driver.verdict, driver.deadline) == (Verdict.SETTLED, 1121.0)
+
+    def test_memory(self) -> None:
+        driver = running(1, wear=Wear(rss=1 << 20, samples=2))
+        assert not driver.roster.weighed(1, 2 << 20, driver.now)
+        assert driver.roster.weighed(1, 2 << 20, driver.now)
+        assert driver.reconcile() == [Spawn(0, 1, 1, "holds 2 MiB of memory, more than 1")]
+
+
+class TestHungWorkers:
+    """Silence, told by looks of a master that is awake."""
+
+    ABORT = Abort(1, "its event loop has not turned for 4 s")
+
+    def test_it_is_told_to_write_its_stacks_and_then_killed(self) -> None:
+        driver = running(2, Limits(timeout=4.0, abort=1.0))
+        assert driver.looks(5.0, but=1) == []
+        assert driver.looks(1.0, but=1) == [self.ABORT]
+        assert driver.deadline == driver.now + 1.0
+        assert driver.at(driver.deadline) == [Kill(1, "it was hung, and did not die of SIGABRT")]
+        assert driver.happens(1, EXITED) == [Spawn(0, 1)]
+        assert driver.slots == {0: 3, 1: 2}
+
+    def test_it_mostly_dies_of_the_first(self) -> None:
+        driver = running(1, Limits(timeout=4.0))
+        driver.looks(6.0, but=1)
+        assert driver.happens(1, EXITED) == [Spawn(0, 1)]
+        assert driver.looks(20.0) == []
+
+    def test_who_is_heard_of_in_time_is_not_hung(self) -> None:
+        driver = running(1, Limits(timeout=4.0))
+        for _ in range(5):
+            assert driver.looks(4.0, but=1) == []
+            driver.roster.heard(1, 0, driver.now)
+
+    def test_off(self) -> None:
+        driver = running(1, Limits(timeout=0.0))
+        assert driver.looks(1000.0, but=1) == []
+
+    @pytest.mark.parametrize("slept", [10.0, 3600.0])
+    def test_what_a_master_that_slept_did_not_hear_does_not_count(self, slept: float) -> None:
+        """1. A worker has been silent for a while.  2. Everything sleeps.  3. The master wakes first, twice.
+        Result: the worker has the time that a worker has between two heartbeats, and more.
+        """
+        driver = running(1, Limits(timeout=4.0))
+        driver.looks(2.0, but=1)
+        assert driver.looks(slept, every=slept, but=1) == []
+        assert driver.looks(1.0, but=1) == []
+        driver.roster.heard(1, 0, driver.now)
+        assert driver.looks(4.0, but=1) == []
+
+    def test_a_master_that_is_always_late_counts_its_looks(self) -> None:
+        driver = running(1, Limits(timeout=4.0))
+        assert driver.looks(90.0, every=20.0, but=1) == []
+        assert driver.looks(20.0, every=20.0, but=1) == [self.ABORT]
+
+    def test_who_boots_has_a_time_of_its_own(self) -> None:
+        driver = Driver(Target(1), Limits(timeout=4.0, boot=60.0))
+        driver.reconcile()
+        driver.roster.looked(driver.now)
+        assert driver.looks(59.0) == []
+        driver.happens(1, ONLINE, LISTENING)
+        # Its silence begins with its listening, in the midst between two looks.
+        driver.now += 0.5
+        driver.roster.looked(driver.now)
+        assert driver.roster.members[1].silence == pytest.approx(0.5)
+
+    def test_who_leaves_has_a_time_of_its_own(self) -> None:
+        driver = running(1, Limits(timeout=4.0, graceful=30.0))
+        driver.wants(count=0)
+        assert driver.looks(29.0, but=1) == []
+
+    def test_a_hung_worker_is_not_told_to_stop(self) -> None:
+        driver = running(2, Limits(timeout=4.0))
+        driver.looks(6.0, but=1)
+        assert driver.wants(stop=Stop.GRACEFUL) == [Drain(2, False, False, False)]
+        assert driver.at(driver.now + 1.0) == [Kill(1, "it was hung, and did not die of SIGABRT")]
+
+    def test_nor_to_make_place(self) -> None:
+        driver = running(2, Limits(timeout=4.0))
+        driver.looks(6.0, but=2)
+        assert driver.wants(count=1) == []
+
+    def test_a_hung_worker_of_the_old_generation(self) -> None:
+        driver = running(1, Limits(timeout=4.0))
+        driver.looks(6.0, but=1)
+        assert driver.wants(generation=2) == [Spawn(0, 2)]
+        assert driver.happens(2, ONLINE, LISTENING) == []
+        assert driver.happens(1, EXITED) == []
+        assert driver.verdict is Verdict.SETTLED
+
+
+class TestAChangeThatMayNeverBe:
+    def test_a_new_slot_whose_workers_die(self) -> None:
+        driver = running(1, Limits(tries=3))
+        driver.wants(count=2)
+        for id in (2, 3, 4):
+            assert driver.stuck == ()
+            driver.happens(id, ONLINE, EXITED)
+            assert driver.verdict is Verdict.RUNNING
+            assert driver.deadline is not None
+            if id < 4:
+                driver.at(driver.deadline)
+        assert driver.stuck == (1,)
+        # It goes on, and who comes to listen after all is welcome.
+        assert driver.at(driver.deadline) == [Spawn(1, 1)]
+        driver.happens(5, ONLINE, LISTENING)
+        assert (driver.stuck, driver.verdict) == ((), Verdict.SETTLED)
+
+    def test_a_reload_of_which_only_the_first_came_up(self) -> None:
+        driver = running(2, Limits(tries=2))
+        driver.wants(generation=2)
+        driver.happens(3, ONLINE, LISTENING)
+        driver.happens(1, EXITED)
+        driver.happens(4, EXITED)
+        assert driver.stuck == ()
+        assert driver.deadline is not None
+        driver.at(driver.deadline)
+        driver.happens(5, EXITED)
+        assert driver.stuck == (1,)
+        assert driver.slots == {0: 3, 1: 2}
+
+    def test_who_orders_a_change_has_not_failed_yet(self) -> None:
+        driver = running(1, Limits(tries=1, backoff=10.0))
+        driver.wants(count=2)
+        driver.happens(2, EXITED)
+        assert driver.stuck == (1,)
+        driver.roster.forgiven(driver.now)
+        assert driver.wants(count=3) == [Spawn(1, 1), Spawn(2, 1)]
+        assert driver.stuck == ()
+
+    def test_a_worn_worker_that_cannot_be_replaced_serves(self) -> None:
+        driver = running(1, Limits(tries=1), Wear(requests=1))
+        driver.roster.heard(1, 1, driver.now)
+        driver.reconcile()
+        driver.happens(2, EXITED)
+        assert driver.stuck == ()
+
+    def test_at_the_end_nobody_waits(self) -> None:
+        driver = running(1, Limits(tries=1))
+        driver.wants(count=2)
+        driver.happens(2, EXITED)
+        driver.wants(stop=Stop.GRACEFUL)
+        assert driver.stuck == ()
 
 
 class TestStop:
@@ -502,6 +800,14 @@ class TestStop:
         driver.happens(4, ONLINE, LISTENING)
         assert driver.wants(stop=Stop.GRACEFUL) == [Drain(2, False, False, False), Drain(4, False, False, False)]
 
+    def test_who_was_killed_is_told_nothing(self) -> None:
+        driver = running(1, Limits(boot=60.0))
+        driver.wants(count=2)
+        driver.at(1070.0)
+        assert driver.roster.members[2].killed
+        assert driver.wants(stop=Stop.GRACEFUL) == [Drain(1, False, False, False)]
+        assert driver.wants(stop=Stop.QUICK) == [Drain(1, True, False, False)]
+
     def test_nobody_is_replaced_any_more(self) -> None:
         driver = running(2)
         driver.wants(stop=Stop.GRACEFUL)
@@ -526,6 +832,9 @@ class TestRoster:
             backoff_max=15.0,
             min_uptime=1.0,
             surge=1,
+            timeout=30.0,
+            abort=1.0,
+            tries=3,
         )
 
     def test_ids_are_never_reused(self) -> None:
@@ -575,14 +884,18 @@ class TestRoster:
         assert driver.roster.members == {}
 
 
-LIMITS = Limits(boot=10.0, graceful=5.0, quick=2.0, disconnected=3.0, backoff=0.1, backoff_max=2.0, min_uptime=1.0)
+LIMITS = Limits(
+    boot=10.0, graceful=5.0, quick=2.0, disconnected=3.0, backoff=0.1, backoff_max=2.0, min_uptime=1.0, timeout=4.0
+)
+#: What a worker of the machine may take.
+WEAR = Wear(requests=10)
 #: How long a process that behaves takes for anything.
 PACE = 0.25
 ONE = st.integers(0, 11)
 
 
 class Cluster(RuleBasedStateMachine):
-    """Processes that boot, hang, disconnect and die as they like, under a target that changes as it likes."""
+    """Processes that boot, serve, hang, disconnect and die as they like, under a target that changes as it likes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -598,7 +911,7 @@ class Cluster(RuleBasedStateMachine):
 
     @initialize(count=st.integers(1, 4), surge=st.integers(1, 2))
     def start(self, count: int, surge: int) -> None:
-        self.driver = Driver(Target(count), replace(LIMITS, surge=surge))
+        self.driver = Driver(Target(count), replace(LIMITS, surge=surge), WEAR)
         self.reconcile()
 
     # -- what happens to processes --
@@ -636,6 +949,25 @@ class Cluster(RuleBasedStateMachine):
         self.driver.now += delay
         self.reconcile()
 
+    @rule(delay=st.sampled_from([0.5, 1.0, 1.0, 60.0]), times=st.integers(1, 4))
+    def the_master_looks(self, delay: float, times: int) -> None:
+        """Who hangs is silent."""
+        for _ in range(times):
+            self.driver.now += delay
+            for member in self.members(WorkerState.LISTENING):
+                if member.id not in self.hung:
+                    self.driver.roster.heard(member.id, 0, self.driver.now)
+            self.driver.roster.looked(self.driver.now)
+            self.reconcile()
+
+    @rule(number=ONE, served=st.integers(5, 12), then=st.booleans())
+    def one_serves(self, number: int, served: int, then: bool) -> None:
+        members = self.members(WorkerState.LISTENING, WorkerState.DRAINING)
+        if members:
+            self.driver.roster.heard(members[number % len(members)].id, served, self.driver.now)
+        if then:
+            self.reconcile()
+
     # -- what is wanted --
 
     @rule(count=st.integers(0, 5), then=st.booleans())
@@ -670,9 +1002,10 @@ class Cluster(RuleBasedStateMachine):
         self.reconcile()
         begin = driver.now
         events: dict[int, float] = {}
-        while driver.verdict is Verdict.RUNNING:
+        while driver.verdict is Verdict.RUNNING or self.worn:
             for member in driver.roster.members.values():
-                moves = member.id not in self.hung and (member.drained is not None or member.listening is None)
+                asked = member.drained is not None or member.aborted is not None
+                moves = member.id not in self.hung and (asked or member.listening is None)
                 if moves or member.killed or (member.disconnected is not None and member.id not in self.hung):
                     events.setdefault(member.id, driver.now + PACE)
                 else:
@@ -686,7 +1019,7 @@ class Cluster(RuleBasedStateMachine):
                     self.advance(id)
             self.reconcile()
             # Each slot may wait for a kill, a back-off and two boots, one slot after another.
-            bound = (len(driver.roster.slots) + 1) * (LIMITS.boot + LIMITS.graceful + LIMITS.backoff_max + 8 * PACE)
+            bound = (len(driver.roster.slots) + 1) * 2 * (LIMITS.boot + LIMITS.graceful + LIMITS.backoff_max + 8 * PACE)
             assert driver.now - begin <= bound
 
         if driver.target.stop is not Stop.NO:
@@ -702,6 +1035,12 @@ class Cluster(RuleBasedStateMachine):
 
     # -- the shell --
 
+    @property
+    def worn(self) -> bool:
+        """Whether a worker that should be replaced still serves."""
+        stops = self.driver.target.stop is not Stop.NO
+        return not stops and any(member.worn(self.driver.now) for member in self.members(WorkerState.LISTENING))
+
     def advance(self, id: int) -> bool:
         """The next step of a process that does as it should, if it has one to make; whether it had."""
         member = self.driver.roster.members[id]
@@ -709,7 +1048,7 @@ class Cluster(RuleBasedStateMachine):
             self.exits(id)
         elif id in self.hung:
             return False
-        elif member.drained is not None or member.state is WorkerState.DISCONNECTED:
+        elif member.drained is not None or member.aborted is not None or member.state is WorkerState.DISCONNECTED:
             self.exits(id)
         elif member.state is WorkerState.LISTENING:
             return False
@@ -751,6 +1090,8 @@ class Cluster(RuleBasedStateMachine):
                 assert action.generation == driver.target.generation
                 assert was_proven or action.slot not in self.unproven
                 assert driver.now >= self.failed.get(action.slot, 0.0) + LIMITS.backoff
+            elif isinstance(action, Drain):
+                self.check_who_leaves(driver.roster.members[action.worker], action)
         self.ever += [id for id in driver.roster.members if id > (self.ever[-1] if self.ever else 0)]
         self.check_nobody_is_too_many()
         if driver.verdict is Verdict.REJECTED:
@@ -762,14 +1103,22 @@ class Cluster(RuleBasedStateMachine):
 
     # -- what must hold --
 
+    def check_who_leaves(self, member: Member, order: Drain) -> None:
+        """Nobody who serves leaves a slot that is wanted before another serves there."""
+        if member.listening is not None and self.driver.now - member.listening >= LIMITS.min_uptime:
+            self.failed.pop(member.slot, None)
+        if member.listening is not None and order.keep and member.slot < self.driver.target.count:
+            assert any(other.slot == member.slot for other in self.members(WorkerState.LISTENING))
+
     def check_nobody_is_too_many(self) -> None:
         """After every plan; between a fact and the plan it leads to there is nothing to hold."""
-        current = [member for member in self.driver.roster.members.values() if member.current]
+        current = [member for member in self.driver.roster.members.values() if member.current and not member.doomed]
         if self.driver.target.stop is not Stop.NO:
             assert current == []
             return
         assert len(current) <= self.driver.target.count + self.driver.roster.limits.surge
-        places = Counter((member.slot, member.generation) for member in current)
+        now = self.driver.now
+        places = Counter((member.slot, member.generation, bool(member.worn(now))) for member in current)
         assert all(count == 1 for count in places.values())
         assert all(member.slot < self.driver.target.count for member in current)
 
@@ -782,12 +1131,16 @@ class Cluster(RuleBasedStateMachine):
     def each_signal_is_ordered_once(self) -> None:
         drains: dict[int, list[Drain]] = {}
         kills: list[int] = []
+        aborts: list[int] = []
         for _, action in self.driver.log:
             if isinstance(action, Drain):
                 drains.setdefault(action.worker, []).append(action)
             elif isinstance(action, Kill):
                 kills.append(action.worker)
+            elif isinstance(action, Abort):
+                aborts.append(action.worker)
         assert len(set(kills)) == len(kills)
+        assert len(set(aborts)) == len(aborts)
         for orders in drains.values():
             assert [order.quick for order in orders] in ([False], [True], [False, True])
 
@@ -802,6 +1155,8 @@ class Cluster(RuleBasedStateMachine):
                 earliest[len(born)] = when + LIMITS.disconnected
             elif isinstance(action, Drain):
                 earliest[action.worker] = when + (LIMITS.quick if action.quick else LIMITS.disconnected)
+            elif isinstance(action, Abort):
+                earliest[action.worker] = when + LIMITS.abort
             else:
                 assert when >= min(earliest[action.worker], born[action.worker - 1] + LIMITS.boot)
 

@@ -149,6 +149,43 @@ def test_broken_code_leaves_the_old_one_serving(serve: Serve, code: Code, broken
     assert not server.found("no worker process could be started")
 
 
+def test_after_a_reload_that_failed_a_dead_worker_is_replaced_as_soon_as_the_code_allows(
+    serve: Serve, code: Code
+) -> None:
+    """There is no other code to start from than the files.  Result: the others serve, it is loud, and tried again."""
+    server = serve(
+        *("--restart-backoff", "0.1", "--restart-backoff-max", "0.2"),
+        app="reloaded:app",
+        workers=2,
+        noise=True,
+        env={"PYTHONPATH": str(code.path.parent)},
+    )
+    victim, other = server.workers
+    code.is_("raise RuntimeError('its own trouble')")
+    server.signal(signal.SIGHUP)
+    server.wait_for("Reload failed, generation 2 cannot start")
+    os.kill(victim.pid, signal.SIGKILL)
+    server.wait_for("starts from the files as they are now, from which generation 2 could not start", count=3)
+    server.wait_for("its own trouble", count=4)
+    assert server.get("/").text == f"one {other.pid}"
+    code.says("two")
+    eventually(lambda: [each.slot for each in server.workers] == [0, 1], "both slots have a worker")
+    assert {server.get("/").text.split()[0] for _ in range(20)} == {"one", "two"}
+
+
+def test_surge_at_a_time(serve: Serve, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    server = serve("--reload-surge", "2", app="tests.helpers.apps.gated:app", workers=3, env={"GATE_FILE": str(gate)})
+    gate.touch()
+    server.signal(signal.SIGHUP)
+    server.wait_for("waits at the gate", count=2)
+    assert len(proc.children(server.pid)) == 5
+    gate.unlink()
+    reloaded(server, 4, 3)
+    # The third could start only after one of the two.
+    assert len(server.found("waits at the gate")) == 2
+
+
 def test_a_reload_during_a_reload(serve: Serve) -> None:
     server = serve(app=FULL, workers=2)
     with under_load(server.address, clients=2) as load:

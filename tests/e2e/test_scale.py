@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 
-from clusterserve import Cluster, ClusterError, SettingsError
+from clusterserve import BootError, Cluster, ClusterError, SettingsError
 from tests.helpers import proc
 from tests.helpers.load import under_load
 from tests.helpers.raw import Address, Client
@@ -58,6 +59,46 @@ def test_the_highest_slot_goes_and_is_filled_again(serve: Serve) -> None:
     server.signal(signal.SIGTTIN)
     settles(server, 2)
     assert [(worker.id, worker.slot) for worker in server.workers] == [(1, 0), (3, 1)]
+
+
+BROKEN_IN_SLOT_1 = """
+import os
+async def app(scope, receive, send):
+    raise NotImplementedError
+if os.environ["CLUSTERSERVE_WORKER_SLOT"] == "1" and not os.path.exists(__file__ + ".repaired"):
+    raise RuntimeError("slot 1 is not for me")
+"""
+
+
+def test_who_waits_for_a_worker_that_cannot_start_hears_of_it(tmp_path: Path) -> None:
+    (tmp_path / "broken_in_slot_1.py").write_text(BROKEN_IN_SLOT_1)
+    with Cluster(
+        "broken_in_slot_1:app", app_dir=str(tmp_path), bind="127.0.0.1:0", workers=1, restart_backoff=0.01
+    ) as cluster:
+        with pytest.raises(BootError) as raised:
+            cluster.scale(2)
+        assert "slot 1" in str(raised.value)
+        assert "the cluster goes on trying" in str(raised.value)
+        assert "slot 1 is not for me" in raised.value.traceback
+        assert cluster.workers[0].state == "listening"
+        # As many as it was told it wants still.
+        (tmp_path / "broken_in_slot_1.py.repaired").touch()
+        cluster.scale(2)
+        assert [worker.slot for worker in cluster.workers] == [0, 1]
+
+
+def test_a_signal_that_asks_for_what_cannot_start_is_told_once(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "broken_in_slot_1.py").write_text(BROKEN_IN_SLOT_1)
+    server = serve(
+        *("--app-dir", str(tmp_path), "--restart-backoff", "0.01", "--restart-backoff-max", "0.05"),
+        app="broken_in_slot_1:app",
+        noise=True,
+    )
+    server.signal(signal.SIGTTIN)
+    server.wait_for("RuntimeError: slot 1 is not for me", count=4)
+    assert len(server.found("Not done yet: workers die again and again before they are of use, in slot 1")) == 1
+    server.signal(signal.SIGTTOU)
+    settles(server, 1)
 
 
 def test_a_reload_keeps_the_new_number(serve: Serve) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -58,6 +59,19 @@ async def block() -> object:
     print("in the handler", flush=True)
     while True:
         time.sleep(3600)  # noqa: ASYNC251 - that is what it is for
+
+
+def in_a_thread() -> None:
+    time.sleep(3600)
+
+
+async def threads() -> object:
+    await asyncio.to_thread(in_a_thread)
+    return None
+
+
+async def count_threads() -> object:
+    return threading.active_count()
 
 
 async def busy() -> object:

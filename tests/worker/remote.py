@@ -175,4 +175,6 @@ def starting(environment: Mapping[str, str] | None = None, **options: Any) -> It
 
 
 def settings(app: str, **values: Any) -> Settings:
-    return Settings.create(**{"app": app, "workers": 1, "bind": "127.0.0.1:0", "access_log": False, **values})
+    # No heartbeats between the messages that a test waits for.
+    given = {"app": app, "workers": 1, "bind": "127.0.0.1:0", "access_log": False, "timeout": 0, **values}
+    return Settings.create(**given)

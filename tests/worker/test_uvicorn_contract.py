@@ -295,6 +295,23 @@ async def test_the_tasks_are_the_running_requests(
         await leave(writer)
 
 
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+async def test_the_total_counts_the_requests_that_are_done(
+    loop: Loop, application: Application, records: list[logging.LogRecord], http: str
+) -> None:
+    server = uvicorn.Server(configuration(application, http=http))
+    async with serving(server) as address:
+        reader, writer = await ask(address, "/hello")
+        await reader.readuntil(b"hello")
+        _, waiting = await ask(address, "/wait")
+        await until(lambda: application.running, "the second request runs")
+        assert server.server_state.total_requests == 1
+        application.go.set()
+        await until(lambda: server.server_state.total_requests == 2, "it is counted when it is done")
+        for each in (writer, waiting):
+            await leave(each)
+
+
 async def test_cutting_what_it_waits_for_ends_its_waiting(
     loop: Loop, application: Application, records: list[logging.LogRecord]
 ) -> None:

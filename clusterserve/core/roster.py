@@ -1,0 +1,196 @@
+"""Who is there: every worker that is not dead, and what is remembered of the slots.
+
+The roster changes only by facts; `plan` (reconcile.py) reads it and says what follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .heartbeat import pace
+from .lifecycle import WorkerEvent, WorkerState, step
+from .wear import Wear
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Times in seconds; 0 switches `boot` and `timeout` off."""
+
+    boot: float = 60.0
+    graceful: float = 30.0
+    quick: float = 2.0
+    #: A worker whose channel is closed should be dead by then.
+    disconnected: float = 5.0
+    backoff: float = 0.1
+    backoff_max: float = 15.0
+    #: A worker that listened this long was healthy: its slot's failures are forgotten.
+    min_uptime: float = 1.0
+    #: Replacements that may boot while those they replace still serve.
+    surge: int = 1
+    #: A worker whose event loop has not turned for so long is hung.
+    timeout: float = 30.0
+    #: What it then has to write its stacks and die of it.
+    abort: float = 1.0
+    #: Failures in a row after which whoever waits for a slot is told.  The cluster goes on trying.
+    tries: int = 3
+
+
+@dataclass
+class Member:
+    """One worker process, from spawn to exit."""
+
+    id: int
+    slot: int
+    generation: int
+    spawned: float
+    state: WorkerState = WorkerState.NONE
+    listening: float | None = None
+    #: When it was told to drain (again), and whether quickly.
+    drained: float | None = None
+    quick: bool = False
+    disconnected: float | None = None
+    #: When it was told to write its stacks, for being hung.
+    aborted: float | None = None
+    killed: bool = False
+    wear: Wear = field(default_factory=Wear)
+    #: When it was last heard of, and for how long the master has listened since, in vain.
+    heard: float = 0.0
+    silence: float = 0.0
+
+    @property
+    def current(self) -> bool:
+        """Neither leaving nor gone."""
+        return self.state in (WorkerState.NONE, WorkerState.ONLINE, WorkerState.LISTENING)
+
+    @property
+    def doomed(self) -> bool:
+        """It is being killed: what it is told now it does not hear."""
+        return self.killed or self.aborted is not None
+
+    def worn(self, now: float) -> str:
+        """Why it needs a replacement ("has served 1000 requests"); empty if it does not."""
+        return "" if self.listening is None else self.wear.reason(self.listening, now)
+
+
+@dataclass
+class Slot:
+    """What is remembered of a place after its worker died."""
+
+    failures: int = 0
+    not_before: float = 0.0
+
+
+@dataclass
+class Roster:
+    """Every worker that is not dead, and the slots.  Changed only by facts."""
+
+    limits: Limits
+    members: dict[int, Member] = field(default_factory=dict)
+    slots: dict[int, Slot] = field(default_factory=dict)
+    #: Whether any worker ever listened, and the newest generation of which one did.
+    proven: int = 0
+    #: The newest generation of which one left before any of it had listened, while an older one serves.
+    rejected: int = 0
+    _ids: int = 0
+    _looked: float | None = None
+
+    def spawned(self, slot: int, generation: int, now: float, wear: Wear | None = None) -> Member:
+        """A process was started in `slot`; gives it its id (1, 2, 3 …, never reused)."""
+        self._ids += 1
+        member = self.members[self._ids] = Member(self._ids, slot, generation, now, wear=wear or Wear())
+        self.slots.setdefault(slot, Slot())
+        return member
+
+    def happened(self, id: int, event: WorkerEvent, now: float) -> Member:
+        """A fact about worker `id`; raises `IllegalStep` for one that cannot be."""
+        member = self.members[id]
+        current = member.current
+        member.state = step(member.state, event)
+        if current and event in (WorkerEvent.DISCONNECTED, WorkerEvent.EXITED):
+            # Unasked, and counted when it stops serving: the channel's end and the exit are one failure.
+            self._failed(member, now)
+        if event is WorkerEvent.LISTENING and member.state is WorkerState.LISTENING and member.listening is None:
+            member.listening = member.heard = now
+            self.proven = max(self.proven, member.generation)
+        elif event is WorkerEvent.DISCONNECTED:
+            member.disconnected = now
+        elif event is WorkerEvent.EXITED:
+            del self.members[id]
+        return member
+
+    def drained(self, id: int, quick: bool, now: float) -> None:
+        """Worker `id` was told to drain."""
+        member = self.happened(id, WorkerEvent.DRAIN, now)
+        if member.drained is None and self._healthy(member, now):
+            self._recovered(self.slots[member.slot], now)
+        member.drained, member.quick = now, quick
+
+    def aborted(self, id: int, now: float) -> None:
+        """Worker `id` was told to write its stacks, and will not live."""
+        self.members[id].aborted = now
+
+    def killed(self, id: int) -> None:
+        """Worker `id` was sent SIGKILL."""
+        self.members[id].killed = True
+
+    def forgiven(self, now: float) -> None:
+        """Somebody has ordered a change: what failed before says nothing of what will be."""
+        for slot in self.slots.values():
+            self._recovered(slot, now)
+
+    def heard(self, id: int, served: int, now: float) -> bool:
+        """Worker `id` has sent a heartbeat; whether it is worn."""
+        member = self.members[id]
+        member.heard, member.silence = now, 0.0
+        member.wear.count(served)
+        return bool(member.worn(now))
+
+    def weighed(self, id: int, rss: int, now: float) -> bool:
+        """Worker `id` holds so many bytes of memory; whether it is worn."""
+        member = self.members[id]
+        member.wear.weigh(rss)
+        return bool(member.worn(now))
+
+    def looked(self, now: float) -> bool:
+        """The master is awake and has read what had arrived; whether a worker has been silent for too long.
+
+        Silence counts only as far as there was somebody to hear: a look that comes late, because the machine slept, the
+        master was stopped or had no time, counts as one in time.
+        """
+        since, self._looked = self._looked, now
+        if since is None or not self.limits.timeout:
+            return False
+        overdue = False
+        for member in self.members.values():
+            if member.state is WorkerState.LISTENING:
+                member.silence += min(now - max(since, member.heard), pace(self.limits.timeout))
+                overdue = overdue or self.hung(member)
+        return overdue
+
+    def hung(self, member: Member) -> bool:
+        """Whether its loop has stood still for `timeout`.  It may have turned until just before the next heartbeat."""
+        timeout = self.limits.timeout
+        return bool(timeout) and member.silence >= timeout + pace(timeout)
+
+    def count(self, state: WorkerState) -> int:
+        """How many workers are in `state`."""
+        return sum(member.state is state for member in self.members.values())
+
+    def _failed(self, member: Member, now: float) -> None:
+        """It left unasked: the next one in its slot waits, longer each time, unless it had been healthy."""
+        slot = self.slots[member.slot]
+        if self.proven and member.generation > self.proven:
+            self.rejected = member.generation
+        if self._healthy(member, now):
+            self._recovered(slot, now)
+            return
+        # The exponent is capped: the delay has long reached its maximum, and floats end at 2**1024.
+        delay = self.limits.backoff * 2.0 ** min(slot.failures, 60)
+        slot.failures += 1
+        slot.not_before = now + min(delay, self.limits.backoff_max)
+
+    def _healthy(self, member: Member, now: float) -> bool:
+        return member.listening is not None and now - member.listening >= self.limits.min_uptime
+
+    def _recovered(self, slot: Slot, now: float) -> None:
+        slot.failures, slot.not_before = 0, min(slot.not_before, now)

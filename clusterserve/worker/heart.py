@@ -1,0 +1,29 @@
+"""The worker's heartbeat.  A timer of the event loop sends it, never a thread: it proves that the loop turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from ..core.heartbeat import pace
+from ..core.messages import Beat, Message
+from ..settings import Settings
+
+
+class Heart:
+    """Beats from `start` on, as long as the loop runs.  `served` tells the requests served so far."""
+
+    def __init__(self, settings: Settings, send: Callable[[Message], None], served: Callable[[], int]) -> None:
+        self._pause = pace(settings.timeout)
+        self._wanted = bool(settings.timeout or settings.limit_max_requests)
+        self._send = send
+        self._served = served
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Beat on `loop`, if anybody wants to know."""
+        if self._wanted:
+            loop.call_later(self._pause, self._beat, loop)
+
+    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._send(Beat(self._served()))
+        loop.call_later(self._pause, self._beat, loop)
