@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
 
 from tests.helpers import proc
 from tests.helpers.raw import Address, Client, refuses, request
@@ -155,29 +153,12 @@ def test_idle_and_silent_connections_of_a_unix_socket_are_closed(serve: Serve, t
         assert server.wait(SOON) == 0
 
 
-def test_websockets_get_1012(serve: Serve) -> None:
-    server = serve(workers=2)
-    url = server.url.replace("http://", "ws://") + "/ws"
-    with connect(url) as one, connect(url) as other:
-        for websocket in (one, other):
-            websocket.send("hello")
-            assert websocket.recv(DEADLINE) == "hello"
-        server.terminate()
-        for websocket in (one, other):
-            with pytest.raises(ConnectionClosed) as caught:
-                websocket.recv(DEADLINE)
-            assert caught.value.rcvd is not None
-            assert caught.value.rcvd.code == 1012
-    assert server.wait(SOON) == 0
-
-
 def test_an_endless_stream_holds_the_exit_no_longer_than_the_limit(serve: Serve) -> None:
-    # Cancelling the stream's task is uvicorn's way, and it logs what it cancelled.
-    server = serve("--timeout-graceful-shutdown", "2", workers=2, noise=True)
+    server = serve("--timeout-graceful-shutdown", "2", app=FULL, workers=2)
     with server.connect() as client:
-        client.send(request("GET", "/stream?ms=1"))
+        client.send(request("GET", "/obstinate"))
         assert client.head().status == 200
-        assert b"data: " in client.chunk()
+        assert client.chunk() == b"tick"
         began = time.monotonic()
         server.terminate()
         assert server.wait(SOON) == 0

@@ -21,7 +21,8 @@ import uvloop
 from clusterserve.core.messages import Closed, Leave, Listen, Listening
 from clusterserve.errors import BootError
 from clusterserve.settings import Settings
-from clusterserve.worker.asgi import CANCELLED, CHATTER, _BootLog, _Drainer, _loop_class, _traceback, serve
+from clusterserve.worker.asgi import CHATTER, _BootLog, _Drainer, _loop_class, _traceback, serve
+from clusterserve.worker.draining import CANCELLED, Draining
 from clusterserve.worker.link import Link
 from clusterserve.worker.protocols import Borrowing
 from clusterserve.worker.server import FauxServer
@@ -176,6 +177,8 @@ class TestStopping:
                 assert client.recv(1) == b""
 
         run(master, settings(APP))
+        # It was told to: no error of anybody's.
+        assert capfd.readouterr().err == ""
 
     def test_quickly_after_all(self, run: Any, capfd: pytest.CaptureFixture[str]) -> None:
         """The second order ends the waiting that the first has begun."""
@@ -197,7 +200,10 @@ class TestStopping:
                 client.recv(1)
 
         run(master, settings(APP))
-        assert "Cancel 1 running task(s), timeout graceful shutdown exceeded" in capfd.readouterr().err
+        err = capfd.readouterr().err
+        assert "GET /wait is cut off: it has been running for 0 s" in err
+        assert "Cancel 1 running task(s), timeout graceful shutdown exceeded" in err
+        assert "Traceback" not in err
 
     @pytest.mark.parametrize(("grace", "left"), [(30.0, 28.8), (5.0, 3.8), (1.0, 0.6), (0.1, 0.0), (0.0, 0.0)])
     def test_the_applications_own_shutdown_has_its_share(self, grace: float, left: float) -> None:
@@ -208,10 +214,12 @@ class TestStopping:
         server: Any = Server()
         remote = Remote()
         link = Link(remote.theirs, remote.connections)
-        _Drainer(server, link, Borrowing())
+        draining = Draining(set())
+        _Drainer(server, link, Borrowing(), draining)
         link.on_drain(grace, False, False)
         assert server.config.timeout_graceful_shutdown == pytest.approx(left)
         assert server.should_exit
+        assert draining.event.is_set()
         remote.close()
 
 

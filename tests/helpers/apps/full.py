@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import threading
@@ -57,6 +58,16 @@ async def hold(request: Request) -> PlainTextResponse:
     return PlainTextResponse("")
 
 
+class Obstinate:
+    """A stream that does not end by itself, whatever happens to its worker."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"tick", "more_body": True})
+            await asyncio.sleep(0.01)
+
+
 app = Starlette(
     routes=[
         *asgi_app.app.routes,
@@ -64,6 +75,7 @@ app = Starlette(
         Route("/scope", scope),
         Route("/fail", fail),
         Route("/hold", hold),
+        Route("/obstinate", Obstinate()),
     ],
     lifespan=asgi_app.lifespan,
 )
