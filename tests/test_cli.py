@@ -43,7 +43,8 @@ class Master:
         self.result: Callable[[], int] = lambda: 0
         self.settings: Settings | None = None
 
-    def run_settings(self, settings: Settings) -> int:
+    def run_settings(self, settings: Settings, *, exits: bool) -> int:
+        assert exits
         self.settings = settings
         return self.result()
 

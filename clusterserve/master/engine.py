@@ -87,6 +87,8 @@ class Engine:
         self._deadline: asyncio.TimerHandle | None = None
         self._planning = False
         self._failure: Failed | None = None
+        #: The one that nobody was told of when the stop was ordered: the others were still booting.
+        self._untold: Failed | None = None
         self._last_exit = "no worker process could be started"
 
     # -- start and stop -------------------------------------------------------------------------------------------
@@ -119,6 +121,8 @@ class Engine:
             return
         first, self._stopping = self._stopping is Stop.NO, how
         if first:
+            # What a worker says from now on may come of being interrupted.
+            self._untold = None if self.served else self._failure
             self._stop_deadline = self._loop.time() + self.settings.timeout_graceful_shutdown
             logger.info("Stopping %s", "quickly" if how is Stop.QUICK else "when what was accepted is served")
         if how is Stop.QUICK or not self._roster.proven:
@@ -246,7 +250,8 @@ class Engine:
             else:
                 self._finish(BootError(failure.reason, failure.traceback))
         elif current.verdict is Verdict.STOPPED:
-            self._finish(None)
+            untold = self._untold
+            self._finish(None if untold is None else BootError(untold.reason, untold.traceback))
 
     @contextlib.contextmanager
     def _as_one(self) -> Iterator[None]:
@@ -408,6 +413,11 @@ class Engine:
                 self._says(worker, WorkerEvent.LISTENING)
 
     # -- looking in -----------------------------------------------------------------------------------------------
+
+    @property
+    def served(self) -> bool:
+        """Whether any worker ever listened."""
+        return self._roster.proven > 0
 
     def statistics(self) -> Statistics:
         """Connections by state and by worker, now."""

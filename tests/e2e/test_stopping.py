@@ -190,12 +190,39 @@ def test_a_lifespan_that_fails_at_the_end_is_shown(serve: Serve) -> None:
     server.wait_for("RuntimeError: the shutdown's own trouble")
 
 
-def test_term_during_boot(serve: Serve) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_before_it_ever_served_is_no_success(serve: Serve, number: signal.Signals, code: int) -> None:
     server = serve(app="tests.helpers.apps.hangs:app", workers=2, ready=False)
     eventually(lambda: len(proc.children(server.pid)) >= 2, "the workers have been started")
-    server.terminate()
-    assert server.wait(SOON) == 0
+    server.signal(number)
+    assert server.wait(SOON) == code
     assert server.processes() == []
+
+
+def test_a_stop_during_boot_tells_of_a_worker_that_has_failed(serve: Serve, tmp_path: Path) -> None:
+    # Slot 0 raises, the other waits for ever: nobody has been told yet when the stop comes.
+    (tmp_path / "half.py").write_text(
+        "import os, threading\n"
+        "if os.environ['CLUSTERSERVE_WORKER_SLOT'] == '0':\n"
+        "    raise RuntimeError('its own trouble')\n"
+        "threading.Event().wait()\n"
+    )
+    server = serve(app="half:app", workers=2, ready=False, noise=True, env={"PYTHONPATH": str(tmp_path)})
+    eventually(lambda: server.found("Serving"), "it has started")
+    eventually(lambda: len(proc.children(server.pid)) == 2, "two boot")
+    eventually(lambda: len(proc.children(server.pid)) == 1, "one has failed")
+    server.terminate()
+    assert server.wait(SOON) == 3
+    assert len(server.wait_for("RuntimeError: its own trouble")) == 1
+
+
+def test_every_further_term_finds_it_stopping(serve: Serve) -> None:
+    """Also in its last moments, when the event loop is closed: no death by signal, and no other code."""
+    server = serve(workers=1)
+    server.terminate()
+    while server.running:
+        server.terminate()
+    assert server.wait(SOON) == 0
 
 
 @pytest.mark.parametrize("where", ["import", "lifespan"])
