@@ -8,15 +8,17 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import uvloop
 
+from ..core.events import Event
 from ..core.reconcile import Stop
 from ..logs import configure
 from ..settings import Settings
 from .engine import Engine
+from .hooks import told_of_events
 
 logger = logging.getLogger("clusterserve")
 
@@ -49,12 +51,14 @@ def run_settings(settings: Settings, *, exits: bool = False) -> int:
     """
     configure(settings)
     if settings.app_dir is not None:
-        # For a policy of the application's own; a program that embeds us has its path in order.
+        # For a policy of the application's own, and its hooks; a program that embeds us has its path in order.
         sys.path.insert(0, os.path.abspath(settings.app_dir))
     loop = uvloop.new_event_loop()
     with _handlers_put_back(ignore=exits):
         try:
-            return loop.run_until_complete(_serve(settings, loop))
+            # Its end may take a moment: the loop still has the signals then, and makes nothing of them.
+            with told_of_events(settings) as emit:
+                return loop.run_until_complete(_serve(settings, loop, emit))
         finally:
             # The loop leaves the default behind for every signal it has handled, which for most of them is death.
             signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
@@ -76,8 +80,8 @@ def _handlers_put_back(*, ignore: bool) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-async def _serve(settings: Settings, loop: asyncio.AbstractEventLoop) -> int:
-    engine = Engine(settings, loop)
+async def _serve(settings: Settings, loop: asyncio.AbstractEventLoop, emit: Callable[[Event], None]) -> int:
+    engine = Engine(settings, loop, emit)
     signals = _Signals(engine, loop)
     engine.start()
     error = await engine.finished
