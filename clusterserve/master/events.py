@@ -83,11 +83,12 @@ class EventThread:
         except BaseException as exc:  # noqa: BLE001 - whatever it is, `start` waits to hear of it
             self._ready.set_exception(exc)
             return
-        try:
-            asyncio.run(self._deliver(listeners))
-        except BaseException:
-            # A task that a listener has made can throw SystemExit through a loop.
-            logger.exception("The listeners' event loop has ended: no more events are told")
+        # Not asyncio.run: what ends its loop, the SystemExit of a task that a listener has made, ends it for all.
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            telling = loop.create_task(self._deliver(listeners))
+            while not telling.done():
+                _go_on(loop, telling)
+            loop.run_until_complete(_cancel_the_rest())
 
     async def _deliver(self, listeners: Listeners) -> None:
         self._more = asyncio.Event()
@@ -115,3 +116,19 @@ class EventThread:
             # Other people's code; also a sys.exit(), whose thread this is not.  The first frame is this one.
             trace = exc.__traceback__ and (exc.__traceback__.tb_next or exc.__traceback__)
             logger.error("%s raised", self._current, exc_info=(type(exc), exc, trace))
+
+
+def _go_on(loop: asyncio.AbstractEventLoop, telling: asyncio.Task[None]) -> None:
+    try:
+        loop.run_until_complete(telling)
+    except (SystemExit, KeyboardInterrupt):
+        logger.exception("A task of a listener's tried to end the program")
+
+
+async def _cancel_the_rest() -> None:
+    """What listeners have left running."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
