@@ -97,10 +97,17 @@ def test_an_event_stream_ends_itself(serve: Serve) -> None:
     assert not server.found("cut off")
 
 
-def test_what_outlives_the_grace_time_is_named(serve: Serve) -> None:
-    # No "Traceback": the fixture looks for it.
-    server = serve("--timeout-graceful-shutdown", "2", app=FULL, workers=1)
-    with server.connect() as stream, server.connect() as sleep:
+@pytest.mark.parametrize(
+    ("http", "ws"), [("httptools", "websockets-sansio"), ("h11", "wsproto"), ("httptools", "websockets")]
+)
+def test_what_outlives_the_grace_time_is_named(serve: Serve, http: str, ws: str) -> None:
+    # The legacy implementation warns that it is one.
+    server = serve("--timeout-graceful-shutdown", "2", "--http", http, "--ws", ws, app=FULL, workers=1, noise=True)
+    with (
+        server.connect() as stream,
+        server.connect() as sleep,
+        connect(server.url.replace("http://", "ws://") + "/deaf"),
+    ):
         stream.send(request("GET", "/obstinate"))
         assert stream.head().status == 200
         sleep.send(request("GET", "/sleep?ms=60000"))
@@ -108,8 +115,9 @@ def test_what_outlives_the_grace_time_is_named(serve: Serve) -> None:
         assert server.get("/").status == 200
         server.terminate()
         assert server.wait(SOON) == 0
-    assert len(server.found(r"ERROR: +GET /obstinate is cut off: it has been running for \d+ s")) == 1
-    assert len(server.found(r"ERROR: +GET /sleep is cut off: it has been running for \d+ s")) == 1
+    for what in ("GET /obstinate", "GET /sleep", "WebSocket /deaf"):
+        assert len(server.found(rf"ERROR: +{what} is cut off: it has been running for \d+ s")) == 1
+    assert not server.found("Traceback|CancelledError")
 
 
 def test_its_age_counts_from_its_beginning(serve: Serve) -> None:

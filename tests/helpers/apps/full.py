@@ -10,8 +10,9 @@ import threading
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from examples import asgi_app
 
@@ -68,6 +69,12 @@ class Obstinate:
             await asyncio.sleep(0.01)
 
 
+async def deaf(websocket: WebSocket) -> None:
+    """A WebSocket that does not hear of its end."""
+    await websocket.accept()
+    await asyncio.Event().wait()
+
+
 app = Starlette(
     routes=[
         *asgi_app.app.routes,
@@ -76,6 +83,7 @@ app = Starlette(
         Route("/fail", fail),
         Route("/hold", hold),
         Route("/obstinate", Obstinate()),
+        WebSocketRoute("/deaf", deaf),
     ],
     lifespan=asgi_app.lifespan,
 )
