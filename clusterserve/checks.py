@@ -153,6 +153,13 @@ def headers(setting: str, value: object) -> tuple[tuple[str, str], ...]:
     return tuple(_header(setting, item) for item in value)
 
 
+def module(setting: str, value: object) -> str:
+    """The dotted name of a module; nothing is imported."""
+    if not isinstance(value, str) or not all(part.isidentifier() for part in value.split(".")):
+        raise SettingValueError(setting, value, "must be the name of a module, as in package.module")
+    return value
+
+
 def is_import(value: str) -> bool:
     """Whether `value` reads MODULE:ATTRIBUTE; nothing is imported."""
     return re.fullmatch(r"[^\s:()]+:[^\s:()]+", value) is not None

@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
         # Imported when there is something to run: --help and a mistyped option answer at once.
         from clusterserve.master.run import run_settings
 
-        return run_settings(settings)
+        return run_settings(settings, exits=True)
     except ClusterError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:  # before the master listens to signals

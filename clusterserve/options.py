@@ -98,6 +98,7 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "SECONDS",
             "How long requests in flight may take once the cluster stops.",
         ),
+        _value("--hooks", "MODULE", "Call this module's functions on_fork, on_exit, on_ready … (docs/hooks.md)."),
         _value("--restart-backoff", "SECONDS", "Wait before a dead worker is replaced; doubles while they keep dying."),
         _value("--restart-backoff-max", "SECONDS", "The longest such wait."),
         _value("--reload-surge", "N", "Replacements that may start at once while the workers they replace serve on."),
@@ -183,7 +184,7 @@ _LATER = """
 --control-socket --control-socket-mode --debug-port --debug-wait --dirty-app --dirty-graceful-timeout
 --dirty-threads --dirty-timeout --dirty-workers --disable-redirect-access-to-syslog --do-handshake-on-connect
 --dogstatsd-tags --enable-backlog-metric --enable-stdio-inheritance --env --error-logfile --forwarder-headers
---group --header-map --hooks --http-protocols --http2 --http2-cleartext --http2-initial-window-size
+--group --header-map --http-protocols --http2 --http2-cleartext --http2-initial-window-size
 --http2-max-concurrent-streams --http2-max-frame-size --http2-max-header-list-size --initgroups --keyfile
 --limit-concurrency --limit-request-field_size
 --limit-request-fields --limit-request-line --log-config-json --log-file --log-format --log-syslog

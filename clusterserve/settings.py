@@ -21,6 +21,7 @@ from clusterserve.checks import (
     flag,
     headers,
     is_import,
+    module,
     near_match,
     optional,
     seconds,
@@ -56,6 +57,7 @@ class Settings:
     workers: int = 1
     workers_source: str = ""  # why that many, for the start-up line
     max_pending: int = 2048
+    hooks: str | None = None
 
     timeout_boot: float = 60.0
     timeout_graceful_shutdown: float = 30.0
@@ -160,6 +162,7 @@ _CHECKS: Final[dict[str, Check]] = {
     "dispatch": choice("auto", "connection", "request"),
     "workers_source": text,
     "max_pending": whole(1),
+    "hooks": optional(module),
     "timeout_boot": seconds(above_zero=True),
     "timeout_graceful_shutdown": seconds(),
     "timeout_keep_alive": whole(0),
@@ -212,14 +215,14 @@ def _app(value: object) -> tuple[str, bool]:
     if not isinstance(value, str):
         given = "nothing" if value is None else f"an object of type {type(value).__name__}"
         raise SettingsError(f'each worker imports the app itself: pass an import string like "module:app", not {given}')
-    module, colon, attribute = value.partition(":")
+    where, colon, attribute = value.partition(":")
     if not colon:
         hint = value.removesuffix(".py").strip("./").replace("/", ".") or "module"
         raise SettingValueError("app", value, f"an app is MODULE:ATTRIBUTE; did you mean '{hint}:app'?")
     name = attribute.removesuffix("()")
-    if not is_import(f"{module}:{name}"):
+    if not is_import(f"{where}:{name}"):
         raise SettingValueError("app", value, "an app is MODULE:ATTRIBUTE, or MODULE:FACTORY()")
-    return f"{module}:{name}", name != attribute
+    return f"{where}:{name}", name != attribute
 
 
 def _binds(given: dict[str, object]) -> tuple[Bind, ...]:

@@ -102,16 +102,31 @@ class Echo:
                 return
 
 
+async def pause(seconds: float, draining: asyncio.Event | None) -> bool:
+    """Wait so long; False if the worker is to leave meanwhile."""
+    if draining is None:
+        await asyncio.sleep(seconds)
+        return True
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(draining.wait(), seconds)
+    return not draining.is_set()
+
+
 async def stream(request: Request) -> StreamingResponse:
-    """Server-sent events, for ever unless `n` says how many."""
-    pause = number(request, "ms", 1000, LONGEST_MS) / 1000
+    """Server-sent events, for ever unless `n` says how many, or until the worker leaves.
+
+    The client's EventSource comes back by itself, and to another worker.
+    """
+    seconds = number(request, "ms", 1000, LONGEST_MS) / 1000
+    # An extension of clusterserve's; other servers have none.
+    draining = request.scope.get("extensions", {}).get("clusterserve", {}).get("draining")
     ends = "n" in request.query_params
     ticks = range(1, number(request, "n", 0, 10**9) + 1) if ends else itertools.count(1)
 
     async def events() -> AsyncIterator[str]:
         for tick in ticks:
-            if tick > 1:
-                await asyncio.sleep(pause)
+            if tick > 1 and not await pause(seconds, draining):
+                return
             yield f"id: {tick}\ndata: {json.dumps({'tick': tick, 'from': who()})}\n\n"
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})

@@ -44,7 +44,8 @@ class Master:
         self.result: Callable[[], int] = lambda: 0
         self.settings: Settings | None = None
 
-    def run_settings(self, settings: Settings) -> int:
+    def run_settings(self, settings: Settings, *, exits: bool) -> int:
+        assert exits
         self.settings = settings
         return self.result()
 
@@ -174,6 +175,7 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--policy": ("least", "policy", "least"),
         "--dispatch": ("connection", "dispatch", "connection"),
         "--max-pending": ("5", "max_pending", 5),
+        "--hooks": ("package.hooks", "hooks", "package.hooks"),
         "--timeout-boot": ("9", "timeout_boot", 9.0),
         "--timeout-graceful-shutdown": ("1.5", "timeout_graceful_shutdown", 1.5),
         "--restart-backoff": ("0.2", "restart_backoff", 0.2),

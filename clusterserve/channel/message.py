@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import os
 import socket
 from collections import deque
@@ -26,6 +27,16 @@ _SPACE: Final = socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
 
 #: Reads in one turn of the loop: more than the kernel keeps of a sender that is gone, and an end with one that goes on.
 _READS: Final = 64
+
+#: What says that the kernel has no room now, although the socket may be writable: memory, or too many descriptors that
+#: are under way between processes.
+_SCARCE: Final = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+
+#: Nobody tells when there is room again: it is tried after so long (seconds).
+RETRY: Final = 0.05
+
+#: What says that a descriptor cannot be copied.
+_NO_COPY: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 #: Among the descriptors that have arrived: here some were lost at our descriptor limit, all of one message.
 _LOST: Final = -1
@@ -52,6 +63,8 @@ class MessageChannel:
         self._decoder = Decoder()
         self._arrived: deque[int] = deque()
         self._waiting: deque[tuple[memoryview, list[int]]] = deque()
+        self._scarce = False
+        self._retry: asyncio.TimerHandle | None = None
         self._open = True
         sock.setblocking(False)
         loop.add_reader(sock, self._read)
@@ -61,7 +74,11 @@ class MessageChannel:
         return self._open
 
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
-        """Send or queue; False if the channel is closed.  The caller keeps its descriptors."""
+        """Send or queue; False if the channel is closed.  The caller keeps its descriptors.
+
+        At our own descriptor limit a message that must wait goes without the descriptors, of which no copy can be kept:
+        its receiver sees that they are missing, as at its own limit.
+        """
         if not self._open:
             return False
         frame = memoryview(encode(message, len(descriptors)))
@@ -72,8 +89,12 @@ class MessageChannel:
             if sent:
                 # The descriptors travelled with the first byte.
                 frame, descriptors = frame[sent:], ()
-            self._loop.add_writer(self._sock, self._flush)
-        self._waiting.append((frame, [os.dup(fd) for fd in descriptors]))
+            self._await_room()
+        copies = _copies(descriptors)
+        if len(copies) < len(descriptors):
+            # Announcing them would claim those of the next message.
+            frame = memoryview(encode(message))
+        self._waiting.append((frame, copies))
         return self._open
 
     def close(self) -> None:
@@ -83,6 +104,8 @@ class MessageChannel:
         self._open = False
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
+        if self._retry is not None:
+            self._retry.cancel()
         self._sock.close()
         for fd in (*self._arrived, *(fd for _, copies in self._waiting for fd in copies)):
             if fd != _LOST:
@@ -152,17 +175,34 @@ class MessageChannel:
         except (BrokenPipeError, ConnectionResetError):
             # The reader finds out, after it has drained what is still there to read.
             return len(frame)
+        except OSError as exc:
+            if exc.errno not in _SCARCE:
+                raise
+            self._scarce = True
+            return 0
+
+    def _await_room(self) -> None:
+        """Go on when there is room."""
+        if self._scarce:
+            # The loop would call at once, and again and again.
+            self._scarce = False
+            self._loop.remove_writer(self._sock)
+            self._retry = self._loop.call_later(RETRY, self._flush)
+        else:
+            self._loop.add_writer(self._sock, self._flush)
 
     def _flush(self) -> None:
         while self._waiting:
             frame, copies = self._waiting[0]
             sent = self._write(frame, copies)
             if not sent:
+                self._await_room()
                 return
             for fd in copies:
                 os.close(fd)
             if sent < len(frame):
                 self._waiting[0] = (frame[sent:], [])
+                self._await_room()
                 return
             self._waiting.popleft()
         self._loop.remove_writer(self._sock)
@@ -171,3 +211,18 @@ class MessageChannel:
         if self._open:
             self.close()
             self._on_closed(error)
+
+
+def _copies(descriptors: Sequence[int]) -> list[int]:
+    """Copies of them all, or none if there is no room for them."""
+    copies: list[int] = []
+    try:
+        for fd in descriptors:
+            copies.append(os.dup(fd))  # noqa: PERF401 - those that were made before it fails must be closed
+    except OSError as exc:
+        for fd in copies:
+            os.close(fd)
+        if exc.errno not in _NO_COPY:
+            raise
+        return []
+    return copies

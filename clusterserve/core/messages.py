@@ -126,7 +126,7 @@ _KINDS: Final = MappingProxyType(
     {kind.__name__: kind for kind in (Boot, Online, Listen, Listened, Listening, Closed, Failed, Beat, Leave, Drain)}
 )
 _JSON_TYPES: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
-    {"int": int, "float": (int, float), "str": str, "bool": bool, "dict[str, Any]": dict, "list[str]": list,
+    {"int": int, "float": (int, float), "str": str, "bool": bool, "dict[str, Any]": dict,
      "list[Any] | str": (list, str)}
 )  # fmt: skip
 
@@ -154,11 +154,17 @@ def decode(body: bytes) -> Message:
     if len(values) != len(fields) + 1:
         raise ProtocolError(f"a {values[0]} message with {len(values) - 1} fields instead of {len(fields)}")
     for field, value in zip(fields, values[1:], strict=True):
-        # bool is an int to isinstance, and must not pass for one.
-        if not isinstance(value, _JSON_TYPES[str(field.type)]) or (isinstance(value, bool) and field.type != "bool"):
+        if not _is_of_type(value, str(field.type)):
             raise ProtocolError(f"a {values[0]} message with {value!r:.60} for its {field.name}")
     message: Message = kind(*values[1:])
     return message
+
+
+def _is_of_type(value: object, annotation: str) -> bool:
+    if annotation == "list[str]":
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    # bool is an int to isinstance, and must not pass for one.
+    return isinstance(value, _JSON_TYPES[annotation]) and (not isinstance(value, bool) or annotation == "bool")
 
 
 class Decoder:

@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 import uvloop
 
 from ..core.distributor import Statistics
+from ..core.events import Event
 from ..core.reconcile import Stop
 from ..errors import ClusterError, SettingsError
 from ..settings import Settings
 from .engine import Engine
+from .hooks import told_of_events
 
 T = TypeVar("T")
 
@@ -203,12 +205,13 @@ class Cluster:
         """The thread.  An end is reported when all is closed: whoever hears of it finds nothing left."""
         failure: Exception | None = None
         try:
-            loop = uvloop.new_event_loop()
-            try:
-                loop.run_until_complete(self._serve(loop, started))
-            finally:
-                self._engine = None
-                loop.close()
+            with told_of_events(self.settings) as emit:
+                loop = uvloop.new_event_loop()
+                try:
+                    loop.run_until_complete(self._serve(loop, emit, started))
+                finally:
+                    self._engine = None
+                    loop.close()
         except Exception as exc:  # noqa: BLE001 - whatever it is, somebody waits to hear of it
             failure = exc
         told = started.done()
@@ -218,8 +221,13 @@ class Cluster:
         if told and failure is not None:
             raise failure
 
-    async def _serve(self, loop: asyncio.AbstractEventLoop, started: concurrent.futures.Future[None]) -> None:
-        engine = Engine(self.settings, loop)
+    async def _serve(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        emit: Callable[[Event], None],
+        started: concurrent.futures.Future[None],
+    ) -> None:
+        engine = Engine(self.settings, loop, emit)
         engine.start()
         self._loop, self._engine = loop, engine
         self._obey()

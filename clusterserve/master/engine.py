@@ -15,13 +15,30 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from ..channel.message import MessageChannel
 from ..core.connection import IllegalStep
 from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
+from ..core.events import (
+    BecameReady,
+    CameOnline,
+    Disconnected,
+    Event,
+    Exited,
+    Forked,
+    Scaled,
+    StartedDraining,
+    StartedListening,
+    StartedReload,
+    StartedShutdown,
+    Stopped,
+    WasKilled,
+    WorkerName,
+)
 from ..core.lifecycle import WorkerEvent, WorkerState
 from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online
 from ..core.messages import Drain as DrainMessage
@@ -55,12 +72,16 @@ class Seat:
 class Engine:
     """One cluster.  All methods are for the loop's thread; `settled` and `finished` are futures of that loop.
 
+    `emit` is told of every event, on that loop: it must not block.
     `settled` is done when every worker listens; `finished` when everything is over: its result is None after a stop, or
     the `BootError` that kept the cluster from ever serving.
     """
 
-    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, settings: Settings, loop: asyncio.AbstractEventLoop, emit: Callable[[Event], None] = lambda event: None
+    ) -> None:
         self.settings = settings
+        self._emit = emit
         self.seats: dict[int, Seat] = {}
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
@@ -96,6 +117,8 @@ class Engine:
         self._deadline: asyncio.TimerHandle | None = None
         self._planning = False
         self._failure: Failed | None = None
+        #: The one that nobody was told of when the stop was ordered: the others were still booting.
+        self._untold: Failed | None = None
         self._last_exit = "no worker process could be started"
 
     # -- start and stop -------------------------------------------------------------------------------------------
@@ -129,6 +152,9 @@ class Engine:
             return
         first, self._stopping = self._stopping is Stop.NO, how
         if first:
+            self._emit(StartedShutdown())
+            # What a worker says from now on may come of being interrupted.
+            self._untold = None if self.served else self._failure
             self._stop_deadline = self._loop.time() + self.settings.timeout_graceful_shutdown
             logger.info("Stopping %s", "quickly" if how is Stop.QUICK else "when what was accepted is served")
         if how is Stop.QUICK or not self._roster.proven:
@@ -143,6 +169,7 @@ class Engine:
         """Have `count` workers from now on.  Done when it is so; fails with `BootError` as `reload` does."""
         if count != self._target.count and self._stopping is Stop.NO:
             logger.info("Scaling from %d to %d workers", self._target.count, count)
+            self._emit(Scaled(count, self._target.count))
             self._target = dataclasses.replace(self._target, count=count)
             self._distributor.resize(count)
         return self._change()
@@ -160,6 +187,7 @@ class Engine:
         if self._stopping is Stop.NO:
             self._generation += 1
             logger.info("Reloading: generation %d replaces %d", self._generation, self._target.generation)
+            self._emit(StartedReload())
             self._failure = None
             self._target = dataclasses.replace(self._target, generation=self._generation)
         return self._change()
@@ -236,6 +264,7 @@ class Engine:
         if not self.finished.done():
             self._changed(ClusterError("the cluster has stopped"))
             self._close()
+            self._emit(Stopped())
             self.finished.set_result(error)
 
     # -- reconciliation -------------------------------------------------------------------------------------------
@@ -262,6 +291,7 @@ class Engine:
         if current.verdict is Verdict.SETTLED:
             if not self.settled.done():
                 self.settled.set_result(None)
+                self._emit(BecameReady())
             self._changed(None)
         elif current.verdict is Verdict.REJECTED:
             self._reject()
@@ -272,7 +302,8 @@ class Engine:
             else:
                 self._finish(BootError(failure.reason, failure.traceback))
         elif current.verdict is Verdict.STOPPED:
-            self._finish(None)
+            untold = self._untold
+            self._finish(None if untold is None else BootError(untold.reason, untold.traceback))
         elif current.stuck and self._changes:
             self._give_up(current.stuck)
 
@@ -293,6 +324,8 @@ class Engine:
             return
         seat = self.seats[action.worker]
         if isinstance(action, Drain):
+            if seat.member.drained is None:
+                self._tell(seat, StartedDraining)
             self._roster.drained(action.worker, action.quick, now)
             self._dispatcher.distributor.drain_worker(action.worker)
             limits = self._roster.limits
@@ -313,6 +346,7 @@ class Engine:
             level = logging.WARNING if self._roster.proven else logging.DEBUG
             logger.log(level, "Worker %d (pid %d) is killed: %s", action.worker, seat.process.pid, action.why)
             self._last_exit = f"worker {action.worker} was killed, {action.why}"
+            self._tell(seat, WasKilled, action.why)
             seat.process.send_signal(signal.SIGKILL)
 
     def _spawn(self, action: Spawn, now: float) -> None:
@@ -328,7 +362,8 @@ class Engine:
         channel = MessageChannel(
             self._loop, process.messages, partial(self._on_message, member.id), partial(self._on_closed, member.id)
         )
-        self.seats[member.id] = Seat(member, process, channel)
+        seat = self.seats[member.id] = Seat(member, process, channel)
+        self._tell(seat, Forked)
         self._dispatcher.add_worker(
             member.id, action.slot, process.connections, process.board, process.kept, process.pid
         )
@@ -358,6 +393,10 @@ class Engine:
         self._roster.happened(worker, event, self._loop.time())
         self._reconcile()
 
+    def _tell(self, seat: Seat, kind: Callable[..., Event], *details: Any) -> None:
+        """Emit an event about this worker."""
+        self._emit(kind(WorkerName(seat.member.id, seat.member.slot, seat.process.pid), *details))
+
     def _says(self, worker: int, event: WorkerEvent) -> None:
         """What a worker says of itself; what cannot be is its fault."""
         try:
@@ -376,6 +415,8 @@ class Engine:
             self.handles.leave(worker, message.listener, crashed=False)
         elif isinstance(message, Online):
             self._says(worker, WorkerEvent.ONLINE)
+            if self.seats[worker].member.current:
+                self._tell(self.seats[worker], CameOnline)
         elif isinstance(message, Beat):
             self._health.heard(worker, message.served)
         elif isinstance(message, Leave):
@@ -405,6 +446,7 @@ class Engine:
             self._broke_protocol(worker, error)
         # Its process may live on for a while, but it is not ours to rely on any more.
         self._distributor.drain_worker(worker)
+        self._tell(self.seats[worker], Disconnected)
         self._happened(worker, WorkerEvent.DISCONNECTED)
 
     def _broke_protocol(self, worker: int, error: ProtocolError) -> None:
@@ -415,6 +457,7 @@ class Engine:
         self._roster.killed(worker)
         logger.error("Worker %d (pid %d) is killed: %s", worker, seat.process.pid, error)
         self._last_exit = f"worker {worker} was killed: {error}"
+        self._tell(seat, WasKilled, str(error))
         self._dispatcher.distributor.drain_worker(worker)
         seat.process.send_signal(signal.SIGKILL)
 
@@ -424,6 +467,9 @@ class Engine:
             # What it said last counts: why it failed, above all.
             seat.channel.drain()
             seat.channel.close()
+            if seat.member.state is not WorkerState.DISCONNECTED:
+                self._tell(seat, Disconnected)
+            self._tell(seat, Exited, ended.code, ended.signal)
             self._dispatcher.remove_worker(worker)
             del self.seats[worker]
             asked = seat.member.drained is not None
@@ -455,12 +501,19 @@ class Engine:
         with self._as_one():
             self.handles.attach(worker, key)
             seat.listening.add(key)
+            if seat.member.current:
+                self._tell(seat, StartedListening, self.handles.address(key))
             if self.handles.pinned <= seat.listening and seat.member.listening is None:
                 if seat.member.current:
                     logger.info("Worker %d (slot %d, pid %d) is listening", worker, seat.member.slot, seat.process.pid)
                 self._says(worker, WorkerEvent.LISTENING)
 
     # -- looking in -----------------------------------------------------------------------------------------------
+
+    @property
+    def served(self) -> bool:
+        """Whether any worker ever listened."""
+        return self._roster.proven > 0
 
     def statistics(self) -> Statistics:
         """Connections by state and by worker, now."""

@@ -59,6 +59,10 @@ class Handles:
         """The keys of the listeners that live as long as the master."""
         return {key for key, listener in self._listeners.items() if listener.pinned}
 
+    def address(self, key: int) -> str:
+        """What this listener listens on, for the log."""
+        return self._listeners[key].address
+
     def open_pinned(self, binds: Iterable[Bind], backlog: int) -> list[Listener]:
         """Open the listeners of `--bind`; raises `BindError`, and `close` closes those that were opened before."""
         seen: Counter[str] = Counter()

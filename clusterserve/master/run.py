@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import uvloop
 
+from ..core.events import Event
 from ..core.reconcile import Stop
 from ..logs import configure
 from ..settings import Settings
 from .engine import Engine
+from .hooks import told_of_events
 
 logger = logging.getLogger("clusterserve")
 
@@ -25,36 +29,69 @@ FORCED_QUIT: Final = 131
 #: Understood, but not yet acted upon.  None of them may end the master while workers live.
 _LATER: Final = ("SIGUSR1", "SIGUSR2", "SIGPWR", "SIGWINCH")
 
+_HEARD: Final = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTTIN", "SIGTTOU", *_LATER)
+)
+
 
 def run(app: str, **settings: Any) -> int:
     """Serve `app` until a signal ends it; returns the exit code.  For the main thread: it handles signals.
 
-    Raises `SettingsError`, `BindError` or `BootError` if it never came to serve.
+    The program's own signal handlers are in place again when it returns.  Raises `SettingsError`, `BindError` or
+    `BootError` if it never came to serve.
     """
     return run_settings(Settings.create(app=app, **settings))
 
 
-def run_settings(settings: Settings) -> int:
-    """`run`, with settings that have been checked."""
+def run_settings(settings: Settings, *, exits: bool = False) -> int:
+    """`run`, with settings that have been checked.
+
+    `exits`: the process ends next, and until then every signal is ignored.  Who says SIGTERM twice would kill it with
+    the second on its way out, and read of a failure.
+    """
     configure(settings)
     if settings.app_dir is not None:
-        # For a policy of the application's own; a program that embeds us has its path in order.
+        # For a policy of the application's own, and its hooks; a program that embeds us has its path in order.
         sys.path.insert(0, os.path.abspath(settings.app_dir))
     loop = uvloop.new_event_loop()
+    with _handlers_put_back(ignore=exits):
+        try:
+            # Its end may take a moment: the loop still has the signals then, and makes nothing of them.
+            with told_of_events(settings) as emit:
+                return loop.run_until_complete(_serve(settings, loop, emit))
+        finally:
+            # The loop leaves the default behind for every signal it has handled, which for most of them is death.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+            loop.close()
+
+
+@contextlib.contextmanager
+def _handlers_put_back(*, ignore: bool) -> Iterator[None]:
+    """Signals that come while the handlers change are held back, and are for those that are there afterwards."""
+    before = {number: signal.SIG_IGN if ignore else signal.getsignal(number) for number in _HEARD}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
-        return loop.run_until_complete(_serve(settings, loop))
+        yield
     finally:
-        loop.close()
+        for number, handler in before.items():
+            # None: it was not set by Python, which cannot set it again.
+            if handler is not None:
+                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-async def _serve(settings: Settings, loop: asyncio.AbstractEventLoop) -> int:
-    engine = Engine(settings, loop)
+async def _serve(settings: Settings, loop: asyncio.AbstractEventLoop, emit: Callable[[Event], None]) -> int:
+    engine = Engine(settings, loop, emit)
     signals = _Signals(engine, loop)
     engine.start()
     error = await engine.finished
     if error is not None:
         raise error
     logger.info("Stopped, master process %d", os.getpid())
+    if not engine.served:
+        # Nobody is to take this for a success; and it is what a signal makes of a program that does not handle it, as
+        # this one does not in its first moments.
+        return signals.code or 128 + signals.first
     return signals.code
 
 
@@ -65,7 +102,9 @@ class _Signals:
         self._engine = engine
         self._interrupted = False
         self.code = 0
-        loop.add_signal_handler(signal.SIGTERM, engine.stop, Stop.GRACEFUL)
+        #: The signal that ended it.
+        self.first = 0
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
         loop.add_signal_handler(signal.SIGHUP, engine.reload)
@@ -74,10 +113,15 @@ class _Signals:
         for name in _LATER:
             loop.add_signal_handler(getattr(signal, name), self._later, name)
 
+    def _terminate(self) -> None:
+        self.first = self.first or signal.SIGTERM
+        self._engine.stop(Stop.GRACEFUL)
+
     def _interrupt(self) -> None:
         if self._interrupted:
             self._quit(FORCED_INT)
         self._interrupted = True
+        self.first = self.first or signal.SIGINT
         self._engine.stop(Stop.GRACEFUL)
 
     def _quit(self, code: int) -> None:

@@ -22,6 +22,7 @@ from uvicorn.importer import ImportFromStringError, import_from_string
 
 from ..errors import BootError
 from ..settings import Settings
+from .draining import CANCELLED, Draining
 from .heart import Heart
 from .link import Link
 from .loop import cluster_loop
@@ -54,9 +55,6 @@ CHATTER: Final = frozenset(
     }
 )
 
-#: What uvicorn says when its time limit for requests in flight is over.
-CANCELLED: Final = "Cancel %s running task(s), timeout graceful shutdown exceeded"
-
 #: Of the grace the master allows, what is left for the application's own shutdown (seconds, at most a fifth).
 _LIFESPAN_SHARE: Final = 1.0
 
@@ -71,8 +69,10 @@ def serve(settings: Settings, link: Link) -> None:
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
-    _Drainer(server, link, borrowing)
     heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
+    draining = Draining(server.server_state.tasks)
+    logger.addFilter(draining)
+    _Drainer(server, link, borrowing, draining)
     expected = len(settings.binds)
 
     def listening() -> None:
@@ -81,6 +81,7 @@ def serve(settings: Settings, link: Link) -> None:
         if not expected:
             boot.release()
             heart.start(asyncio.get_running_loop())
+            draining.watch(asyncio.get_running_loop())
             # uvicorn has taken both for itself meanwhile.  A terminal's Ctrl-C and systemd's SIGTERM reach the whole
             # group, and what was accepted is served only if the master says who goes when.
             signal.signal(signal.SIGINT, _heed_the_master)
@@ -90,6 +91,7 @@ def serve(settings: Settings, link: Link) -> None:
     try:
         config.app = import_from_string(settings.app)
         config.load()
+        config.loaded_app = draining.announced(config.loaded_app)
         # What exists now lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
@@ -198,9 +200,10 @@ class _BootLog(logging.Filter):
 class _Drainer:
     """Does what the master's Drain asks, with uvicorn's own means."""
 
-    def __init__(self, server: uvicorn.Server, link: Link, borrowing: Borrowing) -> None:
+    def __init__(self, server: uvicorn.Server, link: Link, borrowing: Borrowing, draining: Draining) -> None:
         self._server = server
         self._borrowing = borrowing
+        self._draining = draining
         self._link = link
         link.on_drain = self.drain
 
@@ -209,6 +212,7 @@ class _Drainer:
 
         `keep`: other workers go on, so idle connections go back to the master instead of being closed.
         """
+        self._draining.begin()
         self._borrowing.after_response = keep
         left = 0.0 if quick else max(0.0, grace - _UNTIMED - min(_LIFESPAN_SHARE, grace / 5))
         # Read by uvicorn when it begins to wait; a second, quick order comes while it waits and ends what it waits for.
@@ -220,8 +224,7 @@ class _Drainer:
                 take_over(protocol, self._borrowing)
         if quick:
             self._link.receiver.cut()
-            for task in tuple(self._server.server_state.tasks):
-                task.cancel("the cluster is stopped quickly")
+            self._draining.cut()
 
 
 def _heed_the_master(number: int, frame: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import socket
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from clusterserve.channel.message import MAX_DESCRIPTORS, MessageChannel
+from clusterserve.channel.message import MAX_DESCRIPTORS, RETRY, MessageChannel
 from clusterserve.core.messages import (
     HEADER_SIZE,
     MAX_BODY,
@@ -454,6 +455,79 @@ class TestBackPressure:
         assert await end.ended() is None
         assert end.messages == [Online(2)]
         assert not end.channel.send(Online(3))
+
+
+class ScarceSocket(socket.socket):
+    """A socket whose next writes fail as `failures` says."""
+
+    failures: list[int]
+    tries = 0
+
+    def sendmsg(self, *args: object) -> int:  # type: ignore[override]
+        self.tries += 1
+        if self.failures:
+            number = self.failures.pop(0)
+            raise OSError(number, os.strerror(number))
+        return super().sendmsg(*args)  # type: ignore[arg-type]
+
+
+class TestScarcity:
+    """The kernel says no for another reason than a full buffer."""
+
+    @pytest.fixture
+    def sock(self, pair: tuple[socket.socket, socket.socket]) -> Iterator[ScarceSocket]:
+        with ScarceSocket(fileno=os.dup(pair[0].fileno())) as sock:
+            sock.failures = []
+            yield sock
+
+    @pytest.fixture
+    def end(self, loop: asyncio.AbstractEventLoop, sock: ScarceSocket) -> Iterator[End]:
+        end = End().open(loop, sock)
+        yield end
+        end.channel.close()
+
+    @pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS])
+    async def test_it_waits_and_does_not_spin(
+        self, end: End, peer: Peer, sock: ScarceSocket, pipes: list[int], number: int
+    ) -> None:
+        sock.failures += [number] * 3
+        assert end.channel.send(Online(1), pipes[:1])
+        assert end.channel.send(Online(2))
+        got = await peer.receive(2)
+        assert [message for message, _ in got] == [Online(1), Online(2)]
+        assert closing_inodes(got[0][1]) == [inode(pipes[0])]
+        # The socket was writable all the time; three were in vain.
+        assert sock.tries == 5
+
+    async def test_close_gives_up(self, end: End, sock: ScarceSocket, pipes: list[int]) -> None:
+        sock.failures += [errno.ENOBUFS]
+        assert end.channel.send(Online(1), pipes[:1])
+        end.channel.close()
+        await asyncio.sleep(2 * RETRY)
+        assert sock.tries == 1
+
+    async def test_any_other_failure_is_the_senders(self, end: End, sock: ScarceSocket) -> None:
+        sock.failures += [errno.EBADF]
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            end.channel.send(Online(1))
+
+    async def test_no_copy_can_be_kept(
+        self, loop: asyncio.AbstractEventLoop, end: End, peer: Peer, pipes: list[int]
+    ) -> None:
+        """Its receiver finds none, and the next message's are the next message's."""
+        count = flood(end)
+        with room_for(1):
+            assert end.channel.send(Online(1), pipes[:2])
+        assert end.channel.send(Online(2), pipes[2:3])
+        got = await peer.receive(count + 2)
+        assert got[-2] == (Online(1), [])
+        assert got[-1][0] == Online(2)
+        assert closing_inodes(got[-1][1]) == [inode(pipes[2])]
+
+    async def test_no_copy_of_what_is_no_descriptor(self, end: End, peer: Peer) -> None:
+        flood(end)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            end.channel.send(Online(1), [-1])
 
 
 # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────────

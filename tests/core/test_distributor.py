@@ -1033,7 +1033,11 @@ class Shell(RuleBasedStateMachine):
         place = self.places.get(id)
         if (worker, id) in self.lost:
             return
-        if kind in {f"offered to {worker}": OF_OFFERED, f"borrowed by {worker}": OF_BORROWED, f"kept by {worker}": OF_BORROWED - {Kind.KEPT}}.get(str(place), ()):
+        if kind in {
+            f"offered to {worker}": OF_OFFERED,
+            f"borrowed by {worker}": OF_BORROWED,
+            f"kept by {worker}": OF_BORROWED - {Kind.KEPT},
+        }.get(str(place), ()):
             return
         before = everything(self.distributor)
         with pytest.raises(ProtocolError):

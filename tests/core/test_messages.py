@@ -196,7 +196,7 @@ WRONG: dict[str, list[Any]] = {
     "str": [1, True, None, ["x"], {}],
     "bool": [0, 1, "true", None, []],
     "dict[str, Any]": [[], None, "{}", 1, True],
-    "list[str]": ["x", None, {}, 1, True],
+    "list[str]": ["x", None, {}, 1, True, [1], ["x", None], [["x"]]],
     "list[Any] | str": [None, 1, True, {}],
 }
 BAD_FIELDS = [

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
 
 from tests.helpers import proc
 from tests.helpers.raw import Address, Client, refuses, request
@@ -155,29 +153,12 @@ def test_idle_and_silent_connections_of_a_unix_socket_are_closed(serve: Serve, t
         assert server.wait(SOON) == 0
 
 
-def test_websockets_get_1012(serve: Serve) -> None:
-    server = serve(workers=2)
-    url = server.url.replace("http://", "ws://") + "/ws"
-    with connect(url) as one, connect(url) as other:
-        for websocket in (one, other):
-            websocket.send("hello")
-            assert websocket.recv(DEADLINE) == "hello"
-        server.terminate()
-        for websocket in (one, other):
-            with pytest.raises(ConnectionClosed) as caught:
-                websocket.recv(DEADLINE)
-            assert caught.value.rcvd is not None
-            assert caught.value.rcvd.code == 1012
-    assert server.wait(SOON) == 0
-
-
 def test_an_endless_stream_holds_the_exit_no_longer_than_the_limit(serve: Serve) -> None:
-    # Cancelling the stream's task is uvicorn's way, and it logs what it cancelled.
-    server = serve("--timeout-graceful-shutdown", "2", workers=2, noise=True)
+    server = serve("--timeout-graceful-shutdown", "2", app=FULL, workers=2)
     with server.connect() as client:
-        client.send(request("GET", "/stream?ms=1"))
+        client.send(request("GET", "/obstinate"))
         assert client.head().status == 200
-        assert b"data: " in client.chunk()
+        assert client.chunk() == b"tick"
         began = time.monotonic()
         server.terminate()
         assert server.wait(SOON) == 0
@@ -209,12 +190,39 @@ def test_a_lifespan_that_fails_at_the_end_is_shown(serve: Serve) -> None:
     server.wait_for("RuntimeError: the shutdown's own trouble")
 
 
-def test_term_during_boot(serve: Serve) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_before_it_ever_served_is_no_success(serve: Serve, number: signal.Signals, code: int) -> None:
     server = serve(app="tests.helpers.apps.hangs:app", workers=2, ready=False)
     eventually(lambda: len(proc.children(server.pid)) >= 2, "the workers have been started")
-    server.terminate()
-    assert server.wait(SOON) == 0
+    server.signal(number)
+    assert server.wait(SOON) == code
     assert server.processes() == []
+
+
+def test_a_stop_during_boot_tells_of_a_worker_that_has_failed(serve: Serve, tmp_path: Path) -> None:
+    # Slot 0 raises, the other waits for ever: nobody has been told yet when the stop comes.
+    (tmp_path / "half.py").write_text(
+        "import os, threading\n"
+        "if os.environ['CLUSTERSERVE_WORKER_SLOT'] == '0':\n"
+        "    raise RuntimeError('its own trouble')\n"
+        "threading.Event().wait()\n"
+    )
+    server = serve(app="half:app", workers=2, ready=False, noise=True, env={"PYTHONPATH": str(tmp_path)})
+    eventually(lambda: server.found("Serving"), "it has started")
+    eventually(lambda: len(proc.children(server.pid)) == 2, "two boot")
+    eventually(lambda: len(proc.children(server.pid)) == 1, "one has failed")
+    server.terminate()
+    assert server.wait(SOON) == 3
+    assert len(server.wait_for("RuntimeError: its own trouble")) == 1
+
+
+def test_every_further_term_finds_it_stopping(serve: Serve) -> None:
+    """Also in its last moments, when the event loop is closed: no death by signal, and no other code."""
+    server = serve(workers=1)
+    server.terminate()
+    while server.running:
+        server.terminate()
+    assert server.wait(SOON) == 0
 
 
 @pytest.mark.parametrize("where", ["import", "lifespan"])

@@ -278,6 +278,11 @@ class Server:
         """Every living process of this server, found by its environment."""
         return proc.marked(self._mark)
 
+    @property
+    def running(self) -> bool:
+        """Whether the master has not ended."""
+        return self._process.poll() is None
+
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from clusterserve.core.events import Event, Exited, Forked, Scaled, StartedListening, WasKilled, WorkerName
 from clusterserve.core.lifecycle import WorkerState
 from clusterserve.core.messages import Listening, Online, encode
 from clusterserve.core.reconcile import Stop
@@ -74,7 +75,9 @@ class Running:
 
     def __init__(self, loop: SkewedLoop, settings: Settings) -> None:
         self.loop = loop
-        self.engine = Engine(settings, loop)
+        #: Everything that was told.
+        self.events: list[Event] = []
+        self.engine = Engine(settings, loop, self.events.append)
         self._clients = contextlib.ExitStack()
 
     def settle(self) -> Running:
@@ -114,6 +117,10 @@ class Running:
     @property
     def ids(self) -> list[int]:
         return [id for id, _, _, _ in self.engine.states()]
+
+    def told(self, id: int) -> list[str]:
+        """The names of the events about this worker, in order."""
+        return [event.name for event in self.events if getattr(event, "worker", None) and event.worker.id == id]
 
     def pid(self, id: int) -> int:
         return {id: pid for id, _, pid, _ in self.engine.states()}[id]
@@ -744,3 +751,79 @@ def test_an_address_a_worker_cannot_have_is_its_own_trouble(make: Make, tmp_path
         error = make(own("127.0.0.1", port), lifespan="on", bind=f"unix:{tmp_path}/s").fail()
     assert f"cannot listen on 127.0.0.1:{port}: address already in use" in error.traceback
     assert str(errno.EADDRINUSE) in error.traceback
+
+
+# ── events ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_told_of_a_life(make: Make) -> None:
+    running = make(workers=2).settle()
+    first, second = (WorkerName(id, id - 1, running.pid(id)) for id in (1, 2))
+    assert [running.told(id) for id in (1, 2)] == [["fork", "online", "listening"]] * 2
+    assert running.events[:2] == [Forked(first), Forked(second)]
+    url = next(iter(running.engine.handles)).url
+    assert StartedListening(second, url) in running.events
+    assert running.events[-1].name == "ready"
+    running.kill(1)
+    assert running.events[-1] == Exited(first, None, signal.SIGKILL)
+    running.until_listening(2, 3)
+    running.engine.scale(1)
+    running.until_listening(3)
+    assert Exited(second, 0, None) in running.events
+    running.engine.reload()
+    running.until_listening(4)
+    running.engine.stop(Stop.GRACEFUL)
+    # No news: the second order only hurries.
+    running.engine.stop(Stop.QUICK)
+    running.finish()
+    assert running.told(1) == ["fork", "online", "listening", "disconnect", "exit"]
+    for id in (2, 3, 4):
+        assert running.told(id) == ["fork", "online", "listening", "draining", "disconnect", "exit"]
+    assert Scaled(1, 2) in running.events
+    cluster = [event.name for event in running.events if not hasattr(event, "worker")]
+    assert cluster == ["ready", "scale", "reload", "shutdown", "stopped"]
+
+
+def test_what_is_told_of_one_that_hangs_up(make: Make) -> None:
+    running = make().settle()
+    worker = WorkerName(1, 0, running.pid(1))
+    running.connect("/hang-up")
+    running.loop.until(lambda: 2 in running.ids, "it is replaced at once")
+    running.loop.forward(5.0)
+    running.until_listening(2)
+    assert running.told(1)[3:] == ["disconnect", "kill", "exit"]
+    assert WasKilled(worker, "it closed its channel but did not exit") in running.events
+
+
+def test_what_is_told_of_one_that_lies(make: Make) -> None:
+    running = make().settle()
+    running.connect("/answer/78").close()
+    running.until_listening(2)
+    assert running.told(1)[3:] == ["kill", "disconnect", "exit"]
+
+
+@pytest.mark.parametrize("how", [Stop.GRACEFUL, Stop.QUICK])
+def test_what_is_told_of_an_end_before_it_serves(make: Make, how: Stop) -> None:
+    running = make()
+    running.engine.start()
+    running.engine.stop(how)
+    running.finish()
+    assert not running.engine.served
+    # Whatever it still said while it went is no news.
+    told = running.told(1)
+    assert [told[0], *told[-3:]] == ["fork", "draining", "disconnect", "exit"]
+    assert "listening" not in told
+    assert [event.name for event in running.events if not hasattr(event, "worker")] == ["shutdown", "stopped"]
+
+
+def test_a_failure_that_nobody_was_told_of(make: Make) -> None:
+    """The one has failed and the other still boots when it is stopped."""
+    running = make(
+        "import os, threading\nif os.environ['CLUSTERSERVE_WORKER_SLOT'] == '0':\n    raise ValueError('trouble')\n"
+        "threading.Event().wait()",
+        workers=2,
+    )
+    running.engine.start()
+    running.loop.until(lambda: running.ids == [2], "one has failed")
+    running.engine.stop(Stop.GRACEFUL)
+    assert "ValueError: trouble" in str(running.fail(started=True))

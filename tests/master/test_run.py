@@ -81,6 +81,23 @@ def test_it_returns_0_when_it_is_told_to_end(run: Run, caplog: pytest.LogCapture
     assert sys.path[0] == str(tmp_path)
 
 
+@pytest.mark.parametrize("ends", ["in order", "in failure"])
+def test_the_programs_own_handlers_are_back(run: Run, ends: str) -> None:
+    heard: list[int] = []
+    for number in NUMBERS:
+        signal.signal(number, lambda number, frame: heard.append(number))
+    before = [signal.getsignal(number) for number in NUMBERS]
+    if ends == "in order":
+        assert run(lambda: send(signal.SIGTERM)) == 0
+    else:
+        with pytest.raises(BootError):
+            run(None, "raise RuntimeError('its own trouble')")
+    assert [signal.getsignal(number) for number in NUMBERS] == before
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(NUMBERS)
+    send(signal.SIGTERM)
+    eventually(lambda: heard == [signal.SIGTERM], "the program hears it")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGQUIT, 131)])
 def test_it_returns_what_says_that_it_was_forced(
     run: Run, caplog: pytest.LogCaptureFixture, number: int, code: int

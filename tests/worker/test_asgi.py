@@ -23,7 +23,8 @@ from clusterserve.channel.board import Board
 from clusterserve.core.messages import Closed, Leave, Listen, Listening
 from clusterserve.errors import BootError
 from clusterserve.settings import Settings
-from clusterserve.worker.asgi import CANCELLED, CHATTER, _BootLog, _Drainer, _loop_class, _traceback, serve
+from clusterserve.worker.asgi import CHATTER, _BootLog, _Drainer, _loop_class, _traceback, serve
+from clusterserve.worker.draining import CANCELLED, Draining
 from clusterserve.worker.link import Link
 from clusterserve.worker.protocols import Borrowing
 from clusterserve.worker.server import FauxServer
@@ -181,6 +182,8 @@ class TestStopping:
                 assert client.recv(1) == b""
 
         run(master, settings(APP))
+        # It was told to: no error of anybody's.
+        assert capfd.readouterr().err == ""
 
     def test_quickly_after_all(self, run: Any, capfd: pytest.CaptureFixture[str]) -> None:
         """The second order ends the waiting that the first has begun."""
@@ -202,7 +205,10 @@ class TestStopping:
                 client.recv(1)
 
         run(master, settings(APP))
-        assert "Cancel 1 running task(s), timeout graceful shutdown exceeded" in capfd.readouterr().err
+        err = capfd.readouterr().err
+        assert "GET /wait is cut off: it has been running for 0 s" in err
+        assert "Cancel 1 running task(s), timeout graceful shutdown exceeded" in err
+        assert "Traceback" not in err
 
     @pytest.mark.parametrize(("grace", "left"), [(30.0, 28.8), (5.0, 3.8), (1.0, 0.6), (0.1, 0.0), (0.0, 0.0)])
     def test_the_applications_own_shutdown_has_its_share(self, grace: float, left: float) -> None:
@@ -213,7 +219,8 @@ class TestStopping:
         server: Any = Server()
         remote = Remote()
         link = Link(remote.theirs, remote.connections.dup(), Board.create(), remote.kept)
-        _Drainer(server, link, Borrowing())
+        draining = Draining(set())
+        _Drainer(server, link, Borrowing(), draining)
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             link.attach(loop)
             link.on_drain(grace, False, False)
@@ -221,6 +228,7 @@ class TestStopping:
             loop.remove_reader(remote.theirs)
         assert server.config.timeout_graceful_shutdown == pytest.approx(left)
         assert server.should_exit
+        assert draining.event.is_set()
         remote.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import threading
@@ -9,8 +10,9 @@ import threading
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from examples import asgi_app
 
@@ -57,6 +59,22 @@ async def hold(request: Request) -> PlainTextResponse:
     return PlainTextResponse("")
 
 
+class Obstinate:
+    """A stream that does not end by itself, whatever happens to its worker."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"tick", "more_body": True})
+            await asyncio.sleep(0.01)
+
+
+async def deaf(websocket: WebSocket) -> None:
+    """A WebSocket that does not hear of its end."""
+    await websocket.accept()
+    await asyncio.Event().wait()
+
+
 app = Starlette(
     routes=[
         *asgi_app.app.routes,
@@ -64,6 +82,8 @@ app = Starlette(
         Route("/scope", scope),
         Route("/fail", fail),
         Route("/hold", hold),
+        Route("/obstinate", Obstinate()),
+        WebSocketRoute("/deaf", deaf),
     ],
     lifespan=asgi_app.lifespan,
 )

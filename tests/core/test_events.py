@@ -1,0 +1,35 @@
+"""Events as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+
+from clusterserve.core.events import EVENTS, Event, Exited, StartedListening, Stopped, WorkerName, arguments
+
+KINDS = typing.get_args(Event)
+
+
+def test_every_event_can_be_listened_to() -> None:
+    assert list(EVENTS) == [kind.name for kind in KINDS]
+    assert len(EVENTS) == len(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_event_is_frozen_and_says_which_worker_it_is_about_first(kind: type) -> None:
+    names = [field.name for field in dataclasses.fields(kind)]
+    assert "worker" not in names[1:]
+    event = kind(*names)
+    for name in names:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(event, name, None)
+
+
+def test_its_arguments() -> None:
+    worker = WorkerName(3, 1, 4711)
+    assert arguments(Exited(worker, None, 9)) == (worker, None, 9)
+    assert arguments(StartedListening(worker, "unix:/x")) == (worker, "unix:/x")
+    assert arguments(Stopped()) == ()
+    assert EVENTS["exit"] == ("worker", "code", "signal")
