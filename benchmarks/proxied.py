@@ -18,8 +18,6 @@ from types import FrameType
 STOP_SECONDS = 8.0
 
 CONFIGURATION = """\
-global
-    maxconn 20000
 defaults
     mode http
     timeout connect 5s

@@ -62,6 +62,7 @@ class App:
     mix: str = "0.95:2,0.05:150"
     rate: float | None = None
     method: str = "GET"
+    load: float = 0.7
     #: Every request takes so long besides, during which it occupies no place.
     besides: float = 0.0
     #: Requests that one worker can serve at the same time.
@@ -108,7 +109,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--app", choices=APPS, default="block", help=f"(default: %(default)s) {shown}")
     parser.add_argument("--mix", type=mix_option, metavar="SHARE:MS,...", help="service times (default: the app's)")
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--load", type=positive_number, help="share of what the workers can do (default: 0.7)")
+    load.add_argument("--load", type=positive_number, help="share of what the workers can do (default: the app's, 0.7 or 0.5)")
     load.add_argument("--rate", type=positive_number, help="requests a second, instead of --load")
     parser.add_argument("--mode", choices=MODES, default="both", help="(default: %(default)s)")
     parser.add_argument("--pool", type=positive, default=64, help="kept connections (default: %(default)s)")
@@ -160,12 +161,11 @@ def rate_of(app: App, mix: Mix, options: argparse.Namespace) -> float:
         raise BenchmarkError("a mix that takes no time has no utilisation: give --rate")
     # What a thread pool could do in all is no measure: its load is that of the same work on the event loop.
     places = app.servers(options.workers) if app.burns else options.workers
-    return float(options.load or 0.7) * places / mix.mean
+    return float(options.load or app.load) * places / mix.mean
 
 
 def measure_or_report(server: Server, schedule: Schedule, style: Style, theory: list[float], seed: str) -> Round | None:
     try:
-        server.wait_until_idle()
         outcome = openloop.run(server.port, schedule, style, seed)
     except ServerFailedError as error:
         not_measured(server.name, error)
