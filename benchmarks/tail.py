@@ -109,7 +109,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--app", choices=APPS, default="block", help=f"(default: %(default)s) {shown}")
     parser.add_argument("--mix", type=mix_option, metavar="SHARE:MS,...", help="service times (default: the app's)")
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--load", type=positive_number, help="share of what the workers can do (default: the app's, 0.7 or 0.5)")
+    load.add_argument(
+        "--load", type=positive_number, help="share of what the workers can do (default: the app's, 0.7 or 0.5)"
+    )
     load.add_argument("--rate", type=positive_number, help="requests a second, instead of --load")
     parser.add_argument("--mode", choices=MODES, default="both", help="(default: %(default)s)")
     parser.add_argument("--pool", type=positive, default=64, help="kept connections (default: %(default)s)")
