@@ -42,6 +42,8 @@ class Style:
     #: The body leaves so long after the head, in a segment of its own.
     body_seconds: float = 0.0
     timeout: float = TIMEOUT_SECONDS
+    #: Sees at once that the server has closed an idle connection; otherwise only when it asks again over it.
+    notices: bool = True
 
     def head(self, service: float) -> bytes:
         lines = [f"{self.method} {self.path}?ms={service * 1000:.3f} HTTP/1.1", "Host: localhost"]
@@ -199,6 +201,8 @@ class _Client:
             place = self._chance.randrange(len(self._idle))
             self._idle[place], self._idle[-1] = self._idle[-1], self._idle[place]
             connection = self._idle.pop()
+            if not self._style.notices:
+                self._epoll.register(connection.fileno(), select.EPOLLIN)
         else:
             try:
                 connection = self._connect()
@@ -296,7 +300,9 @@ class _Client:
             self._becomes_idle(connection)
 
     def _becomes_idle(self, connection: _Connection) -> None:
-        if connection.state is _State.CONNECTING:
+        if not self._style.notices:
+            self._epoll.unregister(connection.fileno())
+        elif connection.state is _State.CONNECTING:
             self._epoll.modify(connection.fileno(), select.EPOLLIN)
         connection.state = _State.IDLE
         self._idle.append(connection)
