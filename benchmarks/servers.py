@@ -190,6 +190,8 @@ def _gunicorn_worker() -> str:
 def _granian(setup: Setup, port: int) -> list[str]:
     where = ["--workers", str(setup.workers), "--host", "127.0.0.1", "--port", str(port)]
     how = ["--interface", "asgi", "--loop", setup.loop, "--no-access-log", "--log-level", "warning"]
+    # Otherwise it ends altogether when one worker does, which none of the others does.
+    how.append("--respawn-failed-workers")
     if setup.keep_alive is not None:
         # It has no limit of its own for idle connections; this one ends them.
         how += ["--http1-header-read-timeout", str(min(setup.keep_alive * 1000, GRANIAN_LONGEST))]

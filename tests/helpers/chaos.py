@@ -18,6 +18,7 @@ In the end, master and workers hold as many descriptors of each kind as in the b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -39,6 +40,7 @@ APP = "tests.helpers.apps.chaos:app"
 #: What the server is started with: workers that are killed all the time are to be replaced at once all the same.
 OPTIONS = ("--restart-backoff", "0.05", "--restart-backoff-max", "0.2", "--no-access-log")
 BOUND = 20.0
+SCALING = re.compile(r"Scaling from \d+ to (\d+) worker")
 MOST_WORKERS = 5
 #: What is done to the workers, and how often compared with the others.
 EVENTS = {"HUP": 3, "TTIN": 3, "TTOU": 3, "KILL": 5, "KILL all": 1, "STOP": 6}
@@ -172,7 +174,8 @@ class Chaos:
             for pid in [pid for pid, until in stopped.items() if until < now]:
                 del stopped[pid]
                 _signal(pid, signal.SIGCONT)
-            self._over = self._over or now - self._began > self._seconds
+            if now - self._began > self._seconds:
+                self._over = True
             kind = chance.choices([*self._chosen, ""], [*self._chosen.values(), 1])[0]
             pids = [worker.pid for worker in self._server.workers]
             if kind == "HUP":
@@ -205,23 +208,27 @@ class Chaos:
 
     def _scale_back(self, wanted: int) -> None:
         """As many workers as in the beginning; told one at a time, as the kernel merges equal signals."""
-
-        def settled() -> bool:
-            # A worker that is to go, or has yet to listen, is a child as well.
-            return len(proc.children(self._server.pid)) == len(self._server.workers)
-
+        sent = self.report.events["TTIN"] + self.report.events["TTOU"]
+        # Fewer when some were merged; no matter, as the last line counts.
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: len(self._server.found(SCALING)) >= sent, "every signal is heard", within=2.0)
         try:
             for _ in range(2 * MOST_WORKERS):
-                eventually(settled, "workers settle", within=60.0)
-                there = len(self._server.workers)
-                if there == wanted:
+                lines = self._server.found(SCALING)
+                target = int(lines[-1][1]) if lines else wanted
+                eventually(lambda target=target: self._settled(target), f"{target} workers", within=60.0)  # type: ignore[misc]
+                if target == wanted:
                     return
-                self._server.signal(signal.SIGTTOU if there > wanted else signal.SIGTTIN)
-                eventually(lambda there=there: len(self._server.workers) != there, "a worker more or less")  # type: ignore[misc]
+                self._server.signal(signal.SIGTTOU if target > wanted else signal.SIGTTIN)
+                self._server.wait_for(SCALING, count=len(lines) + 1)
         except AssertionError as error:
             self.report.faults.append(Fault(str(error), "in the end"))
             return
         self.report.faults.append(Fault(f"not {wanted} workers but {self._server.workers}", "in the end"))
+
+    def _settled(self, count: int) -> bool:
+        # A worker that is to go, or has yet to listen, is a child as well.
+        return len(self._server.workers) == count == len(proc.children(self._server.pid))
 
     def _at_rest(self) -> list[dict[str, int]]:
         """What each process holds when every worker has served and nobody is connected."""

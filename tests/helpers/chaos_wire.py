@@ -148,10 +148,9 @@ class Wire:
     async def end(self) -> None:
         """Nothing more, and an end in order."""
         try:
-            while True:
+            while not self._data:
                 await self._fill(begun=False)
-                if self._data:
-                    raise WrongError(f"more than the response: {bytes(self._data[:80])!r}")
+            raise WrongError(f"more than the response: {bytes(self._data[:80])!r}")
         except EndedError:
             pass
 
