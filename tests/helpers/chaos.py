@@ -4,7 +4,8 @@ What a client may meet, and nothing else:
 
 1. Every response is the one to the oldest unanswered request of its connection: its id, the checksum of the body the
    application read, and every byte.  No kept connection is told to close.
-2. Only when a worker was killed since the connection last was in order (connected, or its last response complete):
+2. Only when a worker was killed since the connection last was in order (connected, or its last response complete), or
+   not more than `NOTICE` seconds before that (a client reads a dead worker's response, and asks it again unknowingly):
    a. a whole `502` with `Connection: close` and an orderly end after it, or
    b. an orderly end before a response, or
    c. an orderly end within a response whose bytes so far are right, and which its framing shows to be cut.
@@ -33,6 +34,7 @@ from typing import final
 
 from tests.helpers import proc
 from tests.helpers.chaos_wire import EndedError, Question, Wire, WrongError, pieces, question
+from tests.helpers.raw import fetch
 from tests.helpers.server import Server
 from tests.helpers.waiting import eventually
 
@@ -40,6 +42,7 @@ APP = "tests.helpers.apps.chaos:app"
 #: What the server is started with: workers that are killed all the time are to be replaced at once all the same.
 OPTIONS = ("--restart-backoff", "0.05", "--restart-backoff-max", "0.2", "--no-access-log")
 BOUND = 20.0
+NOTICE = 1.0
 SCALING = re.compile(r"Scaling from \d+ to (\d+) worker")
 MOST_WORKERS = 5
 #: What is done to the workers, and how often compared with the others.
@@ -147,7 +150,8 @@ class Chaos:
         return question(chance, f"{self._asked}-{chance.getrandbits(32):08x}")
 
     def killed_since(self, then: float) -> bool:
-        return any(kill >= then for kill in self._kills[-20:])
+        """Whether a kill excuses what happens to a connection that was in order then."""
+        return any(kill >= then - NOTICE for kill in self._kills[-20:])
 
     @property
     def over(self) -> bool:
@@ -166,6 +170,8 @@ class Chaos:
     async def _events(self) -> None:
         """One after the other; each takes effect while the next ones happen already."""
         chance = random.Random(f"{self.report.seed}/events")
+        # Each once at first, in any order, so that no run is without one of them.
+        first = chance.sample([*self._chosen], len(self._chosen))
         extra = 0
         stopped: dict[int, float] = {}
         while not self._over:
@@ -176,7 +182,7 @@ class Chaos:
                 _signal(pid, signal.SIGCONT)
             if now - self._began > self._seconds:
                 self._over = True
-            kind = chance.choices([*self._chosen, ""], [*self._chosen.values(), 1])[0]
+            kind = first.pop() if first else chance.choices([*self._chosen], [*self._chosen.values()])[0]
             pids = [worker.pid for worker in self._server.workers]
             if kind == "HUP":
                 self._server.signal(signal.SIGHUP)
@@ -196,6 +202,9 @@ class Chaos:
                 stopped[pid] = now + chance.uniform(0.0, 1.5)
                 _signal(pid, signal.SIGSTOP)
             else:
+                # Not now: there is nobody to stop, or as many workers as there may be.
+                if not self.report.events[kind]:
+                    first.insert(0, kind)
                 continue
             self.report.events[kind] += 1
         self._continue_all()
@@ -232,13 +241,8 @@ class Chaos:
 
     def _at_rest(self) -> list[dict[str, int]]:
         """What each process holds when every worker has served and nobody is connected."""
-        wires = [socket.create_connection(self._address.sockaddr) for _ in range(8)]  # type: ignore[arg-type]
-        for number, sock in enumerate(wires):
-            with sock:
-                sock.settimeout(BOUND)
-                sock.sendall(b"GET /plain?id=warm%d&n=1 HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n" % number)
-                while sock.recv(4096):
-                    pass
+        for number in range(8):
+            fetch(self._address, f"/plain?id=warm{number}&n=1")
         seen: list[list[dict[str, int]]] = []
 
         def steady() -> bool:
