@@ -82,6 +82,19 @@ class Server:
                 raise ServerFailedError("it kept connections whose clients had left")
             time.sleep(LOOK_SECONDS)
 
+    def workers(self) -> list[int]:
+        """The processes that serve, as far as the tree shows: its leaves, without those that only help."""
+        tree = self.processes()
+        parents = {process.parent for process in tree.values()}
+        return [
+            pid
+            for pid, process in sorted(tree.items())
+            if process.alive and pid not in parents and pid != self._root.pid and not processes.is_helper(pid)
+        ]
+
+    def signal_master(self, number: signal.Signals) -> None:
+        os.kill(self._root.pid, number)
+
     def ask_to_stop(self) -> None:
         self._members = self.processes()
         # Not Popen.send_signal, which would wait for a root that has ended.

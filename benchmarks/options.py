@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import math
+import secrets
 from collections.abc import Sequence
 
 from benchmarks.errors import BenchmarkError, ServerFailedError
 from benchmarks.fleet import Fleet, Server
 from benchmarks.report import not_measured, progress
-from benchmarks.servers import Contender, Setup, choose
+from benchmarks.servers import Contender, Setup, choose, of_each_dispatch
 
 
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def positive_number(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
 
@@ -26,10 +35,24 @@ def add_server_options(parser: argparse.ArgumentParser, contenders: Sequence[str
     parser.add_argument("--http", choices=("httptools", "h11"), default="httptools", help="(default: %(default)s)")
 
 
-def present(names: str) -> list[Contender]:
+def add_dispatch_option(parser: argparse.ArgumentParser) -> None:
+    text = "clusterserve once with each of these --dispatch (default: once, with its own default)"
+    parser.add_argument("--dispatch", metavar="MODE,...", type=names, default=[], help=text)
+
+
+def add_seed_option(parser: argparse.ArgumentParser) -> None:
+    text = "what the arrivals come from (default: another one every time; printed)"
+    parser.add_argument("--seed", default=str(secrets.randbelow(10**6)), help=text)
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def present(only: str, dispatches: Sequence[str] = ()) -> list[Contender]:
     """The chosen contenders that can take part; the others are named with the reason."""
     found = []
-    for contender in choose([name.strip() for name in names.split(",") if name.strip()]):
+    for contender in of_each_dispatch(choose(names(only)), dispatches):
         if reason := contender.missing():
             not_measured(contender.name, reason)
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,26 @@ def cpu_between(before: dict[int, Process], after: dict[int, Process]) -> float:
     return sum(
         process.cpu_seconds - (before[pid].cpu_seconds if pid in before else 0.0) for pid, process in after.items()
     )
+
+
+def is_helper(pid: int) -> bool:
+    """Whether this is the process that Python's multiprocessing starts to clean up after the others."""
+    try:
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def pss(pids: Iterable[int]) -> int:
+    """Bytes of memory, each page that several processes share counted in parts; what the kernel holds is not in it."""
+    total = 0
+    for pid in pids:
+        # One that has ended meanwhile has none.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+    return total
 
 
 def machine_time() -> MachineTime:

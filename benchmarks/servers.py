@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,10 +23,14 @@ from benchmarks.without import STEPS
 ROOT = Path(__file__).resolve().parent.parent
 NODE_APP = Path(__file__).resolve().parent / "apps" / "hello_cluster.js"
 REFERENCE = "uvicorn"
+GRANIAN_LONGEST = 60_000
 
 # Whatever the user's environment sets for these servers would give them unequal settings.
 FOREIGN_PREFIXES = ("CLUSTERSERVE_", "UVICORN_", "GUNICORN_", "GRANIAN_", "NODE_CLUSTER_")
 FOREIGN_NAMES = frozenset({"WEB_CONCURRENCY", "NODE_OPTIONS", "PORT"})
+
+# Contenders that are no Python packages, and how they tell their version.
+PROGRAMS = {"node": ["--version"], "haproxy": ["-v"]}
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,15 @@ class Setup:
     loop: str = "uvloop"
     http: str = "httptools"
     dispatch: str | None = None
+    #: Seconds that an idle connection is kept; None for each server's own default.
+    keep_alive: int | None = None
+    #: A worker is replaced after so many requests; None for never.
+    max_requests: int | None = None
 
     @property
     def import_string(self) -> str:
-        return f"benchmarks.apps.{self.app}:app"
+        """`app` is a module of `benchmarks.apps`, or `module:attribute`."""
+        return f"benchmarks.apps.{self.app}" if ":" in self.app else f"benchmarks.apps.{self.app}:app"
 
 
 @dataclass(frozen=True)
@@ -49,20 +59,27 @@ class Contender:
     package: str
     command: Callable[[Setup, int], list[str]]
     environ: Mapping[str, str] = field(default_factory=dict)
+    #: A module without which the package is not enough.
+    needs: str = ""
+    #: The events of `churn` that this server has an answer to.
+    survives: frozenset[str] = frozenset({"HUP", "KILL", "RECYCLE"})
 
     def missing(self) -> str:
         """Why this contender cannot take part; empty when it can."""
-        if self.package == "node":
-            return "" if shutil.which("node") else "no `node` on PATH"
+        if self.package in PROGRAMS:
+            return "" if shutil.which(self.package) else f"no `{self.package}` on PATH"
+        if self.needs and importlib.util.find_spec(self.package) and not importlib.util.find_spec(self.needs):
+            return f"this {self.package} has no {self.needs}"
         if importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         return "" if importlib.util.find_spec(f"{self.package}.__main__") else f"{self.package} has no __main__ module"
 
     def version(self) -> str:
-        if self.package == "node":
-            shown = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True, timeout=10)
-            return shown.stdout.strip().removeprefix("v")
-        worker = f" -k {_gunicorn_worker()}" if self.package == "gunicorn" else ""
+        if arguments := PROGRAMS.get(self.package):
+            shown = subprocess.run([self.package, *arguments], capture_output=True, text=True, check=True, timeout=10)
+            found = re.search(r"\d+(\.\d+)+", shown.stdout)
+            return found[0] if found else ""
+        worker = f" -k {_gunicorn_worker()}" if self.name == "gunicorn" else ""
         return package_version(self.package) + worker
 
     def environment(self) -> dict[str, str]:
@@ -88,6 +105,28 @@ def choose(names: list[str]) -> list[Contender]:
             meant = f"; did you mean {near[0]}?" if near else ""
             raise BenchmarkError(f"unknown contender {name!r}{meant} (known: {', '.join(CONTENDERS)})")
     return [CONTENDERS[name] for name in dict.fromkeys(names)]
+
+
+def of_each_dispatch(contenders: Iterable[Contender], dispatches: Sequence[str]) -> list[Contender]:
+    """Each clusterserve once with each of these, named after it; the others, and policy `none`, as they are."""
+    found = []
+    for contender in contenders:
+        if contender.package == "clusterserve" and contender.name != "clusterserve-none" and dispatches:
+            found += [_dispatching(contender, dispatch) for dispatch in dispatches]
+        else:
+            found.append(contender)
+    return found
+
+
+def _dispatching(contender: Contender, dispatch: str) -> Contender:
+    def command(setup: Setup, port: int) -> list[str]:
+        return contender.command(replace(setup, dispatch=dispatch), port)
+
+    return replace(contender, name=f"{contender.name}/{dispatch}", command=command)
+
+
+def _option(name: str, value: int | None) -> list[str]:
+    return [] if value is None else [name, str(value)]
 
 
 def _module(name: str, *arguments: str) -> list[str]:
@@ -117,11 +156,19 @@ def _uvicorn(setup: Setup, port: int) -> list[str]:
 
 
 def _uvicorn_options(setup: Setup) -> list[str]:
-    return ["--loop", setup.loop, "--http", setup.http, "--no-access-log", "--log-level", "warning"]
+    limits = [*_option("--timeout-keep-alive", setup.keep_alive), *_option("--limit-max-requests", setup.max_requests)]
+    return ["--loop", setup.loop, "--http", setup.http, "--no-access-log", "--log-level", "warning", *limits]
 
 
 def _gunicorn(setup: Setup, port: int) -> list[str]:
-    kind = _gunicorn_worker()
+    return _gunicorn_with(_gunicorn_worker(), setup, port)
+
+
+def _gunicorn_asgi(setup: Setup, port: int) -> list[str]:
+    return _gunicorn_with("asgi", setup, port)
+
+
+def _gunicorn_with(kind: str, setup: Setup, port: int) -> list[str]:
     worker = ["-k", kind]
     if kind == "asgi":
         worker += ["--asgi-loop", setup.loop]
@@ -131,7 +178,8 @@ def _gunicorn(setup: Setup, port: int) -> list[str]:
     if importlib.util.find_spec("gunicorn.ctl"):
         worker.append("--no-control-socket")
     where = ["--workers", str(setup.workers), "--bind", f"127.0.0.1:{port}", "--log-level", "warning"]
-    return _module("gunicorn", setup.import_string, *worker, *where)
+    limits = [*_option("--keep-alive", setup.keep_alive), *_option("--max-requests", setup.max_requests)]
+    return _module("gunicorn", setup.import_string, *worker, *where, *limits)
 
 
 def _gunicorn_worker() -> str:
@@ -142,16 +190,31 @@ def _gunicorn_worker() -> str:
 def _granian(setup: Setup, port: int) -> list[str]:
     where = ["--workers", str(setup.workers), "--host", "127.0.0.1", "--port", str(port)]
     how = ["--interface", "asgi", "--loop", setup.loop, "--no-access-log", "--log-level", "warning"]
+    # Otherwise it ends altogether when one worker does, which none of the others does.
+    how.append("--respawn-failed-workers")
+    if setup.keep_alive is not None:
+        # It has no limit of its own for idle connections; this one ends them.
+        how += ["--http1-header-read-timeout", str(min(setup.keep_alive * 1000, GRANIAN_LONGEST))]
     return _module("granian", setup.import_string, *where, *how)
 
 
 def _hypercorn(setup: Setup, port: int) -> list[str]:
     where = ["--workers", str(setup.workers), "--bind", f"127.0.0.1:{port}"]
-    return _module("hypercorn", setup.import_string, *where, "-k", setup.loop, "--log-level", "warning")
+    limits = [*_option("--keep-alive", setup.keep_alive), *_option("--max-requests", setup.max_requests)]
+    return _module("hypercorn", setup.import_string, *where, "-k", setup.loop, "--log-level", "warning", *limits)
+
+
+def _haproxy(setup: Setup, port: int) -> list[str]:
+    where = [str(port), str(setup.workers), setup.import_string]
+    return _module("benchmarks.proxied", *where, *_uvicorn_options(setup))
 
 
 def _node(setup: Setup, port: int) -> list[str]:
-    return ["node", str(NODE_APP), str(port), str(setup.workers)]
+    module, _, name = setup.app.partition(":")
+    if module == "framework":
+        raise ServerFailedError(f"{name!r} is an application of starlette's")
+    keep_alive = [] if setup.keep_alive is None else [str(setup.keep_alive)]
+    return ["node", str(NODE_APP), str(port), str(setup.workers), name or module, *keep_alive]
 
 
 CONTENDERS: dict[str, Contender] = {
@@ -162,9 +225,11 @@ CONTENDERS: dict[str, Contender] = {
         *(Contender(f"without-{step}", "clusterserve", _without(step)) for step in STEPS),
         Contender(REFERENCE, "uvicorn", _uvicorn),
         Contender("gunicorn", "gunicorn", _gunicorn),
-        Contender("granian", "granian", _granian),
+        Contender("gunicorn-asgi", "gunicorn", _gunicorn_asgi, needs="gunicorn.workers.gasgi"),
+        Contender("granian", "granian", _granian, survives=frozenset({"HUP", "KILL"})),
         Contender("hypercorn", "hypercorn", _hypercorn),
-        Contender("node-rr", "node", _node, {"NODE_CLUSTER_SCHED_POLICY": "rr"}),
-        Contender("node-none", "node", _node, {"NODE_CLUSTER_SCHED_POLICY": "none"}),
+        Contender("haproxy", "haproxy", _haproxy, survives=frozenset()),
+        Contender("node-rr", "node", _node, {"NODE_CLUSTER_SCHED_POLICY": "rr"}, survives=frozenset({"KILL"})),
+        Contender("node-none", "node", _node, {"NODE_CLUSTER_SCHED_POLICY": "none"}, survives=frozenset({"KILL"})),
     )
 }
