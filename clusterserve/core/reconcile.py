@@ -127,7 +127,7 @@ def _start(target: Target, roster: Roster, now: float) -> _Due:
     """Fill empty slots; in a reload and for worn workers also start replacements, `surge` at a time."""
     if _rejected(target, roster):
         return
-    here = [member for member in roster.members.values() if member.current and not _abandoned(member, target)]
+    here = [member for member in roster.members.values() if member.current and not _abandoned(member, target, roster)]
     newest = {member.slot: member for member in here}
     fresh = {member.slot: member for member in here if _fresh(member, target, now)}
     for number in range(target.count):
@@ -163,7 +163,7 @@ def _retire(target: Target, roster: Roster, now: float) -> _Due:
                 best[member.slot] = member
     for member in roster.members.values():
         replaced = not _fresh(member, target, now) and best.get(member.slot, member) is not member
-        leaves = member.slot >= target.count or replaced or _abandoned(member, target)
+        leaves = member.slot >= target.count or replaced or _abandoned(member, target, roster)
         if member.current and not member.doomed and leaves:
             yield 0.0, Drain(member.id, quick=False, interrupt=member.listening is None, keep=True)
 
@@ -173,9 +173,15 @@ def _fresh(member: Member, target: Target, now: float) -> bool:
     return member.generation == target.generation and not member.worn(now)
 
 
-def _abandoned(member: Member, target: Target) -> bool:
-    """Whether it boots for a generation that is not wanted any more."""
-    return member.generation != target.generation and member.listening is None
+def _abandoned(member: Member, target: Target, roster: Roster) -> bool:
+    """Whether it boots for a generation that is not wanted any more, and can be spared.
+
+    When those that did listen are all dead it cannot: reloads that follow one another faster than a worker boots would
+    leave nobody.
+    """
+    if member.generation == target.generation or member.listening is not None:
+        return False
+    return not roster.proven or any(other.state is WorkerState.LISTENING for other in roster.members.values())
 
 
 def _rejected(target: Target, roster: Roster) -> bool:

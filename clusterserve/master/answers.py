@@ -24,14 +24,15 @@ UNAVAILABLE: Final = _response("503 Service Unavailable", "All workers are busy.
 
 
 def answer(loop: asyncio.AbstractEventLoop, fd: int, response: bytes, lingering: set[Callable[[], None]]) -> None:
-    """Send `response` and close once the client has stopped sending: closing at once would reset what it has not read.
+    """Send `response`, which may be empty, and close once the client has stopped sending: closing at once would reset what it has not read.
 
     Takes over `fd`.  As long as it waits for the client, what ends the waiting is in `lingering`.
     """
     sock = socket.socket(fileno=fd)
     sock.setblocking(False)
     try:
-        sock.send(response)
+        if response:
+            sock.send(response)
         sock.shutdown(socket.SHUT_WR)
     except OSError:
         sock.close()

@@ -370,11 +370,10 @@ class Dispatcher:
             if connection.state is not State.GONE:
                 self.distributor.gone(connection)
             handle = self.distributor.handles.get(connection.listener)
-            if fate is Fate.READ and handle is not None and handle.client_speaks_first:
-                answer(self._loop, connection.fd, BAD_GATEWAY, self._lingering)
-            else:
-                # A response that was begun cannot be mended; a protocol that is not ours has no 502.
-                _end(connection)
+            # A response that was begun cannot be mended, and a protocol that is not ours has no 502: what it was sent
+            # is for the client to read all the same, so that is no reset either.
+            read = fate is Fate.READ and handle is not None and handle.client_speaks_first
+            answer(self._loop, connection.fd, BAD_GATEWAY if read else b"", self._lingering)
         self._close(self.distributor.requeue(untouched))
         self._lookout.remove(worker)
         self._epoll.unregister(end.fileno())

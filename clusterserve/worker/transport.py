@@ -172,6 +172,9 @@ class HandedTransport(asyncio.Transport):
 
     def claimed(self) -> None:
         """The next request is here, and nobody else's."""
+        if self._phase is not Phase.KEPT:
+            # It is on its way back to the master, and the request with it: reading it now would lose it.
+            return
         self._running = True
         self._old = False
         self._receiver.counters[1] += 1

@@ -490,6 +490,17 @@ class TestReload:
         assert driver.wants(generation=1) == [Drain(3, False, False, True)]
         assert driver.slots == {0: 1, 1: 2}
 
+    def test_one_that_boots_is_not_abandoned_while_nobody_listens(self) -> None:
+        """Reloads faster than a worker boots would leave nobody."""
+        driver = running(1)
+        driver.happens(1, EXITED)
+        driver.at(driver.now + 1.0)
+        booting = max(driver.roster.members)
+        assert Drain(booting, False, True, True) not in driver.wants(generation=2)
+        assert Drain(booting, False, True, True) not in driver.wants(generation=3)
+        driver.happens(booting, ONLINE, LISTENING)
+        assert driver.roster.members[booting].current
+
     def test_a_reload_of_a_cluster_that_has_not_come_up_starts_over(self) -> None:
         driver = Driver(Target(2))
         driver.reconcile()

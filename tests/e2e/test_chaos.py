@@ -18,7 +18,7 @@ SEED = os.environ.get("CHAOS_SEED") or str(secrets.randbelow(10**6))
 
 
 @pytest.mark.timeout(170)
-@pytest.mark.parametrize("dispatch", ["connection", "request"])
+@pytest.mark.parametrize("dispatch", ["auto", "connection", "request"])
 def test_chaos(serve: Serve, dispatch: str) -> None:
     server = serve("--dispatch", dispatch, *OPTIONS, app=APP, workers=3)
     report = Chaos(server, SEED, seconds=SECONDS).run()

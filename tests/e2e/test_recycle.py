@@ -119,7 +119,7 @@ def test_a_replacement_that_cannot_start_leaves_the_old_one_serving(serve: Serve
     switch = tmp_path / "off"
     server = serve(
         *("--limit-max-requests", "3", "--restart-backoff", "0.1", "--restart-backoff-max", "0.4"),
-        *("--timeout-keep-alive", "60"),
+        *("--timeout-keep-alive", "60", "--dispatch", "connection"),
         app="tests.helpers.apps.switch:app",
         workers=2,
         env={"SWITCH_FILE": str(switch)},

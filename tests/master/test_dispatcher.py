@@ -492,9 +492,10 @@ def test_no_descriptor_for_a_new_client(rig: Rig, caplog: pytest.LogCaptureFixtu
 
     with caplog.at_level(logging.WARNING, logger="clusterserve.dispatch"), no_more_descriptors():
         rig.loop.until(lambda: warnings() == 1, "it says that it cannot accept")
-        turns, busy = rig.loop.turns, time.thread_time()
-        rig.loop.until(lambda: warnings() == 3, "it tries again, and again")
-        # Two pauses long: a few turns for each look of this test, thousands if it were spinning.
+        turns, busy, end = rig.loop.turns, time.thread_time(), time.monotonic() + 0.25
+        rig.loop.until(lambda: time.monotonic() >= end, "it has tried again, and again")
+        # It is said once.  A few turns for each look of this test, thousands if it were spinning.
+        assert warnings() == 1
         assert rig.loop.turns - turns < 400
         assert time.thread_time() - busy < 0.15
     assert caplog.records[0].message == "Cannot accept: Too many open files; waiting (said once in 10 s)"
@@ -775,9 +776,8 @@ def test_a_dead_workers_unix_clients_are_closed(rig: Rig, unix: Listener) -> Non
     dying = rig.worker(unix)
     client, _ = offered(rig, dying, unix)
     dying.die()
-    with pytest.raises(ConnectionResetError):
-        # The kernel tells the client that its bytes were not read.
-        ended(client)
+    # The kernel cannot tell what was done to it: an end, and no reset, which would eat what is still to be read.
+    assert ended(client) == b""
 
 
 def test_a_dead_workers_unread_unix_clients_are_offered_to_another(rig: Rig, unix: Listener) -> None:
