@@ -16,6 +16,10 @@ _WEIGHT: Final = 0.05
 _MOST: Final = 0.005
 
 
+#: At most so many, however cheap.
+_BATCH: Final = 16
+
+
 class Cost:
     """In seconds a request; starts as free."""
 
@@ -33,6 +37,12 @@ class Cost:
     def used(self, seconds: float, requests: int) -> None:
         """The thread has used `seconds` of processor time while `requests` of them, at least one, were answered."""
         self.processor = seconds / requests
+
+    @property
+    def batch(self) -> int:
+        """How many requests may be begun at once so that they hold the loop for about as long as one that is cheap."""
+        average = self.average
+        return _BATCH if average * _BATCH <= CHEAP else max(1, int(CHEAP / average))
 
     @property
     def cheap(self) -> bool:

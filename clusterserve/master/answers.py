@@ -24,7 +24,9 @@ UNAVAILABLE: Final = _response("503 Service Unavailable", "All workers are busy.
 
 
 def answer(loop: asyncio.AbstractEventLoop, fd: int, response: bytes, lingering: set[Callable[[], None]]) -> None:
-    """Send `response`, which may be empty, and close once the client has stopped sending: closing at once would reset what it has not read.
+    """Send `response`, which may be empty, and close once the client has stopped sending.
+
+    Closing at once would reset what it has not read.
 
     Takes over `fd`.  As long as it waits for the client, what ends the waiting is in `lingering`.
     """

@@ -1,6 +1,7 @@
 """Takes requests back that lie behind a worker that holds its loop: the shell around `Distributor.looked`.
 
-As long as any worker keeps connections between requests, the boards are looked at every millisecond.  A request is
+As long as any worker keeps connections between requests, the boards are looked at: every millisecond if workers hold
+their loops now and then, every four if they never do.  A request is
 taken back by claiming its connection's entry in the worker's kept epoll: the entries are one-shot, so the kernel gives
 each to one of us.  An entry is known by the worker's descriptor, whose number may be used again at any time, so the
 worker's answers are read before claiming and after: a number that means another connection then is not touched, only
@@ -22,8 +23,10 @@ from ..core.distributor import Distributor
 from ..core.records import Flag
 from ..core.worker import Worker
 
-#: Between two looks (seconds).
+#: Between two looks (seconds): as long as some worker was found stuck within the last `ALERT`, and otherwise.
 LOOK: Final = 0.001
+CALM_LOOK: Final = 0.004
+ALERT: Final = 2.0
 
 #: How long it is believed that a worker waits for a processor, or does not (seconds): asking is a read of /proc.
 BELIEF: Final = 0.005
@@ -67,6 +70,7 @@ class Lookout:
         self._posts: dict[int, Post] = {}
         self._poll = select.poll()
         self._timer: asyncio.TimerHandle | None = None
+        self._alert_until = 0.0
 
     def add(self, worker: Worker, end: MasterEnd, board: Board, kept: select.epoll) -> None:
         """Look at this worker too."""
@@ -88,7 +92,7 @@ class Lookout:
         """A worker keeps something: look from now on, until nobody does."""
         if self._timer is None:
             self._distributor.overlook()
-            self._timer = self._loop.call_later(LOOK, self._look)
+            self._timer = self._loop.call_later(CALM_LOOK, self._look)
 
     def close(self) -> None:
         if self._timer is not None:
@@ -106,13 +110,15 @@ class Lookout:
                 worker.stuck = False
             elif late:
                 self._take_back(post, now)
+            if worker.stuck:
+                self._alert_until = now + ALERT
             changed |= late or before != worker.stuck
             if post.end.owes:
                 post.end.remind()
         if changed:
             self._distribute(now)
         if self._distributor.watched:
-            self._timer = self._loop.call_later(LOOK, self._look)
+            self._timer = self._loop.call_later(LOOK if now < self._alert_until else CALM_LOOK, self._look)
         else:
             self._timer = None
 

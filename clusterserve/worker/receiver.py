@@ -41,7 +41,7 @@ _SILENT: Final = int(Kind.SILENT)
 _LOST: Final = int(Flag.LOST)
 
 #: How often the processor time is looked at, in requests.
-_SAMPLE: Final = 16
+_SAMPLE: Final = 64
 
 #: How often idle connections are looked for, and how long one stays at least (seconds).
 IDLE_LOOK: Final = 0.05
@@ -305,6 +305,8 @@ class Receiver:
             self._cost.used(processor - self._processor, self._sampled)
             self._processor, self._sampled = processor, 0
         self.keeps = self._cost.cheap
+        if self.watch is not None:
+            self.watch.claims = self._cost.batch
 
     # -- answers out ----------------------------------------------------------------------------------------------
 

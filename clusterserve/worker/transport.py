@@ -38,6 +38,9 @@ CHUNK: Final = 65536
 #: Bytes written but not yet taken by the kernel, above which the protocol is told to pause (asyncio's own default).
 HIGH_WATER: Final = 65536
 
+#: Up to this many bytes a copy is cheaper than a `writev`.
+_JOINED: Final = 16384
+
 #: One `writev` takes at most this many pieces (IOV_MAX on Linux is 1024).
 _MAX_PIECES: Final = 512
 
@@ -264,7 +267,10 @@ class HandedTransport(asyncio.Transport):
         pieces = self._pieces
         self._receiver.marks[self._place] = RESPONDING
         try:
-            sent = os.writev(self._fd, pieces[:_MAX_PIECES]) if len(pieces) > 1 else os.write(self._fd, pieces[0])
+            if len(pieces) > 1 and self._size > _JOINED:
+                sent = os.writev(self._fd, pieces[:_MAX_PIECES])
+            else:
+                sent = os.write(self._fd, b"".join(pieces) if len(pieces) > 1 else pieces[0])
         except BlockingIOError:
             return
         except OSError as exc:

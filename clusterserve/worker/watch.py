@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from .receiver import Receiver
     from .transport import HandedTransport
 
-#: What is claimed at once cannot be taken back.
-CLAIMS: Final = 4
-
 _ARMED: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 
 
@@ -30,6 +27,8 @@ class Watch:
     def __init__(self, loop: asyncio.AbstractEventLoop, kept: select.epoll, receiver: Receiver) -> None:
         self._loop = loop
         self._receiver = receiver
+        #: How many requests are claimed at once: those cannot be taken back.
+        self.claims = 1
         self._kept = kept
         self._busy = select.epoll()
         self._waiting: dict[int, HandedTransport] = {}
@@ -37,7 +36,7 @@ class Watch:
         loop.add_reader(self._busy.fileno(), self._look)
 
     def _claim(self) -> None:
-        events = self._kept.poll(0, CLAIMS)
+        events = self._kept.poll(0, self.claims)
         if events:
             self._receiver.begin_turn(len(events))
             for fd, _ in events:
