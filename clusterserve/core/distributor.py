@@ -22,7 +22,7 @@ from .connection import Connection, Event, State
 from .handle import Handle
 from .policies import Policy
 from .records import Kind
-from .worker import Worker
+from .worker import EXPENSIVE, Worker
 
 #: How long a worker may sit on offers without acknowledging any before it is stalled (seconds).
 PATIENCE: Final = 0.010
@@ -43,6 +43,10 @@ REFUSED_PAUSE: Final = 0.1
 #: A stalled worker from which every offer was taken back has nothing left to acknowledge: it is tried again after this
 #: long (seconds).
 RETRY: Final = 0.1
+
+#: The same where every request is offered: then a probe delays one request for a moment, and a machine that was slow to
+#: let a worker run must not cost a worker for long.
+REQUEST_RETRY: Final = 0.004
 
 _ACK: Final = int(Kind.ACK)
 _CLOSED: Final = int(Kind.CLOSED)
@@ -75,9 +79,18 @@ class Distributor:
     """All connections the master knows, and who may have them."""
 
     def __init__(
-        self, patience: float = PATIENCE, keep_alive: float = KEEP_ALIVE, *, queue: float = 0.0, head: float = 0.0
+        self,
+        patience: float = PATIENCE,
+        keep_alive: float = KEEP_ALIVE,
+        *,
+        queue: float = 0.0,
+        head: float = 0.0,
+        narrows: bool = False,
     ) -> None:
         self.patience = patience
+        #: Whether a worker of an expensive application gets one offer at a time.  Where connections are for long, being
+        #: spread evenly counts for more.
+        self.narrows = narrows
         self.keep_alive = keep_alive
         #: How long a connection may wait for a worker, and a new client with its first word (seconds; 0: for ever).
         self.queue_timeout = queue
@@ -128,6 +141,8 @@ class Distributor:
     def add_worker(self, id: int, slot: int, capacity: int | None = None) -> Worker:
         """A worker exists; it gets nothing before it is attached to a handle."""
         worker = self.workers[id] = Worker(id, slot, capacity)
+        # Until it is known what a connection costs it.
+        worker.narrow = self.narrows
         return worker
 
     def attach(self, worker: int, key: int) -> None:
@@ -258,6 +273,7 @@ class Distributor:
             del worker.unacked[id]
             # A peak counts at once and fades over some hundred answers: see `held`.
             worker.held = max(held, worker.held - (worker.held >> 6) - 1)
+            worker.narrow = self.narrows and worker.held > EXPENSIVE
         # Whatever it says, its loop has turned.
         worker.progress = now
         worker.stalled = worker.suspect = False
@@ -392,11 +408,14 @@ class Distributor:
         return offers
 
     def late(self, now: float) -> list[int]:
-        """The workers that made no progress for `patience` and that `overdue` would take for stalled."""
+        """The workers that made no progress for `patience` and that `overdue` should not take for stalled at once.
+
+        Nothing is lost by taking the one offer of a narrow worker back: that needs no excuse.
+        """
         return [
             worker.id
             for worker in self.workers.values()
-            if worker.unacked and not worker.stalled and now >= worker.progress + self.patience
+            if worker.unacked and not worker.stalled and not worker.narrow and now >= worker.progress + self.patience
         ]
 
     def overdue(self, now: float, excused: Container[int] = ()) -> list[Worker]:
@@ -425,7 +444,7 @@ class Distributor:
                 worker.suspect = True
         late = [worker for worker in late if self._replaceable(worker, worker.unacked)]
         for worker in late:
-            worker.retry = now + RETRY
+            worker.retry = now + (REQUEST_RETRY if self.narrows else RETRY)
         return late
 
     @property

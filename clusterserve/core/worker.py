@@ -11,12 +11,16 @@ from .connection import Connection
 WINDOW: Final = 64
 
 
+#: A connection that holds its worker's loop for longer (µs) is expensive.
+EXPENSIVE: Final = 500
+
+
 class Worker:
     """One worker: what it was offered, what it is serving, whether it may get more."""
 
     __slots__ = (
-        "borrowed", "capacity", "excuses", "held", "id", "kept", "listeners", "lost", "open", "progress", "resting",
-        "retry", "running", "slot", "stalled", "stuck", "suspect", "turns", "unacked", "unclaimed", "unread",
+        "borrowed", "capacity", "excuses", "held", "id", "kept", "listeners", "lost", "narrow", "open", "progress",
+        "resting", "retry", "running", "slot", "stalled", "stuck", "suspect", "turns", "unacked", "unclaimed", "unread",
     )  # fmt: skip
 
     def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:
@@ -58,6 +62,8 @@ class Worker:
         self.resting = 0.0
         #: How long a connection of its holds its loop (µs), as its answers say, at its recent worst.
         self.held = 0
+        #: One offer at a time: its requests are expensive, and what waits is better off in the queue.
+        self.narrow = False
 
     @property
     def load(self) -> int:
@@ -71,7 +77,7 @@ class Worker:
             and not self.stalled
             and not self.stuck
             and not self.resting
-            and len(self.unacked) < (1 if self.suspect else WINDOW)
+            and len(self.unacked) < (1 if self.suspect or self.narrow else WINDOW)
             and (self.capacity is None or len(self.unacked) + len(self.borrowed) < self.capacity)
         )
 

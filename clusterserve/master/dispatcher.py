@@ -22,7 +22,7 @@ from ..channel.connection import MAX_BATCH, MasterEnd
 from ..core.connection import Connection, State
 from ..core.distributor import Distributor
 from ..core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
-from ..core.worker import Worker
+from ..core.worker import EXPENSIVE, Worker
 from ..errors import ProtocolError
 from .answers import BAD_GATEWAY, UNAVAILABLE, answer
 from .fate import Fate, fate_of
@@ -34,10 +34,6 @@ logger = logging.getLogger("clusterserve.dispatch")
 
 #: Connections accepted from one listener before the others get their turn.
 _ACCEPTS: Final = 64
-
-#: A worker whose connections hold its loop for less (µs) gets several descriptors in one message.  What it has read in
-#: one message cannot be recalled, so an expensive application gets them one by one.
-CHEAP: Final = 500
 
 #: Out of descriptors or memory: accept nothing for this long (seconds).
 _EXHAUSTED_PAUSE: Final = 0.1
@@ -148,7 +144,8 @@ class Dispatcher:
         elif offers:
             batches: dict[int, list[Connection]] = {}
             for worker, connection in offers:
-                if worker.held > CHEAP:
+                # What it has read in one message cannot be recalled.
+                if worker.held > EXPENSIVE:
                     self._offer(worker, (connection,), now)
                     continue
                 batch = batches.setdefault(worker.id, [])

@@ -93,6 +93,7 @@ class Engine:
             settings.timeout_keep_alive,
             queue=settings.timeout_queue,
             head=settings.timeout_request_header,
+            narrows=settings.borrows,
         )
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty

@@ -44,7 +44,7 @@ _LOST: Final = int(Flag.LOST)
 _SAMPLE: Final = 64
 
 #: How often idle connections are looked for, and how long one stays at least (seconds).
-IDLE_LOOK: Final = 0.05
+IDLE_LOOK: Final = 0.5
 
 #: How often heads are looked at in the time one may take.
 HEAD_LOOKS: Final = 4

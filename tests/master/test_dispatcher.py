@@ -18,9 +18,9 @@ from clusterserve.channel.connection import MAX_BATCH
 from clusterserve.core.distributor import PATIENCE, REFUSED_PAUSE, RETRY
 from clusterserve.core.policies import Hash, Least, RoundRobin
 from clusterserve.core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_answer
+from clusterserve.core.worker import EXPENSIVE
 from clusterserve.errors import ProtocolError
 from clusterserve.master.answers import BAD_GATEWAY
-from clusterserve.master.dispatcher import CHEAP
 from clusterserve.master.listeners import Listener
 from tests.helpers import proc
 
@@ -155,8 +155,8 @@ def test_an_expensive_worker_gets_them_one_by_one(rig: Rig) -> None:
     listener = rig.listen(policy=RoundRobin())
     slow = rig.worker(listener)
     rig.connect(listener)
-    slow.accept(held=CHEAP + 200)
-    rig.loop.until(lambda: slow.record.held > CHEAP, "the master knows that it is slow")
+    slow.accept(held=EXPENSIVE + 200)
+    rig.loop.until(lambda: slow.record.held > EXPENSIVE, "the master knows that it is slow")
     fast = rig.worker(listener)
     rig.dispatcher.remove_listener(listener)
     for _ in range(6):
@@ -534,7 +534,7 @@ def test_a_full_channel_gives_the_worker_a_pause_and_its_offers_to_another(rig: 
     listener = rig.listen(policy=Least())
     narrow = rig.worker(listener, send_buffer=4608)
     # Expensive: each in a message of its own.
-    narrow.record.held = CHEAP * 10
+    narrow.record.held = EXPENSIVE * 10
     clients = [rig.connect(listener) for _ in range(40)]
     rig.loop.until(lambda: narrow.record.resting, "its channel is full")
     sent = len(narrow.record.unacked)
@@ -551,7 +551,7 @@ def test_what_a_full_channel_did_not_take_goes_to_a_ready_worker_at_once(rig: Ri
     narrow = rig.worker(listener, send_buffer=4608)
     wide = rig.worker(listener)
     # Expensive: each in a message of its own.
-    narrow.record.held = CHEAP * 10
+    narrow.record.held = EXPENSIVE * 10
     for _ in range(40):
         rig.connect(listener)
     rig.loop.until(lambda: narrow.record.resting, "its channel is full")
