@@ -30,6 +30,10 @@ PATIENCE: Final = 0.010
 #: The same where a connection is given back after every request: being spread evenly matters less than not waiting.
 REQUEST_PATIENCE: Final = 0.002
 
+#: The same for a worker that gets one offer at a time: longer than a request that is merely not cheap should take, or
+#: what was offered ahead would come back just before its turn.
+AHEAD_PATIENCE: Final = 0.005
+
 #: How often in a row a worker is excused that has no processor to run on: a busy machine must not look like stuck
 #: workers.
 EXCUSES: Final = 25
@@ -373,38 +377,16 @@ class Distributor:
         that are not ours so that this is a fault of ours; see `master.policies`.)
         """
         offers: list[tuple[Worker, Connection]] = []
-        if not self.queued:
-            return offers
-        lanes = [(handle, lane) for handle in self.handles.values() for lane in handle.lanes.values() if lane]
-        while lanes:
-            until = None
-            if len(lanes) > 1:
-                # Several listeners or lanes: the one whose head has waited longest, for as long as it is that one.
-                lanes.sort(key=_by_head)
-                until = lanes[1][1][0].ticket
-            handle, lane = lanes[0]
-            pick = handle.policy.pick
-            while lane and (until is None or lane[0].ticket < until):
-                connection = lane[0]
-                worker = pick(connection, now)
-                if worker is None:
-                    del lanes[0]
-                    break
-                record = handle.workers.get(worker.id)
-                if record is None or not record.ready:
-                    raise PolicyError(f"policy {type(handle.policy).__name__} chose {worker!r}, which is not ready")
-                lane.popleft()
-                self.queued -= 1
-                connection.step(Event.OFFER)
-                connection.worker = record.id
-                if not record.unacked:
-                    record.progress = now
-                record.unacked[connection.id] = connection
-                record.unread = True
-                offers.append((record, connection))
-            else:
-                if not lane:
-                    del lanes[0]
+        if self.queued:
+            self._hand_out(offers, now)
+        if self.queued and self.narrows:
+            # Nobody is free.  The one that will be first should not have to wait for us then.
+            narrow = [worker for worker in self.workers.values() if worker.narrow]
+            for worker in narrow:
+                worker.ahead = True
+            self._hand_out(offers, now)
+            for worker in narrow:
+                worker.ahead = False
         return offers
 
     def late(self, now: float) -> list[int]:
@@ -415,7 +397,7 @@ class Distributor:
         return [
             worker.id
             for worker in self.workers.values()
-            if worker.unacked and not worker.stalled and not worker.narrow and now >= worker.progress + self.patience
+            if worker.unacked and not worker.stalled and not worker.narrow and now >= self._overdue_at(worker)
         ]
 
     def overdue(self, now: float, excused: Container[int] = ()) -> list[Worker]:
@@ -430,7 +412,7 @@ class Distributor:
                 worker.resting = 0.0
             if worker.unacked:
                 # The same sum as in `wake_at`: a difference may round to the other side and spin.
-                if now < worker.progress + self.patience:
+                if now < self._overdue_at(worker):
                     continue
                 if not worker.stalled and worker.id in excused and worker.excuses < EXCUSES:
                     worker.excuses += 1
@@ -442,7 +424,8 @@ class Distributor:
             elif worker.stalled and now >= worker.retry:
                 worker.stalled = False
                 worker.suspect = True
-        late = [worker for worker in late if self._replaceable(worker, worker.unacked)]
+        # What was offered ahead belongs to whoever is free first, and that is somebody else.
+        late = [worker for worker in late if worker.narrow or self._replaceable(worker, worker.unacked)]
         for worker in late:
             worker.retry = now + (REQUEST_RETRY if self.narrows else RETRY)
         return late
@@ -476,7 +459,7 @@ class Distributor:
                 times.append(worker.resting)
             if not worker.stalled:
                 if worker.unacked:
-                    times.append(worker.progress + self.patience)
+                    times.append(self._overdue_at(worker))
             elif not worker.unacked:
                 times.append(worker.retry)
             elif worker.unread:
@@ -502,6 +485,38 @@ class Distributor:
             workers=tuple((worker.id, worker.slot, len(worker.unacked), len(worker.borrowed)) for worker in workers),
             kept=sum(len(worker.kept) for worker in workers),
         )
+
+    def _hand_out(self, offers: list[tuple[Worker, Connection]], now: float) -> None:
+        lanes = [(handle, lane) for handle in self.handles.values() for lane in handle.lanes.values() if lane]
+        while lanes:
+            until = None
+            if len(lanes) > 1:
+                # Several listeners or lanes: the one whose head has waited longest, for as long as it is that one.
+                lanes.sort(key=_by_head)
+                until = lanes[1][1][0].ticket
+            handle, lane = lanes[0]
+            pick = handle.policy.pick
+            while lane and (until is None or lane[0].ticket < until):
+                connection = lane[0]
+                worker = pick(connection, now)
+                if worker is None:
+                    del lanes[0]
+                    break
+                record = handle.workers.get(worker.id)
+                if record is None or not record.ready:
+                    raise PolicyError(f"policy {type(handle.policy).__name__} chose {worker!r}, which is not ready")
+                lane.popleft()
+                self.queued -= 1
+                connection.step(Event.OFFER)
+                connection.worker = record.id
+                if not record.unacked:
+                    record.progress = now
+                record.unacked[connection.id] = connection
+                record.unread = True
+                offers.append((record, connection))
+            else:
+                if not lane:
+                    del lanes[0]
 
     # -- parking --------------------------------------------------------------------------------------------------
 
@@ -542,6 +557,9 @@ class Distributor:
             lane.extendleft(reversed(older))
             self.queued += 1
         return orphans
+
+    def _overdue_at(self, worker: Worker) -> float:
+        return worker.progress + (AHEAD_PATIENCE if worker.narrow else self.patience)
 
     def _release(self, worker: Worker, connection: Connection) -> None:
         """The worker keeps it no longer.  Its number may be another's already, whose KEPT came first."""

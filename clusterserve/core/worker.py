@@ -19,8 +19,8 @@ class Worker:
     """One worker: what it was offered, what it is serving, whether it may get more."""
 
     __slots__ = (
-        "borrowed", "capacity", "excuses", "held", "id", "kept", "listeners", "lost", "narrow", "open", "progress",
-        "resting", "retry", "running", "slot", "stalled", "stuck", "suspect", "turns", "unacked", "unclaimed", "unread",
+        "ahead", "borrowed", "capacity", "excuses", "held", "id", "kept", "listeners", "lost", "narrow", "open",
+        "progress", "resting", "retry", "running", "slot", "stalled", "stuck", "suspect", "turns", "unacked", "unclaimed", "unread",
     )  # fmt: skip
 
     def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:
@@ -64,11 +64,20 @@ class Worker:
         self.held = 0
         #: One offer at a time: its requests are expensive, and what waits is better off in the queue.
         self.narrow = False
+        #: Nobody is free: it may have one more, to begin with as soon as it has done.
+        self.ahead = False
 
     @property
     def load(self) -> int:
         """Connections with a request in progress, or on their way to it."""
         return len(self.unacked) + len(self.borrowed) - len(self.kept) + self.running
+
+    @property
+    def window(self) -> int:
+        """How many un-acked offers it may have."""
+        if self.suspect:
+            return 1
+        return 1 + self.ahead if self.narrow else WINDOW
 
     @property
     def ready(self) -> bool:
@@ -77,7 +86,7 @@ class Worker:
             and not self.stalled
             and not self.stuck
             and not self.resting
-            and len(self.unacked) < (1 if self.suspect or self.narrow else WINDOW)
+            and len(self.unacked) < self.window
             and (self.capacity is None or len(self.unacked) + len(self.borrowed) < self.capacity)
         )
 
