@@ -13,7 +13,7 @@ _WEIGHT: Final = 0.05
 
 #: One outlier must not make an application expensive whose other requests are not (seconds).  What such a request holds
 #: up is taken back.
-_MOST: Final = 0.005
+_MOST: Final = 0.002
 
 
 #: At most so many, however cheap.
@@ -24,19 +24,14 @@ class Cost:
     """In seconds a request; starts as free."""
 
     def __init__(self) -> None:
-        #: A moving average of how long its first step held the event loop, sleeping included.
+        #: A moving average of how long its first step held the event loop, sleeping included.  What it does after its
+        #: first await does not count: that holds up those that are kept and those that are not alike.
         self.average = 0.0
-        #: Processor time of the event loop's thread, all steps included, over the last requests.
-        self.processor = 0.0
 
     def took(self, seconds: float, requests: int) -> None:
         """`requests` of them, at least one, held the loop for `seconds` together."""
         each = seconds / requests
         self.average += ((min(_MOST, each)) - self.average) * _WEIGHT
-
-    def used(self, seconds: float, requests: int) -> None:
-        """The thread has used `seconds` of processor time while `requests` of them, at least one, were answered."""
-        self.processor = seconds / requests
 
     @property
     def batch(self) -> int:
@@ -47,4 +42,4 @@ class Cost:
     @property
     def cheap(self) -> bool:
         """Whether a connection is better kept than handed on."""
-        return self.average < CHEAP and self.processor < CHEAP
+        return self.average < CHEAP

@@ -34,6 +34,13 @@ REQUEST_PATIENCE: Final = 0.002
 #: what was offered ahead would come back just before its turn.
 AHEAD_PATIENCE: Final = 0.005
 
+#: Nor is a worker late that takes no longer than so many times what they all take on average: on a machine whose
+#: processors are all busy, taking offers back only moves them from one waiting worker to another.
+_PACES: Final = 3
+
+#: What one answer counts for at most in that average (seconds): those who are stuck must not set the pace.
+_SLOWEST: Final = 0.020
+
 #: How often in a row a worker is excused that has no processor to run on: a busy machine must not look like stuck
 #: workers.
 EXCUSES: Final = 25
@@ -109,6 +116,8 @@ class Distributor:
         #: Connections in all lanes together; what `--max-pending` bounds.
         self.queued = 0
         self._tickets = 0
+        #: How long workers take to acknowledge, on average (seconds).
+        self._pace = 0.0
         #: As many as `resize` said; None: the policies know.
         self._slots: int | None = None
 
@@ -278,6 +287,9 @@ class Distributor:
             # A peak counts at once and fades over some hundred answers: see `held`.
             worker.held = max(held, worker.held - (worker.held >> 6) - 1)
             worker.narrow = self.narrows and worker.held > EXPENSIVE
+        if self.narrows and not worker.narrow:
+            took = now - worker.progress
+            self._pace += ((min(_SLOWEST, took)) - self._pace) * 0.05
         # Whatever it says, its loop has turned.
         worker.progress = now
         worker.stalled = worker.suspect = False
@@ -559,7 +571,8 @@ class Distributor:
         return orphans
 
     def _overdue_at(self, worker: Worker) -> float:
-        return worker.progress + (AHEAD_PATIENCE if worker.narrow else self.patience)
+        patience = AHEAD_PATIENCE if worker.narrow else self.patience
+        return worker.progress + max(patience, _PACES * self._pace)
 
     def _release(self, worker: Worker, connection: Connection) -> None:
         """The worker keeps it no longer.  Its number may be another's already, whose KEPT came first."""

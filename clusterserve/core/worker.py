@@ -20,7 +20,8 @@ class Worker:
 
     __slots__ = (
         "ahead", "borrowed", "capacity", "excuses", "held", "id", "kept", "listeners", "lost", "narrow", "open",
-        "progress", "resting", "retry", "running", "slot", "stalled", "stuck", "suspect", "turns", "unacked", "unclaimed", "unread",
+        "progress", "resting", "retry", "running", "slot", "stalled", "stuck", "suspect", "turns", "unacked",
+        "unclaimed", "unread",
     )  # fmt: skip
 
     def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:

@@ -13,8 +13,8 @@ import os
 import select
 import socket
 from collections.abc import Callable
-from resource import RUSAGE_THREAD, getrusage, struct_rusage
-from time import perf_counter, thread_time
+from resource import RUSAGE_THREAD, getrusage
+from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 from ..channel.board import READING, Board
@@ -39,9 +39,6 @@ _KEPT: Final = int(Kind.KEPT)
 _DROPPED: Final = int(Kind.DROPPED)
 _SILENT: Final = int(Kind.SILENT)
 _LOST: Final = int(Flag.LOST)
-
-#: How often the processor time is looked at, in requests.
-_SAMPLE: Final = 64
 
 #: How often idle connections are looked for, and how long one stays at least (seconds).
 IDLE_LOOK: Final = 0.5
@@ -76,9 +73,9 @@ class Receiver:
         self._end = end
         self._on_lost = on_lost
         self._began = 0.0
-        self._usage: struct_rusage | None = None
-        self._processor = 0.0
-        self._sampled = 0
+        self._usage = getrusage(RUSAGE_THREAD)
+        #: How many messages are read in a turn.
+        self._batch = 1
         # Of this turn: how many requests began, the lazy transports to settle, and the answers so far.
         self._requests = 0
         self._lazy: list[HandedTransport] = []
@@ -131,7 +128,9 @@ class Receiver:
     # -- offers in ------------------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
-        self._receive()
+        for _ in range(self._batch):
+            if not self._receive():
+                break
 
     def _receive(self) -> bool:
         """One message; False if there was none."""
@@ -149,7 +148,6 @@ class Receiver:
             self._on_lost()
             return False
         self.begin_turn(0)
-        self._usage = getrusage(RUSAGE_THREAD)
         arrived, number = len(fds), -1
         for _, family, flag, key, id, _, port, _, client, _, place in offers:
             if flag:
@@ -255,8 +253,13 @@ class Receiver:
         if not self._open:
             self._open = True
             self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
-            self._usage = None
-            self._began = perf_counter()
+            # In front of the tasks that are about to be created, as `_turned` is behind them: what else the loop has to
+            # run in this turn is nobody's cost.
+            self.loop.call_soon(self._begins)
+
+    def _begins(self) -> None:
+        self._usage = getrusage(RUSAGE_THREAD)
+        self._began = perf_counter()
 
     def end_batch(self) -> None:
         """All of it was given to its protocols: the turn ends behind the tasks that these have created."""
@@ -279,34 +282,33 @@ class Receiver:
         """The loop has turned: settle the lazy transports, acknowledge everything of this turn."""
         if self._later_batch:
             self._later_batch = False
+            # What runs in front of the second batch is nobody's cost, and cannot be told from the first.
+            self._requests = 0
             self.loop.call_soon(self._turned)
             return
         self._open = self._turning = False
         lazy, self._lazy = self._lazy, []
         requests, self._requests = self._requests, 0
         fresh = self._fresh
-        if requests and self._may_keep:
-            self._weigh(requests)
+        held = self._held() if requests else 0.0
+        if requests and self.watch is not None:
+            self._weigh(held, requests)
         for transport in lazy:
             transport.settle()
         self._fresh = {}
         if fresh:
-            held = int(self._held() * 1e6) // max(requests, 1)
-            self._send([self._pack(kind, id, held) for id, kind in fresh.items()])
+            each = int(held * 1e6) // max(requests, 1)
+            self._send([self._pack(kind, id, each) for id, kind in fresh.items()])
             if self._unarmed:
                 self._arm()
         self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
 
-    def _weigh(self, requests: int) -> None:
-        self._cost.took(perf_counter() - self._began, requests)
-        self._sampled += requests
-        if self._sampled >= _SAMPLE:
-            processor = thread_time()
-            self._cost.used(processor - self._processor, self._sampled)
-            self._processor, self._sampled = processor, 0
-        self.keeps = self._cost.cheap
+    def _weigh(self, held: float, requests: int) -> None:
+        self._cost.took(held, requests)
+        self.keeps = self._may_keep and self._cost.cheap
+        self._batch = self._cost.batch
         if self.watch is not None:
-            self.watch.claims = self._cost.batch
+            self.watch.claims = self._batch
 
     # -- answers out ----------------------------------------------------------------------------------------------
 
@@ -322,7 +324,7 @@ class Receiver:
         if took < _DOUBTFUL:
             return took
         usage = getrusage(RUSAGE_THREAD)
-        if self._usage is None or usage.ru_nvcsw != self._usage.ru_nvcsw:
+        if usage.ru_nvcsw != self._usage.ru_nvcsw:
             return took
         return usage.ru_utime + usage.ru_stime - self._usage.ru_utime - self._usage.ru_stime
 

@@ -235,6 +235,9 @@ class HandedTransport(asyncio.Transport):
         else:
             self._resting = True
             self._wake()
+            if self._pieces and not self._abort:
+                # The client need not wait for what else the loop has to run before this turn ends.
+                self._flush()
 
     def grow_old(self) -> None:
         """Called from time to time: what has had no request since the last time goes back to the master."""
