@@ -73,6 +73,7 @@ class Receiver:
         self._end = end
         self._on_lost = on_lost
         self._began = 0.0
+        self._spent = 0.0
         self._usage = getrusage(RUSAGE_THREAD)
         #: How many messages are read in a turn.
         self._batch = 1
@@ -82,7 +83,7 @@ class Receiver:
         self._fresh: dict[int, int] = {}
         self._open = False
         self._turning = False
-        self._later_batch = False
+        self._later_batch = self._postponed = False
         # Under which number those are kept of which the master is about to hear, and who is armed then.
         self._handles: dict[int, int] = {}
         self._unarmed: list[HandedTransport] = []
@@ -255,6 +256,7 @@ class Receiver:
             self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
             # In front of the tasks that are about to be created, as `_turned` is behind them: what else the loop has to
             # run in this turn is nobody's cost.
+            self._begins()
             self.loop.call_soon(self._begins)
 
     def _begins(self) -> None:
@@ -268,6 +270,7 @@ class Receiver:
             self._later_batch = True
         else:
             self._turning = True
+            self._spent = self._span()
             self.loop.call_soon(self._turned)
 
     def settle_later(self, transport: HandedTransport) -> None:
@@ -280,17 +283,18 @@ class Receiver:
 
     def _turned(self) -> None:
         """The loop has turned: settle the lazy transports, acknowledge everything of this turn."""
-        if self._later_batch:
-            self._later_batch = False
+        if self._later_batch and not self._postponed:
+            # Once: what is read in every turn of the loop must not keep this one from ending.
+            self._postponed, self._later_batch = True, False
             # What runs in front of the second batch is nobody's cost, and cannot be told from the first.
             self._requests = 0
             self.loop.call_soon(self._turned)
             return
-        self._open = self._turning = False
+        self._open = self._turning = self._postponed = self._later_batch = False
         lazy, self._lazy = self._lazy, []
         requests, self._requests = self._requests, 0
         fresh = self._fresh
-        held = self._held() if requests else 0.0
+        held = self._spent + self._span() if requests else 0.0
         if requests and self.watch is not None:
             self._weigh(held, requests)
         for transport in lazy:
@@ -315,8 +319,8 @@ class Receiver:
     def _pack(self, kind: int, id: int, held: int = 0) -> bytes:
         return pack_answer(kind, id, held, self._handles.pop(id) if kind & _KEPT else 0)
 
-    def _held(self) -> float:
-        """How long the turn held the loop (seconds): what it took, less what other processes had of it.
+    def _span(self) -> float:
+        """How long since `_begins` (seconds), less what other processes had of the processor meanwhile.
 
         A handler that sleeps or waits gives up the processor of its own will, and its time counts in full.
         """

@@ -209,7 +209,11 @@ class HandedTransport(asyncio.Transport):
         try:
             if data:
                 protocol.data_received(data)
-            elif protocol.eof_received():
+                return True
+            if self._resting:
+                # Between two requests the client has left: nothing was asked that a dead worker would owe an answer.
+                self._receiver.marks[self._place] = IDLE
+            if protocol.eof_received():
                 self._reading = False
             else:
                 self.close()

@@ -69,7 +69,8 @@ class Watch:
 
     def pause(self, fd: int) -> None:
         """Tell nothing of one that is watched."""
-        self._busy.modify(fd, 0)
+        # One-shot all the same: an entry without events still tells of a hang-up, again and again.
+        self._busy.modify(fd, select.EPOLLONESHOT)
 
     def forget(self, fd: int, kept: bool, busy: bool) -> None:
         """It is about to be closed, or to become the loop's."""

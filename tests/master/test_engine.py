@@ -455,7 +455,7 @@ def test_nobody_to_replace_it_with(make: Make, monkeypatch: pytest.MonkeyPatch, 
     ids=["garbage answer", "garbage message", "online twice", "unknown listener"],
 )
 def test_what_a_worker_must_not_say_costs_that_worker(make: Make, log: Log, path: str, words: str) -> None:
-    running = make(workers=2).settle()
+    running = make(workers=2, dispatch="connection").settle()
     client = running.connect(f"/{path}")
     running.loop.until(lambda: len(running.ids) == 2 and 3 in running.ids, "the liar is gone, and replaced")
     client.close()

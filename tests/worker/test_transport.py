@@ -88,7 +88,7 @@ class TestLazy:
         calls = Calls(monkeypatch)
         handed = master.hand(b"question")
         await handed.ends()
-        assert calls.names == ["read", "writev"]
+        assert calls.names == ["read", "write"]
         assert await handed.rest() == b"head body and lines"
 
     async def test_a_task_that_ends_in_its_first_step_is_in_time(
