@@ -41,7 +41,7 @@ _SILENT: Final = int(Kind.SILENT)
 _LOST: Final = int(Flag.LOST)
 
 #: How often idle connections are looked for, and how long one stays at least (seconds).
-IDLE_LOOK: Final = 0.5
+IDLE_LOOK: Final = 0.1
 
 #: How often heads are looked at in the time one may take.
 HEAD_LOOKS: Final = 4
@@ -75,8 +75,6 @@ class Receiver:
         self._began = 0.0
         self._spent = 0.0
         self._usage = getrusage(RUSAGE_THREAD)
-        #: How many messages are read in a turn.
-        self._batch = 1
         # Of this turn: how many requests began, the lazy transports to settle, and the answers so far.
         self._requests = 0
         self._lazy: list[HandedTransport] = []
@@ -129,9 +127,8 @@ class Receiver:
     # -- offers in ------------------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
-        for _ in range(self._batch):
-            if not self._receive():
-                break
+        # One message: the master puts the more connections into it the longer we take.
+        self._receive()
 
     def _receive(self) -> bool:
         """One message; False if there was none."""
@@ -310,9 +307,8 @@ class Receiver:
     def _weigh(self, held: float, requests: int) -> None:
         self._cost.took(held, requests)
         self.keeps = self._may_keep and self._cost.cheap
-        self._batch = self._cost.batch
         if self.watch is not None:
-            self.watch.claims = self._batch
+            self.watch.claims = self._cost.batch
 
     # -- answers out ----------------------------------------------------------------------------------------------
 
