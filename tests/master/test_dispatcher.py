@@ -496,7 +496,7 @@ def test_no_descriptor_for_a_new_client(rig: Rig, caplog: pytest.LogCaptureFixtu
         rig.loop.until(lambda: time.monotonic() >= end, "it has tried again, and again")
         # It is said once.  A few turns for each look of this test, thousands if it were spinning.
         assert warnings() == 1
-        assert rig.loop.turns - turns < 400
+        assert rig.loop.turns - turns < 1000
         assert time.thread_time() - busy < 0.15
     assert caplog.records[0].message == "Cannot accept: Too many open files; waiting (said once in 10 s)"
     offers = worker.receive(3)
