@@ -41,7 +41,10 @@ _SILENT: Final = int(Kind.SILENT)
 _LOST: Final = int(Flag.LOST)
 
 #: How often idle connections are looked for, and how long one stays at least (seconds).
-IDLE_LOOK: Final = 0.1
+IDLE_LOOK: Final = 0.5
+
+#: More connections than this go back at once: what is kept costs a worker memory, and the master next to none.
+MOST_KEPT: Final = 512
 
 #: How often heads are looked at in the time one may take.
 HEAD_LOOKS: Final = 4
@@ -306,7 +309,7 @@ class Receiver:
 
     def _weigh(self, held: float, requests: int) -> None:
         self._cost.took(held, requests)
-        self.keeps = self._may_keep and self._cost.cheap
+        self.keeps = self._may_keep and self._cost.cheap and len(self.kept) < MOST_KEPT
         if self.watch is not None:
             self.watch.claims = self._cost.batch
 
