@@ -404,12 +404,15 @@ class Distributor:
     def late(self, now: float) -> list[int]:
         """The workers that made no progress for `patience` and that `overdue` should not take for stalled at once.
 
-        Nothing is lost by taking the one offer of a narrow worker back: that needs no excuse.
+        What was offered ahead needs no excuse: it belongs to whoever is free first.
         """
         return [
             worker.id
             for worker in self.workers.values()
-            if worker.unacked and not worker.stalled and not worker.narrow and now >= self._overdue_at(worker)
+            if worker.unacked
+            and not worker.stalled
+            and not (worker.narrow and len(worker.unacked) > 1)
+            and now >= self._overdue_at(worker)
         ]
 
     def overdue(self, now: float, excused: Container[int] = ()) -> list[Worker]:

@@ -32,7 +32,7 @@ class Candidate(Protocol):
 
     @property
     def load(self) -> int:
-        """Connections it holds: offered and borrowed."""
+        """Connections with a request in progress, or offered for one; in `--dispatch connection` all that it holds."""
 
 
 class Waiting(Protocol):
@@ -115,7 +115,7 @@ class RoundRobin:
 
 
 class Least:
-    """`least`: the ready worker that holds the fewest connections, ties in rotation."""
+    """`least`: the ready worker with the smallest load, ties in rotation."""
 
     def __init__(self) -> None:
         self._ring: dict[int, Candidate] = {}

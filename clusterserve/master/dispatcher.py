@@ -39,6 +39,8 @@ _ACCEPTS: Final = 64
 _EXHAUSTED_PAUSE: Final = 0.1
 #: Said no more often than this (seconds).
 _COMPLAINT_PAUSE: Final = 10.0
+#: A look that comes so late (seconds) shows that the whole machine had no time for us: nor had it for the workers.
+_OVERSLEPT: Final = 0.005
 #: So many idle connections are closed at a time to make room for new ones.
 _SHED: Final = 16
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -220,7 +222,8 @@ class Dispatcher:
     def _tick(self) -> None:
         self._timer = None
         now = self._loop.time()
-        starving = {id for id in self.distributor.late(now) if self._starves(id, now)}
+        overslept = now - self._due > _OVERSLEPT
+        starving = {id for id in self.distributor.late(now) if overslept or self._starves(id, now)}
         for worker in self.distributor.overdue(now, starving):
             self._recall(worker, self._ends[worker.id])
         self._end_idle(self.distributor.expired(now))

@@ -296,7 +296,7 @@ class Receiver:
         fresh = self._fresh
         held = self._spent + self._span() if requests else 0.0
         if requests and self.watch is not None:
-            self._weigh(held, requests)
+            self._weigh(self.watch, held, requests)
         for transport in lazy:
             transport.settle()
         self._fresh = {}
@@ -307,11 +307,10 @@ class Receiver:
                 self._arm()
         self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
 
-    def _weigh(self, held: float, requests: int) -> None:
+    def _weigh(self, watch: Watch, held: float, requests: int) -> None:
         self._cost.took(held, requests)
-        self.keeps = self._may_keep and self._cost.cheap and len(self.kept) < MOST_KEPT
-        if self.watch is not None:
-            self.watch.claims = self._cost.batch
+        self.keeps = self._may_keep and self._cost.cheap and len(watch) < MOST_KEPT
+        watch.claims = self._cost.batch
 
     # -- answers out ----------------------------------------------------------------------------------------------
 

@@ -35,6 +35,10 @@ class Watch:
         loop.add_reader(kept.fileno(), self._claim)
         loop.add_reader(self._busy.fileno(), self._look)
 
+    def __len__(self) -> int:
+        """How many connections wait here, or have waited and are served now."""
+        return len(self._waiting)
+
     def _claim(self) -> None:
         events = self._kept.poll(0, self.claims)
         if events:
