@@ -1,15 +1,20 @@
 """The worker's link to its master: listen requests and their answers, the order to drain, the end of the master.
 
-One per process, made before the event loop; `attach` binds it to the loop that will run.
+One per process, made before the event loop.  A worker with an application has one loop for everything (`attach`).  One
+that runs a program reads its messages on a thread of ours (`attach_messages`), so that it can be told to go whatever
+the program does, and has its connections on the loop that listens (`receive_on`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import itertools
 import os
 import select
 import socket
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
@@ -42,6 +47,7 @@ class Link:
         self._board = board
         self.kept = kept
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
         self._channel: MessageChannel | None = None
         self._receiver: Receiver | None = None
         self._requests: dict[int, _Request] = {}
@@ -51,14 +57,48 @@ class Link:
         self._names: dict[int, tuple[str, bool, int]] = {}
         #: Called with (grace seconds, quick, keep) when the master wants this worker to finish.
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
-        #: Called when a server is in place.
+        #: Called when a server is in place, on its loop.
         self.on_listening: Callable[[], None] = lambda: None
+        #: What this process exits with when the master has closed the channels.
+        self.gone = MASTER_GONE
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Read the channels on `loop` from now on."""
-        self._loop = loop
+        self.attach_messages(loop)
+        self.receive_on(loop)
+
+    def attach_messages(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read the message channel on `loop` from now on."""
+        self._loop, self._thread = loop, threading.get_ident()
         self._channel = MessageChannel(loop, self._messages, self._on_message, self._on_closed)
+
+    def receive_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take connections on `loop`, in whose thread this is called, until it is closed.
+
+        Raises OSError (EBUSY) while another loop does.
+        """
+        if self._receiver is not None:
+            if self._receiver.loop is loop:
+                return
+            if not self._receiver.loop.is_closed():
+                raise OSError(
+                    errno.EBUSY, "another event loop of this worker listens already, and one at a time gets connections"
+                )
         self._receiver = Receiver(loop, WorkerEnd(self._connections), self._board, lambda: self._on_closed(None))
+
+    def loop_closes(self, loop: asyncio.AbstractEventLoop) -> None:
+        """`loop` is about to be closed, by its own thread: what still listens on it does so no more."""
+        receiver = self._receiver
+        if receiver is not None and receiver.loop is loop:
+            for server in tuple(receiver.servers.values()):
+                server.close()
+            receiver.abandon()
+            self._receiver = None
+
+    @property
+    def receives(self) -> bool:
+        """Whether a loop takes connections."""
+        return self._receiver is not None
 
     @property
     def receiver(self) -> Receiver:
@@ -66,9 +106,21 @@ class Link:
         return self._receiver
 
     def send(self, message: Message) -> None:
-        """Send to the master; nothing happens if it is gone."""
-        if self._channel is not None:
+        """Send to the master, from any thread; nothing happens if it is gone."""
+        if self._channel is None or self._loop is None:
+            return
+        if threading.get_ident() == self._thread:
             self._channel.send(message)
+        else:
+            self._loop.call_soon_threadsafe(self._channel.send, message)
+
+    def close(self) -> None:
+        """Close the message channel, when everything is said.  On its loop."""
+        if self._channel is not None:
+            # A process that the program has forked may have a copy: it must not keep the master waiting.
+            with contextlib.suppress(OSError):
+                self._messages.shutdown(socket.SHUT_RDWR)
+            self._channel.close()
 
     async def listen(
         self, bind: str, *, backlog: int, client_speaks_first: bool, pinned: bool = False
@@ -77,13 +129,14 @@ class Link:
 
         Call `serve` (or, if the answer is `shared`, `listening`) once the server is in place.
         """
-        assert self._loop is not None
+        loop = asyncio.get_running_loop()
+        self.receive_on(loop)
         self._number += 1
         used = self._indexes[bind, pinned]
         # The first that is free: who closes a server and listens again comes back to where the other workers are.
         index = next(number for number in itertools.count() if number not in used)
         used.add(index)
-        request = self._requests[self._number] = _Request((bind, pinned, index), self._loop.create_future())
+        request = self._requests[self._number] = _Request((bind, pinned, index), loop.create_future())
         self.send(Listen(self._number, bind, index, backlog, client_speaks_first, pinned))
         try:
             listened, descriptors = await request.answer
@@ -104,9 +157,8 @@ class Link:
         client_speaks_first: bool,
     ) -> FauxServer:
         """Put a faux server in place for a listener and let its connections come."""
-        assert self._loop is not None
         key = answer.listener
-        server = FauxServer(self._loop, key, answer, protocol_factory, ssl, client_speaks_first, self._server_closed)
+        server = FauxServer(self.receiver.loop, key, answer, protocol_factory, ssl, client_speaks_first, self._server_closed)
         self.receiver.servers[key] = server
         self.listening(key)
         return server
@@ -122,9 +174,13 @@ class Link:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.send, Leave())
 
+    def retire(self, server: FauxServer) -> None:
+        """Let no more connections come to a server that its program still takes for open.  On its loop."""
+        if self.receiver.servers.pop(server.key, None) is not None:
+            self._leave(server.key)
+
     def _server_closed(self, server: FauxServer) -> None:
-        self.receiver.servers.pop(server.key, None)
-        self._leave(server.key)
+        self.retire(server)
 
     def _leave(self, key: int) -> None:
         self._free(self._names.pop(key))
@@ -138,11 +194,22 @@ class Link:
         request = self._requests.pop(message.request, None)
         if request is None:
             raise ProtocolError(f"request {message.request} was never sent, or is answered already")
+        asker = request.answer.get_loop()
+        if asker is self._loop:
+            self._answered(request, message, descriptors)
+            return
+        try:
+            asker.call_soon_threadsafe(self._answered, request, message, descriptors)
+        except RuntimeError:
+            # It is closed: whoever asked is gone with it.
+            self._answered(request, message, descriptors, heard=False)
+
+    def _answered(self, request: _Request, message: Listened, descriptors: list[int], heard: bool = True) -> None:
         if message.errno:
             self._free(request.name)
         else:
             self._names[message.listener] = request.name
-        if request.answer.done():
+        if not heard or request.answer.done():
             self._give_back(message, descriptors)
         else:
             request.answer.set_result((message, descriptors))
@@ -159,8 +226,9 @@ class Link:
             self._listened(message, descriptors)
             return
         if isinstance(message, Drain):
-            # Every offer was sent before this message: none is left behind when the servers close.
-            self.receiver.drain()
+            if self._receiver is not None and self._receiver.loop is self._loop:
+                # Every offer was sent before this message: none is left behind when the servers close.
+                self._receiver.drain()
             self.on_drain(message.grace, message.quick, message.keep)
         else:
             raise ProtocolError(f"a worker does not expect {type(message).__name__}")
@@ -169,4 +237,4 @@ class Link:
 
     def _on_closed(self, error: ProtocolError | None) -> None:
         """The master is gone, and with it the reason to live: what the kernel's parent-death signal does, for sure."""
-        os._exit(MASTER_GONE)
+        os._exit(self.gone)

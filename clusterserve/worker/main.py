@@ -48,7 +48,11 @@ def main() -> int:
         # The package may have been upgraded under a running master, and this process is the first of the new version.
         _send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
         return BOOT_FAILURE
-    become(CurrentWorker(boot.worker, boot.slot, os.getpid()))
+    worker = CurrentWorker(boot.worker, boot.slot, os.getpid())
+    become(worker)
+    link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
+    if boot.launch.get("exec"):
+        return _run(boot, channel, link, worker)
     if boot.path:
         sys.path[:] = boot.path
     _send(channel, Online(os.getpid()))
@@ -56,12 +60,25 @@ def main() -> int:
     from .asgi import serve
 
     try:
-        link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
         serve(Settings.from_json(boot.settings), link)
     except BootError as exc:
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
     return 0
+
+
+def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker) -> int:
+    """Run a program instead of serving an application."""
+    from .main_module import MainModule
+    from .program import Program
+
+    try:
+        module = MainModule(boot.launch["exec"], boot.launch["args"])
+    except BootError as exc:
+        _send(channel, Failed(exc.args[0], exc.traceback))
+        return BOOT_FAILURE
+    _send(channel, Online(os.getpid()))
+    return Program(module, link, worker).run()
 
 
 def die_with(master: int) -> None:

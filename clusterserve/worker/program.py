@@ -1,0 +1,158 @@
+"""Running any program as a worker: as `__main__`, with every server of asyncio's and uvloop's clustered.
+
+The program has the main thread and does there what it likes.  The message channel is read on a thread of ours, so that
+it can be told to go whatever it does.  When its last connection has ended it is told so, and then ends as if it had
+called `sys.exit(0)`: in its event loop if one runs in the main thread, else wherever it is, by a real-time signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+from ..current import CurrentWorker
+from ..home import Home
+from .link import Link
+from .main_module import MainModule
+from .patched import Patches
+
+#: What our thread sends the main thread to end the program.  Nobody else's, as far as one can know.
+END: Final = signal.SIGRTMAX
+
+#: How long a program that does not listen may take until it is told to go (seconds): it might want to hear of it.
+START_UP: Final = 1.0
+
+#: How long the master may take to read what is said last (seconds).
+LAST_WORDS: Final = 5.0
+
+
+class Program:
+    """One per process, made in the main thread before anything is sent that the program could be asked for."""
+
+    def __init__(self, module: MainModule, link: Link, worker: CurrentWorker) -> None:
+        self._module = module
+        self._link = link
+        self._worker = worker
+        self._loop = asyncio.SelectorEventLoop()
+        self._home = Home(self._loop)
+        self._main = threading.main_thread()
+        self._drain: tuple[float, bool] | None = None
+        self._started = False
+        self._left = False
+        self._code: object = 0
+
+    def run(self) -> int:
+        """Run it to its end; returns its exit code, or raises its SystemExit."""
+        signal.signal(END, self._end)
+        self._link.gone = 0
+        self._link.on_drain = self._on_drain
+        self._link.on_listening = self._on_listening
+        self._worker.join(self, self._home)
+        ready = threading.Event()
+        threading.Thread(target=self._control, args=(ready,), name="clusterserve", daemon=True).start()
+        ready.wait()
+        Patches(self._link, self._home, self._loop).apply()
+        try:
+            return self._module.run()
+        finally:
+            self._link.finish(LAST_WORDS)
+
+    def _control(self, ready: threading.Event) -> None:
+        """Our thread: the message channel, and the handlers of a program without a loop."""
+        asyncio.set_event_loop(self._loop)
+        self._link.attach_messages(self._loop)
+        self._loop.call_later(START_UP, self._start_up_is_over)
+        self._loop.call_soon(ready.set)
+        while True:
+            try:
+                self._loop.run_forever()
+            except SystemExit as exc:
+                # A handler of the program's, which means the program and not this thread.
+                self.end(exc.code)
+
+    # -- the end of it --------------------------------------------------------------------------------------------
+
+    def ask_to_leave(self) -> None:
+        """The worker wants to go.  From any thread."""
+        self._link.ask_to_leave()
+
+    def die(self, number: int) -> None:
+        """End by this signal.  From any thread."""
+        self._worker.farewell = number
+        self.end(0)
+
+    def end(self, code: object) -> None:
+        """Have the program end with `code`, as in `sys.exit(code)`.  From any thread."""
+        self._code = code
+        if self._main.ident is not None:
+            signal.pthread_kill(self._main.ident, END)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        """In the main thread, between two steps of whatever it does."""
+        if farewell := self._worker.farewell:
+            signal.signal(farewell, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [farewell])
+            os.kill(os.getpid(), farewell)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            sys.exit(self._code)  # type: ignore[arg-type]
+        # Not in the midst of the loop's own affairs.
+        loop.call_soon_threadsafe(sys.exit, self._code)
+
+    def _on_listening(self) -> None:
+        self._loop.call_soon_threadsafe(self._start_up_is_over)
+
+    def _start_up_is_over(self) -> None:
+        self._started = True
+        self._leave()
+
+    def _on_drain(self, grace: float, quick: bool, keep: bool) -> None:
+        again, self._drain = self._drain is not None, (grace, quick)
+        if not again:
+            self._worker.exited_after_disconnect = True
+            self._worker.tell("draining", state="draining")
+        self._leave()
+
+    def _leave(self) -> None:
+        """Close the servers, if it is time."""
+        if self._drain is None or not self._started:
+            return
+        if self._link.receives:
+            with contextlib.suppress(RuntimeError):
+                self._link.receiver.loop.call_soon_threadsafe(self._close_servers)
+                return
+        self._disconnect()
+
+    def _close_servers(self) -> None:
+        """On the loop that listens."""
+        if not self._link.receives or self._drain is None:
+            self._loop.call_soon_threadsafe(self._disconnect)
+            return
+        receiver = self._link.receiver
+        # Every offer was sent before the order to go: none is left behind.
+        receiver.drain()
+        for server in tuple(receiver.servers.values()):
+            self._link.retire(server)
+        if self._drain[1] or self._worker.farewell:
+            receiver.cut()
+        receiver.when_idle(lambda: self._loop.call_soon_threadsafe(self._disconnect))
+
+    def _disconnect(self) -> None:
+        """No connection is left."""
+        if not self._left:
+            self._left = True
+            # What the program has said before, handlers of messages included, is said.
+            self._home.run(self._loop.call_soon_threadsafe, self._close)
+
+    def _close(self) -> None:
+        self._link.finish(LAST_WORDS)
+        self._link.close()
+        self._worker.leave(lambda: self.end(0))
