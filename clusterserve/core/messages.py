@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from struct import Struct
 from types import MappingProxyType
 from typing import Any, Final
@@ -38,8 +38,8 @@ class Boot:
     settings: dict[str, Any]
     #: The master's sys.path, so that what imports there imports here; empty to leave the worker's own.
     path: list[str]
-    #: What to run instead of an application: `exec` ("script.py" or "-m module") and `args`.  Without `exec` it serves.
-    launch: dict[str, Any] = field(default_factory=dict)
+    #: How this worker was launched: exec (empty: serve the application), args, serialization …
+    launch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ class Link:
         else:
             self._loop.call_soon_threadsafe(self._channel.send, message)
 
+    def finish(self, within: float) -> None:
+        """Wait until what was sent is with the kernel, for so many seconds at most.  From any thread."""
+        if self._channel is not None:
+            self._channel.finish(within)
+
     def close(self) -> None:
         """Close the message channel, when everything is said.  On its loop."""
         if self._channel is not None:
@@ -158,7 +163,9 @@ class Link:
     ) -> FauxServer:
         """Put a faux server in place for a listener and let its connections come."""
         key = answer.listener
-        server = FauxServer(self.receiver.loop, key, answer, protocol_factory, ssl, client_speaks_first, self._server_closed)
+        server = FauxServer(
+            self.receiver.loop, key, answer, protocol_factory, ssl, client_speaks_first, self._server_closed
+        )
         self.receiver.servers[key] = server
         self.listening(key)
         return server

@@ -68,7 +68,7 @@ def _loop_classes() -> Iterator[Any]:
 
 
 def _adapter(methods: dict[str, Callable[..., Any]], link: Link) -> type[Any]:
-    """What stands in for a loop as `self` of the mixin's methods: `super()` are the loop's own, all else is the loop."""
+    """What stands in for a loop as `self` of the mixin's methods: `super()` is the loop's own, all else the loop's."""
 
     class Base:
         def __init__(self, loop: Any) -> None:

@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 from ..current import CurrentWorker
 from ..home import Home
@@ -46,7 +47,7 @@ class Program:
         self._drain: tuple[float, bool] | None = None
         self._started = False
         self._left = False
-        self._code: object = 0
+        self._code: str | int | None = 0
 
     def run(self) -> int:
         """Run it to its end; returns its exit code, or raises its SystemExit."""
@@ -71,11 +72,16 @@ class Program:
         self._loop.call_later(START_UP, self._start_up_is_over)
         self._loop.call_soon(ready.set)
         while True:
-            try:
+            with self._exits_meant_for_the_program():
                 self._loop.run_forever()
-            except SystemExit as exc:
-                # A handler of the program's, which means the program and not this thread.
-                self.end(exc.code)
+
+    @contextlib.contextmanager
+    def _exits_meant_for_the_program(self) -> Iterator[None]:
+        """A handler that runs on our thread may call `sys.exit`."""
+        try:
+            yield
+        except SystemExit as exc:
+            self.end(exc.code)
 
     # -- the end of it --------------------------------------------------------------------------------------------
 
@@ -88,7 +94,7 @@ class Program:
         self._worker.farewell = number
         self.end(0)
 
-    def end(self, code: object) -> None:
+    def end(self, code: str | int | None) -> None:
         """Have the program end with `code`, as in `sys.exit(code)`.  From any thread."""
         self._code = code
         if self._main.ident is not None:
@@ -103,9 +109,9 @@ class Program:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            sys.exit(self._code)  # type: ignore[arg-type]
+            sys.exit(self._code)
         # Not in the midst of the loop's own affairs.
-        loop.call_soon_threadsafe(sys.exit, self._code)
+        loop.call_soon_threadsafe(partial(sys.exit, self._code))
 
     def _on_listening(self) -> None:
         self._loop.call_soon_threadsafe(self._start_up_is_over)
@@ -134,7 +140,7 @@ class Program:
     def _close_servers(self) -> None:
         """On the loop that listens."""
         if not self._link.receives or self._drain is None:
-            self._loop.call_soon_threadsafe(self._disconnect)
+            self._idle()
             return
         receiver = self._link.receiver
         # Every offer was sent before the order to go: none is left behind.
@@ -143,14 +149,20 @@ class Program:
             self._link.retire(server)
         if self._drain[1] or self._worker.farewell:
             receiver.cut()
-        receiver.when_idle(lambda: self._loop.call_soon_threadsafe(self._disconnect))
+        receiver.when_idle(self._idle)
+
+    def _idle(self) -> None:
+        self._loop.call_soon_threadsafe(self._disconnect)
 
     def _disconnect(self) -> None:
         """No connection is left."""
         if not self._left:
             self._left = True
             # What the program has said before, handlers of messages included, is said.
-            self._home.run(self._loop.call_soon_threadsafe, self._close)
+            self._home.run(self._hand_back)
+
+    def _hand_back(self) -> None:
+        self._loop.call_soon_threadsafe(self._close)
 
     def _close(self) -> None:
         self._link.finish(LAST_WORDS)
