@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from clusterserve import checks
 from clusterserve.checks import SettingValueError
 from clusterserve.errors import ClusterError, SettingsError
+from clusterserve.execline import SETTINGS, Line, refuse_foreign, split
 from clusterserve.options import COMMANDS, GROUPS, INSTEAD, LATER, SPECS, Spec, refuse_command, refuse_option, variable
 from clusterserve.settings import Settings
 
@@ -44,17 +45,22 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(argv: Sequence[str]) -> int:
     """What `clusterserve ARGV` does; returns its exit code."""
     try:
-        if argv and argv[0] in COMMANDS and argv[0] != "run":
+        program = None
+        if argv and argv[0] == "exec":
+            program = split(argv[1:])
+            argv = program.ours
+        elif argv and argv[0] in COMMANDS and argv[0] != "run":
             refuse_command(argv[0])
         given = _parse(argv)
         if "help" in given:
-            click.echo(_COMMAND.get_help(click.Context(_COMMAND, info_name="clusterserve", max_content_width=100)))
+            command = _COMMAND if program is None else _EXEC
+            click.echo(command.get_help(click.Context(command, info_name="clusterserve", max_content_width=100)))
             return 0
         if "version" in given:
             click.echo(version())
             return 0
         check_platform(sys.platform)
-        settings = _settings(given)
+        settings = _settings(given) if program is None else _program_settings(given, program)
     except ClusterError as error:
         # Whatever was typed is quoted in these: keep it on one line, and out of the terminal's control codes.
         return _fail("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)), error.exit_code)
@@ -104,6 +110,28 @@ def _settings(line: Layer) -> Settings:
         values["workers_source"] = given["workers"].origin
     try:
         return Settings.create(**values)
+    except SettingValueError as error:
+        if error.setting not in given:
+            raise
+        raise _named(error, given[error.setting].origin) from None
+
+
+def _program_settings(line: Layer, program: Line) -> Settings:
+    """The settings for `exec`: what the environment says for applications is not meant."""
+    if not program.program:
+        raise SettingsError("no program given; say what to run, as in: clusterserve exec script.py, or exec -m module")
+    for name, item in line.items():
+        refuse_foreign(name, item.origin)
+    script = program.program
+    if not script.startswith("-m ") and not os.path.exists(script):
+        raise SettingsError(f"there is no program {script!r}")
+    _load_env_file(line.get("env_file") or _environment().get("env_file"))
+    given = {name: item for name, item in {**_environment(), **line}.items() if name in SETTINGS}
+    values = {name: item.value for name, item in given.items()}
+    if values.get("workers") not in (None, "auto"):
+        values["workers_source"] = given["workers"].origin
+    try:
+        return Settings.create(exec=script, args=program.args, **values)
     except SettingValueError as error:
         if error.setting not in given:
             raise
@@ -212,14 +240,22 @@ def _parse(argv: Sequence[str], origin: str = "") -> Layer:
 
 
 class _Command(click.Command):
+    usage = "[run] MODULE:ATTRIBUTE [OPTIONS]"
+
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage("clusterserve", "[run] MODULE:ATTRIBUTE [OPTIONS]")
+        formatter.write_usage("clusterserve", self.usage)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records = {param.name: param.get_help_record(ctx) for param in self.params if isinstance(param, click.Option)}
         for title, group in GROUPS.items():
-            with formatter.section(title):
-                formatter.write_dl([record for spec in group if (record := records[spec.setting]) is not None])
+            rows = [record for spec in group if (record := records.get(spec.setting)) is not None]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+class _Exec(_Command):
+    usage = "exec [OPTIONS] {SCRIPT | -m MODULE} [ARGUMENTS]"
 
 
 def _option(spec: Spec) -> click.Option:
@@ -242,4 +278,13 @@ _COMMAND = _Command(
     "hands each to the worker whose turn it is.",
     epilog="Every option may be set as CLUSTERSERVE_<OPTION>, APP as CLUSTERSERVE_APP, and several together as "
     "CLUSTERSERVE_CMD_ARGS.  The command line wins; a blank variable is as good as none.",
+)
+
+_EXEC = _Exec(
+    "clusterserve exec",
+    params=[_option(spec) for spec in SPECS if spec.setting in SETTINGS],
+    add_help_option=False,
+    help="Run a Python program in each worker of a cluster.  Whatever it listens on with asyncio or uvloop is shared: "
+    "the master accepts the connections and hands each to the worker whose turn it is.",
+    epilog="What stands behind SCRIPT or MODULE is for the program.",
 )

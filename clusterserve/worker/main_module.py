@@ -63,6 +63,7 @@ class MainModule:
             trace = exc.__traceback__
             while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__):
                 trace = trace.tb_next
+            exc.__traceback__ = trace
             sys.excepthook(type(exc), exc, trace)
             return 1
         return 0

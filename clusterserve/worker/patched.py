@@ -18,12 +18,16 @@ _LISTENING: Final = ("create_server", "create_unix_server", "create_datagram_end
 
 
 class Patches:
-    """Applied once, before the program runs.  `ours` is the loop of our thread, which is none of the program's."""
+    """Applied once, before the program runs.  `ours` is the loop of our thread, which is none of the program's.
 
-    def __init__(self, link: Link, home: Home, ours: asyncio.AbstractEventLoop) -> None:
+    `on_exit` is called when a SystemExit has ended a loop.
+    """
+
+    def __init__(self, link: Link, home: Home, ours: asyncio.AbstractEventLoop, on_exit: Callable[[], None]) -> None:
         self._link = link
         self._home = home
         self._ours = ours
+        self._on_exit = on_exit
 
     def apply(self) -> None:
         for loop_class in _loop_classes():
@@ -43,6 +47,9 @@ class Patches:
             self._home.enter(loop)
             try:
                 original(loop)
+            except SystemExit:
+                self._on_exit()
+                raise
             finally:
                 self._home.leave(loop)
 

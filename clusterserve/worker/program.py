@@ -47,6 +47,7 @@ class Program:
         self._drain: tuple[float, bool] | None = None
         self._started = False
         self._left = False
+        self._ends = False
         self._code: str | int | None = 0
 
     def run(self) -> int:
@@ -59,7 +60,7 @@ class Program:
         ready = threading.Event()
         threading.Thread(target=self._control, args=(ready,), name="clusterserve", daemon=True).start()
         ready.wait()
-        Patches(self._link, self._home, self._loop).apply()
+        Patches(self._link, self._home, self._loop, self._exits).apply()
         try:
             return self._module.run()
         finally:
@@ -92,11 +93,20 @@ class Program:
     def die(self, number: int) -> None:
         """End by this signal.  From any thread."""
         self._worker.farewell = number
-        self.end(0)
+        self._interrupt()
 
     def end(self, code: str | int | None) -> None:
-        """Have the program end with `code`, as in `sys.exit(code)`.  From any thread."""
-        self._code = code
+        """Have the program end with `code`, as in `sys.exit(code)`, unless it ends already.  From any thread."""
+        if not self._ends:
+            self._ends = True
+            self._code = code
+            self._interrupt()
+
+    def _exits(self) -> None:
+        """A loop of the program's ends by a SystemExit."""
+        self._ends = self._ends or threading.current_thread() is self._main
+
+    def _interrupt(self) -> None:
         if self._main.ident is not None:
             signal.pthread_kill(self._main.ident, END)
 
@@ -121,16 +131,16 @@ class Program:
         self._leave()
 
     def _on_drain(self, grace: float, quick: bool, keep: bool) -> None:
-        again, self._drain = self._drain is not None, (grace, quick)
-        if not again:
-            self._worker.exited_after_disconnect = True
-            self._worker.tell("draining", state="draining")
+        self._drain = (grace, quick)
         self._leave()
 
     def _leave(self) -> None:
         """Close the servers, if it is time."""
         if self._drain is None or not self._started:
             return
+        if self._worker.exited_after_disconnect is None:
+            self._worker.exited_after_disconnect = True
+            self._worker.tell("draining", state="draining")
         if self._link.receives:
             with contextlib.suppress(RuntimeError):
                 self._link.receiver.loop.call_soon_threadsafe(self._close_servers)
