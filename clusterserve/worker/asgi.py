@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import traceback
 from socket import socket
@@ -102,6 +103,12 @@ def serve(settings: Settings, link: Link) -> None:
         gc.collect()
         gc.freeze()
         server.run(sockets=[cast("socket", BindSocket(bind)) for bind in settings.binds])
+    except ModuleNotFoundError as exc:
+        if config.app is not settings.app or not _names(settings.app, exc.name):
+            raise _could_not_load(settings.app, boot, exc) from None
+        where, module = os.path.abspath(settings.app_dir or os.curdir), settings.app.partition(":")[0]
+        reason = f'Could not import module "{module}": there is no "{exc.name}" in {where}, nor is it installed.'
+        raise BootError(f"Error loading ASGI app. {reason}") from None
     except ImportFromStringError as exc:
         # The application is imported first, and takes the place of its name.
         what = "Error loading ASGI app." if config.app is settings.app else "The protocol of --http or --ws is missing."
@@ -114,9 +121,18 @@ def serve(settings: Settings, link: Link) -> None:
         raise
     except Exception as exc:
         if expected:
-            reason = f"the application {settings.app!r} could not be loaded"
-            raise BootError(reason, boot.text() + _traceback(exc)) from None
+            raise _could_not_load(settings.app, boot, exc) from None
         raise
+
+
+def _names(app: str, module: str | None) -> bool:
+    """Whether it is the application itself, or its package, that is missing, and not what it imports."""
+    name = app.partition(":")[0]
+    return module is not None and (name == module or name.startswith(f"{module}."))
+
+
+def _could_not_load(app: str, boot: _BootLog, exc: Exception) -> BootError:
+    return BootError(f"the application {app!r} could not be loaded", boot.text() + _traceback(exc))
 
 
 def _config(settings: Settings, link: Link, borrowing: Borrowing) -> uvicorn.Config:
