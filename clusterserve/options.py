@@ -137,7 +137,7 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value(
             "--timeout-request",
             "SECONDS",
-            "End a request that runs for longer: 504, or the end of the connection if the response has begun. 0: never.",
+            "End a request that runs for longer: 504, or the end of the connection if that has begun. 0: never.",
         ),
         _value("--timeout-keep-alive --keep-alive", "SECONDS", "Close a connection that asks nothing for this long."),
         _value("--root-path", "PATH", "ASGI's root_path, for an app that is mounted below this path."),
