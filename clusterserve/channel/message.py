@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import errno
 import os
 import select
@@ -198,8 +199,9 @@ class MessageChannel:
                 self._parcels.append(parcel)
                 finished = self._push() if idle else []
                 if idle and self._parcels:
-                    # We may be on another thread.
-                    self._loop.call_soon_threadsafe(self._flush)
+                    # We may be on another thread; if the loop is closed, it waits for `finish`.
+                    with contextlib.suppress(RuntimeError):
+                        self._loop.call_soon_threadsafe(self._flush)
             else:
                 finished = [(parcel, False)]
         _tell(finished)

@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from struct import Struct
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from ..errors import ProtocolError
 from .messages import frame
@@ -62,9 +62,27 @@ class Envelope:
         return len(self.body)
 
 
+class Riders(Protocol):
+    """The descriptors that came with a message: closed with it, unless somebody takes them."""
+
+    #: So many more were sent and did not arrive: the receiver was at its descriptor limit.
+    lost: int
+
+    def take(self) -> list[int]:
+        """They are the caller's from now on."""
+        ...
+
+    def close(self) -> None:
+        """Close those that nobody has taken."""
+        ...
+
+
 def seal(kind: Kind, number: int, content: Any, pickled: bool) -> Envelope:
     """Encode `content`.  Raises TypeError or ValueError (pickle: whatever it likes) for what cannot be sent."""
-    body = pickle.dumps(content, pickle.HIGHEST_PROTOCOL) if pickled else json.dumps(content, separators=(",", ":")).encode()
+    if pickled:
+        body = pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
+    else:
+        body = json.dumps(content, separators=(",", ":")).encode()
     if len(body) > MAX_USER_BODY:
         raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_USER_BODY}")
     return Envelope(kind, number, pickled, body)
@@ -78,7 +96,7 @@ def unseal(envelope: Envelope, pickled: bool) -> Any:
     if envelope.pickled != pickled:
         raise ProtocolError(f"a message in {_name(envelope.pickled)}, where {_name(pickled)} was agreed upon")
     if pickled:
-        return pickle.loads(envelope.body)  # noqa: S301 - the program chose it
+        return pickle.loads(envelope.body)
     try:
         return json.loads(envelope.body)
     except ValueError:

@@ -21,7 +21,8 @@ from typing import Any, Final, NamedTuple
 
 from ..channel.board import Board
 from ..channel.connection import WorkerEnd
-from ..channel.message import MessageChannel
+from ..channel.message import MessageChannel, Riders
+from ..core.envelope import Envelope
 from ..core.messages import Closed, Drain, Leave, Listen, Listened, Listening, Message
 from ..errors import ProtocolError
 from .receiver import Receiver
@@ -57,6 +58,8 @@ class Link:
         self._names: dict[int, tuple[str, bool, int]] = {}
         #: Called with (grace seconds, quick, keep) when the master wants this worker to finish.
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
+        #: Called with each message of the program that has the cluster.
+        self.on_envelope: Callable[[Envelope, Riders], None] = lambda envelope, riders: riders.close()
         #: Called when a server is in place, on its loop.
         self.on_listening: Callable[[], None] = lambda: None
         #: What this process exits with when the master has closed the channels.
@@ -70,7 +73,13 @@ class Link:
     def attach_messages(self, loop: asyncio.AbstractEventLoop) -> None:
         """Read the message channel on `loop` from now on."""
         self._loop, self._thread = loop, threading.get_ident()
-        self._channel = MessageChannel(loop, self._messages, self._on_message, self._on_closed)
+        self._channel = MessageChannel(
+            loop,
+            self._messages,
+            self._on_message,
+            self._on_closed,
+            lambda envelope, riders: self.on_envelope(envelope, riders),
+        )
 
     def receive_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take connections on `loop`, in whose thread this is called, until it is closed.
@@ -114,11 +123,6 @@ class Link:
         else:
             self._loop.call_soon_threadsafe(self._channel.send, message)
 
-    def finish(self, within: float) -> None:
-        """Wait until what was sent is with the kernel, for so many seconds at most.  From any thread."""
-        if self._channel is not None:
-            self._channel.finish(within)
-
     def close(self) -> None:
         """Close the message channel, when everything is said.  On its loop."""
         if self._channel is not None:
@@ -126,6 +130,23 @@ class Link:
             with contextlib.suppress(OSError):
                 self._messages.shutdown(socket.SHUT_RDWR)
             self._channel.close()
+
+    def post(self, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
+        """Send a message of this program's, from any thread; takes the descriptors over.
+
+        `done` is called once, on any thread, with whether the kernel has all of it.
+        """
+        if self._channel is not None:
+            self._channel.post(envelope, descriptors, done)
+            return
+        for fd in descriptors:
+            os.close(fd)
+        done(False)
+
+    def finish(self, within: float) -> None:
+        """Send what waits, the loop's time being over; blocks for so many seconds at most."""
+        if self._channel is not None:
+            self._channel.finish(within)
 
     async def listen(
         self, bind: str, *, backlog: int, client_speaks_first: bool, pinned: bool = False
