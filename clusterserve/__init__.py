@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .current import CurrentWorker, current_worker
+from .current import current_worker
 from .errors import BindError, BootError, ClusterError, PolicyError, ProtocolError, SettingsError
 
 if TYPE_CHECKING:
+    from .currentworker import CurrentWorker
     from .master.cluster import Cluster, WorkerInfo
     from .master.run import run
 
@@ -32,7 +33,9 @@ __all__ = [
     "run",
 ]
 
-_LAZY = {"Cluster": "cluster", "WorkerInfo": "cluster", "run": "run"}
+_LAZY = {
+    "Cluster": "master.cluster", "WorkerInfo": "master.cluster", "run": "master.run", "CurrentWorker": "currentworker",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -41,4 +44,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".master.{module}", __name__), name)
+    return getattr(import_module(f".{module}", __name__), name)

@@ -34,6 +34,14 @@ class Home:
         self._line.append((function, arguments))
         self._wake()
 
+    def call_soon_threadsafe(self, function: Callable[..., None], *arguments: Any) -> None:
+        """`run`, as a loop has it."""
+        self.run(function, *arguments)
+
+    def call_later(self, delay: float, function: Callable[..., None], *arguments: Any) -> None:
+        """Call it after so many seconds, whichever loop runs then."""
+        self._fallback.call_soon_threadsafe(self._fallback.call_later, delay, self.run, function, *arguments)
+
     def enter(self, loop: asyncio.AbstractEventLoop) -> None:
         """`loop` is about to run, in this thread."""
         if self._loop is self._fallback or threading.current_thread() is threading.main_thread():

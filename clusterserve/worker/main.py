@@ -14,7 +14,8 @@ from typing import Final
 
 from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
-from ..current import VARIABLE, CurrentWorker, become
+from ..current import VARIABLE, become
+from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
 from .link import MASTER_GONE, Link
@@ -48,7 +49,8 @@ def main() -> int:
         # The package may have been upgraded under a running master, and this process is the first of the new version.
         _send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
         return BOOT_FAILURE
-    worker = CurrentWorker(boot.worker, boot.slot, os.getpid())
+    pickled = boot.launch.get("serialization") == "pickle"
+    worker = CurrentWorker(boot.worker, boot.slot, os.getpid(), pickled=pickled)
     become(worker)
     link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
     if boot.launch.get("exec"):
@@ -60,7 +62,7 @@ def main() -> int:
     from .asgi import serve
 
     try:
-        serve(Settings.from_json(boot.settings), link)
+        serve(Settings.from_json(boot.settings), link, worker)
     except BootError as exc:
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE

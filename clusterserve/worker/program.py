@@ -13,12 +13,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Final
 
-from ..current import CurrentWorker
+from ..channel.message import Riders
+from ..core.envelope import Envelope
+from ..currentworker import CurrentWorker
 from ..home import Home
 from .link import Link
 from .main_module import MainModule
@@ -29,6 +31,9 @@ END: Final = signal.SIGRTMAX
 
 #: How long a program that does not listen may take until it is told to go (seconds): it might want to hear of it.
 START_UP: Final = 1.0
+
+#: How long messages wait for a program to listen to them, from its start (seconds).
+PATIENCE: Final = 10.0
 
 #: How long the master may take to read what is said last (seconds).
 LAST_WORDS: Final = 5.0
@@ -56,6 +61,7 @@ class Program:
         self._link.gone = 0
         self._link.on_drain = self._on_drain
         self._link.on_listening = self._on_listening
+        self._link.on_envelope = self._on_envelope
         self._worker.join(self, self._home)
         ready = threading.Event()
         threading.Thread(target=self._control, args=(ready,), name="clusterserve", daemon=True).start()
@@ -71,6 +77,7 @@ class Program:
         asyncio.set_event_loop(self._loop)
         self._link.attach_messages(self._loop)
         self._loop.call_later(START_UP, self._start_up_is_over)
+        self._loop.call_later(PATIENCE, self._home.run, self._worker.started_up)
         self._loop.call_soon(ready.set)
         while True:
             with self._exits_meant_for_the_program():
@@ -89,6 +96,10 @@ class Program:
     def ask_to_leave(self) -> None:
         """The worker wants to go.  From any thread."""
         self._link.ask_to_leave()
+
+    def post(self, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
+        """A message of the program's.  From any thread."""
+        self._link.post(envelope, descriptors, done)
 
     def die(self, number: int) -> None:
         """End by this signal.  From any thread."""
@@ -123,7 +134,11 @@ class Program:
         # Not in the midst of the loop's own affairs.
         loop.call_soon_threadsafe(partial(sys.exit, self._code))
 
+    def _on_envelope(self, envelope: Envelope, riders: Riders) -> None:
+        self._home.run(self._worker.received, envelope, riders)
+
     def _on_listening(self) -> None:
+        self._worker.tell("listening", state="listening")
         self._loop.call_soon_threadsafe(self._start_up_is_over)
 
     def _start_up_is_over(self) -> None:
