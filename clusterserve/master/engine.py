@@ -480,7 +480,7 @@ class Engine:
             if seat.member.state is not WorkerState.DISCONNECTED:
                 self._tell(seat, Disconnected)
             self._tell(seat, Exited, ended.code, ended.signal)
-            self._dispatcher.remove_worker(worker)
+            self._dispatcher.remove_worker(worker, hung=seat.member.aborted is not None)
             self._stacks.gone(worker)
             if seat.stacks >= 0:
                 os.close(seat.stacks)
