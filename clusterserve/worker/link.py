@@ -23,10 +23,11 @@ from ..channel.board import Board
 from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel, Riders
 from ..core.envelope import Envelope
-from ..core.messages import Closed, Drain, Leave, Listen, Listened, Listening, Message
+from ..core.messages import Closed, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
 from ..errors import ProtocolError
 from .receiver import Receiver
 from .server import FauxServer
+from .stacks import tasks, thread_names
 
 #: What a worker exits with when its master is gone: nobody reads it.
 MASTER_GONE: Final = 1
@@ -258,6 +259,8 @@ class Link:
                 # Every offer was sent before this message: none is left behind when the servers close.
                 self._receiver.drain()
             self.on_drain(message.grace, message.quick, message.keep)
+        elif isinstance(message, ShowStacks):
+            self.send(Stacks(thread_names(), tasks([self._loop] if self._loop is not None else [])))
         else:
             raise ProtocolError(f"a worker does not expect {type(message).__name__}")
         for fd in descriptors:

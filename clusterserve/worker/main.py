@@ -19,6 +19,7 @@ from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
 from .link import MASTER_GONE, Link
+from .stacks import answer_signal
 
 #: What a worker exits with when its application cannot be loaded or started (uvicorn's STARTUP_FAILURE).
 BOOT_FAILURE: Final = 3
@@ -53,11 +54,12 @@ def main() -> int:
     worker = CurrentWorker(boot.worker, boot.slot, os.getpid(), pickled=pickled)
     become(worker)
     link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
+    told = answer_signal()
     if boot.launch.get("exec"):
-        return _run(boot, channel, link, worker)
+        return _run(boot, channel, link, worker, told)
     if boot.path:
         sys.path[:] = boot.path
-    _send(channel, Online(os.getpid()))
+    _send(channel, Online(os.getpid()), told)
     # Importing uvicorn takes most of the start-up: not before the master knows that we live.
     from .asgi import serve
 
@@ -69,7 +71,7 @@ def main() -> int:
     return 0
 
 
-def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker) -> int:
+def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, told: int) -> int:
     """Run a program instead of serving an application."""
     from .main_module import MainModule
     from .program import Program
@@ -79,7 +81,7 @@ def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker) 
     except BootError as exc:
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
-    _send(channel, Online(os.getpid()))
+    _send(channel, Online(os.getpid()), told)
     return Program(module, link, worker).run()
 
 
@@ -118,10 +120,13 @@ def _exactly(channel: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def _send(channel: socket.socket, message: Message) -> None:
+def _send(channel: socket.socket, message: Message, *descriptors: int) -> None:
     """Before or after the loop's time: block until it is sent.  If the master is gone, nobody needs it."""
     channel.setblocking(True)
+    frame = encode(message, len(descriptors))
     try:
-        channel.sendall(encode(message))
+        # They ride with the first byte.
+        sent = socket.send_fds(channel, [frame], descriptors)
+        channel.sendall(frame[sent:])
     except (BrokenPipeError, ConnectionResetError):
         os._exit(MASTER_GONE)
