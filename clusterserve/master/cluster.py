@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ..checks import near_match
 from ..core.distributor import Statistics
-from ..core.events import EVENTS, AboutWorker, BecameReady, Event, Forked, arguments
+from ..core.events import EVENTS, AboutWorker, BecameReady, Event, Forked, Messaged, arguments
 from ..current import current_worker
 from ..emitter import Emitter
 from ..errors import ClusterError, SettingsError
@@ -289,6 +289,9 @@ class Cluster(Emitter):
         """On the engine's thread."""
         assert self._place is not None
         worker = self._workers.about(event) if isinstance(event, AboutWorker) else None
+        if isinstance(event, Messaged):
+            event.riders.close()
+            return
         self._place.post(self._tell, event, worker)
 
     def _tell(self, event: Event, worker: Worker | None) -> None:

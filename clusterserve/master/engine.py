@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..channel.message import MessageChannel
+from ..channel.message import MessageChannel, Riders
 from ..core.connection import IllegalStep
 from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
+from ..core.envelope import Envelope
 from ..core.events import (
     BecameReady,
     CameOnline,
@@ -31,6 +32,7 @@ from ..core.events import (
     Event,
     Exited,
     Forked,
+    Messaged,
     Scaled,
     StartedDraining,
     StartedListening,
@@ -42,7 +44,7 @@ from ..core.events import (
     WorkerName,
 )
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online
+from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online, Stacks
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Action, Drain, Spawn, Stop, Target, Verdict, plan
 from ..core.roster import Limits, Member, Roster
@@ -51,8 +53,10 @@ from ..settings import Settings
 from .dispatcher import Dispatcher
 from .handles import Handles
 from .health import Health
+from .outbox import Outbox
 from .policies import policy_factory
 from .process import Exit, WorkerProcess
+from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
 
@@ -77,6 +81,8 @@ class Seat:
     listening: set[int] = field(default_factory=set)
     #: The signal that `destroy` has left for it; 0 for none.
     farewell: int = 0
+    #: Where it writes its threads' stacks; -1 until it is online.  Ours to close.
+    stacks: int = -1
 
 
 class Engine:
@@ -96,6 +102,8 @@ class Engine:
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
         self._loop = loop
+        #: What the program sends to workers.
+        self.outbox = Outbox(loop, self._channel)
         policy = policy_factory(settings.policy, slots=max(1, settings.workers), long_lived=not settings.borrows)
         patience = REQUEST_PATIENCE if settings.borrows else PATIENCE
         self._distributor = Distributor(
@@ -122,6 +130,7 @@ class Engine:
             programs=bool(settings.exec),
         )
         self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
+        self._stacks = StackCollector(loop)
         self._target = Target(settings.workers, manual=not settings.respawn)
         #: What `fork` was given, by slot: replacements inherit it.
         self._environments: dict[int, Environment] = {}
@@ -353,8 +362,10 @@ class Engine:
 
     def _close(self) -> None:
         self._health.close()
+        self._stacks.close()
         self.handles.close()
         self._dispatcher.close()
+        self.outbox.close()
         if self._deadline is not None:
             self._deadline.cancel()
 
@@ -435,7 +446,9 @@ class Engine:
             self._dispatcher.distributor.drain_worker(action.worker)
             limits = self._roster.limits
             grace = limits.quick if action.quick else limits.graceful
-            seat.channel.send(DrainMessage(grace, action.quick, action.keep))
+            # Behind the program's messages, so that they arrive; an order to hurry goes first.
+            send = seat.channel.send if action.quick else seat.channel.send_in_line
+            send(DrainMessage(grace, action.quick, action.keep))
             if action.interrupt:
                 seat.process.send_signal(signal.SIGTERM)
         elif isinstance(action, Abort):
@@ -470,7 +483,11 @@ class Engine:
             self._roster.happened(member.id, WorkerEvent.EXITED, now)
             return member.id
         channel = MessageChannel(
-            self._loop, process.messages, partial(self._on_message, member.id), partial(self._on_closed, member.id)
+            self._loop,
+            process.messages,
+            partial(self._on_message, member.id),
+            partial(self._on_closed, member.id),
+            partial(self._on_envelope, member.id),
         )
         seat = self.seats[member.id] = Seat(member, process, channel)
         self._tell(seat, Forked)
@@ -498,6 +515,20 @@ class Engine:
                 self._roster.rejected,
             )
 
+    # -- messages of the program --------------------------------------------------------------------------------------
+
+    def _channel(self, worker: int) -> MessageChannel | None:
+        seat = self.seats.get(worker)
+        return None if seat is None else seat.channel
+
+    def _on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None:
+        self._tell(self.seats[worker], Messaged, envelope, riders)
+
+    def misbehaved(self, worker: int, error: ProtocolError) -> None:
+        """What came of a worker's program could not be read, and no honest sender sends that."""
+        if worker in self.seats:
+            self._broke_protocol(worker, error)
+
     # -- facts about workers --------------------------------------------------------------------------------------
 
     def _happened(self, worker: int, event: WorkerEvent) -> None:
@@ -516,6 +547,8 @@ class Engine:
             raise ProtocolError(str(exc)) from None
 
     def _on_message(self, worker: int, message: Message, descriptors: list[int]) -> None:
+        if isinstance(message, Online) and descriptors and self.seats[worker].stacks < 0:
+            self.seats[worker].stacks = descriptors.pop(0)
         for fd in descriptors:
             os.close(fd)
         if isinstance(message, Listen):
@@ -530,6 +563,8 @@ class Engine:
                 self._tell(self.seats[worker], CameOnline)
         elif isinstance(message, Beat):
             self._health.heard(worker, message.served)
+        elif isinstance(message, Stacks):
+            self._stacks.answered(worker, message)
         elif isinstance(message, Leave):
             self._leave(worker)
         elif isinstance(message, Failed):
@@ -585,6 +620,9 @@ class Engine:
                 self._tell(seat, Disconnected)
             self._tell(seat, Exited, ended.code, ended.signal)
             self._dispatcher.remove_worker(worker, hung=seat.member.aborted is not None)
+            self._stacks.gone(worker)
+            if seat.stacks >= 0:
+                os.close(seat.stacks)
             del self.seats[worker]
             asked = seat.member.drained is not None
             self.handles.leave_all(worker, crashed=not asked)
@@ -626,6 +664,12 @@ class Engine:
                 self._says(worker, WorkerEvent.LISTENING)
 
     # -- looking in -----------------------------------------------------------------------------------------------
+
+    def show_stacks(self) -> None:
+        """Log what every thread and every task of every worker does, a block per worker, within about a second."""
+        for id, seat in self.seats.items():
+            who = f"Worker {id} (slot {seat.member.slot}, pid {seat.process.pid})"
+            self._stacks.ask(id, who, seat.stacks, seat.channel.send, seat.process.send_signal)
 
     @property
     def served(self) -> bool:
