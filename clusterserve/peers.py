@@ -56,7 +56,7 @@ _SAID: Final[dict[str, str]] = {
         --limit-concurrency --worker-connections --backpressure""",
     f"{_YET}: the HTTP parser's own limits hold, and h11's is set with --h11-max-incomplete-event-size": """
         --limit-request-line --limit-request-fields --limit-request-field_size""",
-    f"{_YET}: see --timeout-request-header and --timeout-keep-alive": "--timeout-request --timeout-request-body",
+    f"{_YET}: see --timeout-request-header and --timeout-keep-alive": "--timeout-request-body",
     f"{_YET}: the number of workers is fixed with --workers, and changed by SIGTTIN and SIGTTOU": "--max-workers",
     f"{_YET}: only the master listens, so nothing needs it": "--reuse-port",
     f"{_YET}: let the proxy or the load balancer stop sending before it stops the master": "--shutdown-delay",

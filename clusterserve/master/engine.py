@@ -471,7 +471,7 @@ class Engine:
             if seat.member.state is not WorkerState.DISCONNECTED:
                 self._tell(seat, Disconnected)
             self._tell(seat, Exited, ended.code, ended.signal)
-            self._dispatcher.remove_worker(worker)
+            self._dispatcher.remove_worker(worker, hung=seat.member.aborted is not None)
             del self.seats[worker]
             asked = seat.member.drained is not None
             self.handles.leave_all(worker, crashed=not asked)
