@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 
 import uvicorn
 from uvicorn.importer import ImportFromStringError, import_from_string
@@ -12,6 +11,7 @@ from uvicorn.importer import ImportFromStringError, import_from_string
 from ..errors import BootError
 from ..logs import configure
 from ..settings import Settings
+from ..tracebacks import of_application
 from .hooks import load_hooks
 from .policies import policy_factory
 
@@ -45,4 +45,4 @@ def check(settings: Settings) -> None:
         raise BootError(f"Error loading ASGI app. {exc}") from None
     except (Exception, SystemExit) as exc:
         reason = f"the application {settings.app!r} could not be loaded"
-        raise BootError(reason, "".join(traceback.format_exception(exc))) from exc
+        raise BootError(reason, of_application(exc)) from exc
