@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from struct import Struct
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from ..errors import ProtocolError
 
@@ -37,7 +37,10 @@ class Boot:
 
 @dataclass(frozen=True)
 class Online:
-    """The worker is up and about to import the application."""
+    """The worker is up and about to import the application.
+
+    A descriptor rides along: the file to which it writes its threads' stacks when it gets SIGPWR.
+    """
 
     pid: int
 
@@ -104,6 +107,19 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class ShowStacks:
+    """Master to worker: tell where your tasks stand."""
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """The answer.  `threads` names threads by their numbers, in hexadecimal; `tasks` is a text of many lines."""
+
+    threads: dict[str, Any]
+    tasks: str
+
+
+@dataclass(frozen=True)
 class Leave:
     """The worker was asked to go (SIGTERM), and asks to be drained: the master decides when."""
 
@@ -120,11 +136,9 @@ class Drain:
     keep: bool
 
 
-Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain
+Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain | ShowStacks | Stacks
 
-_KINDS: Final = MappingProxyType(
-    {kind.__name__: kind for kind in (Boot, Online, Listen, Listened, Listening, Closed, Failed, Beat, Leave, Drain)}
-)
+_KINDS: Final = MappingProxyType({kind.__name__: kind for kind in get_args(Message)})
 _JSON_TYPES: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     {"int": int, "float": (int, float), "str": str, "bool": bool, "dict[str, Any]": dict,
      "list[Any] | str": (list, str)}

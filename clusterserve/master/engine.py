@@ -40,7 +40,7 @@ from ..core.events import (
     WorkerName,
 )
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online
+from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online, Stacks
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Action, Drain, Spawn, Stop, Target, Verdict, plan
 from ..core.roster import Limits, Member, Roster
@@ -51,6 +51,7 @@ from .handles import Handles
 from .health import Health
 from .policies import policy_factory
 from .process import Exit, WorkerProcess
+from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
 
@@ -67,6 +68,8 @@ class Seat:
     process: WorkerProcess
     channel: MessageChannel
     listening: set[int] = field(default_factory=set)
+    #: Where it writes its threads' stacks; -1 until it is online.  Ours to close.
+    stacks: int = -1
 
 
 class Engine:
@@ -110,6 +113,7 @@ class Engine:
             )
         )
         self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
+        self._stacks = StackCollector(loop)
         self._target = Target(settings.workers)
         self._generation = 1
         self._changes: list[asyncio.Future[None]] = []
@@ -256,6 +260,7 @@ class Engine:
 
     def _close(self) -> None:
         self._health.close()
+        self._stacks.close()
         self.handles.close()
         self._dispatcher.close()
         if self._deadline is not None:
@@ -406,6 +411,8 @@ class Engine:
             raise ProtocolError(str(exc)) from None
 
     def _on_message(self, worker: int, message: Message, descriptors: list[int]) -> None:
+        if isinstance(message, Online) and descriptors and self.seats[worker].stacks < 0:
+            self.seats[worker].stacks = descriptors.pop(0)
         for fd in descriptors:
             os.close(fd)
         if isinstance(message, Listen):
@@ -420,6 +427,8 @@ class Engine:
                 self._tell(self.seats[worker], CameOnline)
         elif isinstance(message, Beat):
             self._health.heard(worker, message.served)
+        elif isinstance(message, Stacks):
+            self._stacks.answered(worker, message)
         elif isinstance(message, Leave):
             self._leave(worker)
         elif isinstance(message, Failed):
@@ -472,6 +481,9 @@ class Engine:
                 self._tell(seat, Disconnected)
             self._tell(seat, Exited, ended.code, ended.signal)
             self._dispatcher.remove_worker(worker, hung=seat.member.aborted is not None)
+            self._stacks.gone(worker)
+            if seat.stacks >= 0:
+                os.close(seat.stacks)
             del self.seats[worker]
             asked = seat.member.drained is not None
             self.handles.leave_all(worker, crashed=not asked)
@@ -510,6 +522,12 @@ class Engine:
                 self._says(worker, WorkerEvent.LISTENING)
 
     # -- looking in -----------------------------------------------------------------------------------------------
+
+    def show_stacks(self) -> None:
+        """Log what every thread and every task of every worker does, a block per worker, within about a second."""
+        for id, seat in self.seats.items():
+            who = f"Worker {id} (slot {seat.member.slot}, pid {seat.process.pid})"
+            self._stacks.ask(id, who, seat.stacks, seat.channel.send, seat.process.send_signal)
 
     @property
     def served(self) -> bool:

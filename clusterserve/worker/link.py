@@ -17,10 +17,11 @@ from typing import Any, Final, NamedTuple
 from ..channel.board import Board
 from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel
-from ..core.messages import Closed, Drain, Leave, Listen, Listened, Listening, Message
+from ..core.messages import Closed, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
 from ..errors import ProtocolError
 from .receiver import Receiver
 from .server import FauxServer
+from .stacks import tasks, thread_names
 
 #: What a worker exits with when its master is gone: nobody reads it.
 MASTER_GONE: Final = 1
@@ -162,6 +163,8 @@ class Link:
             # Every offer was sent before this message: none is left behind when the servers close.
             self.receiver.drain()
             self.on_drain(message.grace, message.quick, message.keep)
+        elif isinstance(message, ShowStacks):
+            self.send(Stacks(thread_names(), tasks([self._loop] if self._loop is not None else [])))
         else:
             raise ProtocolError(f"a worker does not expect {type(message).__name__}")
         for fd in descriptors:
