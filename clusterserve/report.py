@@ -47,13 +47,15 @@ def _setting(name: str, settings: Settings, given: Layer) -> Iterator[str]:
         yield _line(name, [f"{header}: {value}" for header, value in settings.headers], _origin(name, given))
     elif name == "workers_max_rss":
         yield _line(name, _size(settings.workers_max_rss), _origin(name, given))
-    elif hasattr(settings, name) and name != "factory":
-        yield _line(name, getattr(settings, name), _origin(name, given))
-    elif name in OURS and name in given and name != "print_config":
+    elif name in OURS:
+        if name not in given or name == "print_config":
+            return
         # No part of `Settings`, but heeded.
         value = dict(each.split("=", 1) for each in given[name].value) if name == "env" else given[name].value
         line = _line(name, value, given[name].origin)
         yield f"# {line}" if name == "config" else line
+    elif hasattr(settings, name) and name != "factory":
+        yield _line(name, getattr(settings, name), _origin(name, given))
 
 
 def _line(name: str, value: object, origin: str) -> str:
