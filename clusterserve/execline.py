@@ -11,9 +11,12 @@ from clusterserve.options import GROUPS, SPECS
 #: Groups of options that are about serving an application, and single ones.
 _APPLICATION_GROUPS: Final = ("Application", "Binding", "HTTP", "WebSocket", "Proxies")
 _APPLICATION: Final = frozenset(
-    {"dispatch", "timeout", "limit_max_requests", "limit_max_requests_jitter", "timeout_request", "access_log"}
-)
-_PROGRAM: Final = frozenset({"env_file"})
+    {
+        "dispatch", "timeout", "limit_max_requests", "limit_max_requests_jitter", "timeout_request", "access_log",
+        "check_config", "print_config",
+    }
+)  # fmt: skip
+_PROGRAM: Final = frozenset({"chdir", "env", "env_file"})
 
 #: The settings that a cluster of programs has.
 SETTINGS: Final = frozenset(
