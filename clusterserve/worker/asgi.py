@@ -23,6 +23,7 @@ from uvicorn.importer import ImportFromStringError, import_from_string
 
 from ..errors import BootError
 from ..settings import Settings
+from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
 from .link import Link
@@ -73,6 +74,9 @@ def serve(settings: Settings, link: Link) -> None:
     heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
     draining = Draining(server.server_state.tasks)
     logger.addFilter(draining)
+    deadline = Deadline(server.server_state.tasks, settings.timeout_request) if settings.timeout_request else None
+    if deadline is not None:
+        logger.addFilter(deadline)
     _Drainer(server, link, borrowing, draining)
     expected = len(settings.binds)
 
@@ -83,6 +87,8 @@ def serve(settings: Settings, link: Link) -> None:
             boot.release()
             heart.start(asyncio.get_running_loop())
             draining.watch(asyncio.get_running_loop())
+            if deadline is not None:
+                deadline.watch(asyncio.get_running_loop())
             # uvicorn has taken both for itself meanwhile.  A terminal's Ctrl-C and systemd's SIGTERM reach the whole
             # group, and what was accepted is served only if the master says who goes when.
             signal.signal(signal.SIGINT, _heed_the_master)
