@@ -96,7 +96,7 @@ def test_an_apps_own_exit_code_means_nothing_special(serve: Serve, code: int) ->
 
 
 def test_siblings_serve_meanwhile(serve: Serve) -> None:
-    server = serve("--restart-backoff", "60", *IN_TURN, workers=3).warm()
+    server = serve("--restart-backoff", "60", "--restart-backoff-max", "60", *IN_TURN, workers=3).warm()
     victim = crash(server)
     others = {1, 2, 3} - {victim.id}
     ids = [server.ask_id() for _ in range(20)]
@@ -205,7 +205,7 @@ def test_an_app_that_cannot_start_any_more_is_tried_for_ever_with_pauses(serve: 
 
 
 def test_stopping_while_a_replacement_waits_its_turn(serve: Serve) -> None:
-    server = serve("--restart-backoff", "60", workers=2)
+    server = serve("--restart-backoff", "60", "--restart-backoff-max", "60", workers=2)
     crash(server)
     assert server.stop() == 0
     assert server.processes() == []
