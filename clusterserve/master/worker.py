@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal as signals
-from dataclasses import dataclass
-from typing import Final, Protocol
+from dataclasses import dataclass, field
+from typing import IO, Any, Final, Protocol
 
 from ..core.events import (
     CameOnline,
@@ -16,6 +16,7 @@ from ..core.events import (
 )
 from ..core.lifecycle import WorkerState
 from ..emitter import Emitter
+from .streams import Streams
 
 #: What a worker tells its listeners; the cluster tells the same, with the worker first.
 WORKER_EVENTS: Final = ("online", "listening", "message", "draining", "disconnect", "exit", "error")
@@ -23,11 +24,34 @@ WORKER_EVENTS: Final = ("online", "listening", "message", "draining", "disconnec
 
 @dataclass
 class Process:
-    """A worker's process.  `returncode` is None while it lives, and if a signal ended it, whose number is `signal`."""
+    """A worker's process.  `returncode` is None while it lives, and if a signal ended it, whose number is `signal`.
+
+    With `silent` or a `stdio` of "pipe" entries, `stdin`, `stdout` and `stderr` are binary files as those of
+    `subprocess.Popen`, and `stdio[4]` is a socket whose other end is descriptor 4 of the worker; None where there is
+    nothing.  They are yours to read, to close, and to bring to an event loop: a worker whose output nobody reads stops
+    when the pipe is full.  What you never asked for is closed with the last reference to the worker.
+    """
 
     pid: int
     returncode: int | None = None
     signal: int | None = None
+    streams: Streams | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def stdin(self) -> IO[bytes] | None:
+        return None if self.streams is None else self.streams.file(0)
+
+    @property
+    def stdout(self) -> IO[bytes] | None:
+        return None if self.streams is None else self.streams.file(1)
+
+    @property
+    def stderr(self) -> IO[bytes] | None:
+        return None if self.streams is None else self.streams.file(2)
+
+    @property
+    def stdio(self) -> tuple[Any, ...]:
+        return () if self.streams is None else self.streams.stdio()
 
 
 class Orders(Protocol):
@@ -36,6 +60,7 @@ class Orders(Protocol):
     def disconnect_worker(self, worker: int) -> None: ...
     def destroy_worker(self, worker: int, number: int) -> None: ...
     def signal_worker(self, worker: int, number: int) -> None: ...
+    def streams_of(self, worker: int) -> Streams | None: ...
 
 
 class Worker(Emitter):
