@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core.address import Address
 from .current import CurrentWorker, current_worker
-from .errors import BindError, BootError, ClusterError, PolicyError, ProtocolError, SettingsError
+from .errors import BindError, BootError, ChannelClosed, ClusterError, PolicyError, ProtocolError, SettingsError
 
 if TYPE_CHECKING:
     from .master.cluster import Cluster
@@ -30,6 +30,7 @@ __all__ = [
     "Address",
     "BindError",
     "BootError",
+    "ChannelClosed",
     "Cluster",
     "ClusterError",
     "CurrentWorker",
