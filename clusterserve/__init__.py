@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .current import CurrentWorker, current_worker
 from .errors import BindError, BootError, ClusterError, PolicyError, ProtocolError, SettingsError
+from .listen_options import listen_options
 
 if TYPE_CHECKING:
     from .master.cluster import Cluster, WorkerInfo
@@ -29,6 +30,7 @@ __all__ = [
     "WorkerInfo",
     "__version__",
     "current_worker",
+    "listen_options",
     "run",
 ]
 
