@@ -7,6 +7,8 @@ compared with what was possible for the very requests it got.
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
+from statistics import fmean
 
 from benchmarks.schedule import Schedule
 
@@ -20,3 +22,9 @@ def single_queue(schedule: Schedule, servers: int) -> list[float]:
         heapq.heapreplace(free_at, end)
         taken.append(end - arrival)
     return taken
+
+
+def with_path(schedule: Schedule, servers: int, path: float) -> float:
+    """The mean that is possible if each request also takes its server `path` seconds on the way, against none."""
+    longer = replace(schedule, services=tuple(service + path for service in schedule.services))
+    return fmean(single_queue(longer, servers)) / fmean(single_queue(schedule, servers))

@@ -134,6 +134,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "SECONDS",
             "How long a client may take to send the head of a request; then 408. 0: as long as it likes.",
         ),
+        _value(
+            "--timeout-request",
+            "SECONDS",
+            "End a request that runs for longer: 504, or the end of the connection if that has begun. 0: never.",
+        ),
         _value("--timeout-keep-alive --keep-alive", "SECONDS", "Close a connection that asks nothing for this long."),
         _value("--root-path", "PATH", "ASGI's root_path, for an app that is mounted below this path."),
         _value("--header", "NAME:VALUE", "Send this header with every response; repeatable.", "headers")._replace(
@@ -197,7 +202,7 @@ _LATER = """
 --reuse-port --shutdown-delay --spew --ssl-ca-certs
 --ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile --ssl-keyfile-password --ssl-reload --ssl-version
 --statsd-host --statsd-prefix --strip-header-spaces --suppress-ragged-eofs --threads
---timeout-request --timeout-request-body --uds-permissions
+--timeout-request-body --uds-permissions
 --umask --user --uwsgi-allow-from --worker-connections --worker-tmp-dir
 -c -e -g -m -n -u -R
 """

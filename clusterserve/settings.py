@@ -64,6 +64,7 @@ class Settings:
     timeout_keep_alive: int = 5
     timeout_queue: float = 30.0
     timeout_request_header: float = 30.0
+    timeout_request: float = 0.0
     restart_backoff: float = 0.1
     restart_backoff_max: float = 15.0
     reload_surge: int = 1
@@ -168,6 +169,7 @@ _CHECKS: Final[dict[str, Check]] = {
     "timeout_keep_alive": whole(0),
     "timeout_queue": seconds(),
     "timeout_request_header": seconds(),
+    "timeout_request": seconds(),
     # From zero, doubling would never leave zero: a dying app would be respawned in a busy loop.
     "restart_backoff": seconds(above_zero=True),
     "restart_backoff_max": seconds(above_zero=True),

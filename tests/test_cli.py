@@ -194,6 +194,7 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--timeout-keep-alive": ("7", "timeout_keep_alive", 7),
         "--timeout-queue": ("2.5", "timeout_queue", 2.5),
         "--timeout-request-header": ("0", "timeout_request_header", 0.0),
+        "--timeout-request": ("12.5", "timeout_request", 12.5),
         "--root-path": ("/api", "root_path", "/api"),
         "--no-server-header": (None, "server_header", False),
         "--no-date-header": (None, "date_header", False),

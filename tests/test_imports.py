@@ -24,7 +24,7 @@ PARTS = {
     "cli": {"master", "core", "base", "errors", "package"},
     "__main__": {"cli"},
     "package": {"master", "core", "base", "errors"},
-    "base": {"base", "errors"},
+    "base": {"base", "core", "errors"},
     "errors": set(),
 }
 

@@ -11,7 +11,15 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+BODY = b"hello world\n"
+START = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(BODY))],
+}
+END = {"type": "http.response.body", "body": BODY}
 PID = b"%d\n" % os.getpid()
 HOLD_SECONDS = 0.05
 

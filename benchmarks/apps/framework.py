@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from benchmarks.apps.common import PID, hold_the_event_loop
-from benchmarks.apps.work import BODY, hold, seconds
+from benchmarks.apps.common import BODY, PID, hold_the_event_loop
+from benchmarks.apps.work import hold, seconds
 
 
 async def tell_pid(request: Request) -> Response:

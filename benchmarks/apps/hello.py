@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.apps.common import Receive, Scope, Send, lifespan, pid
-
-BODY = b"hello world\n"
-START = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(BODY))],
-}
-END = {"type": "http.response.body", "body": BODY}
+from benchmarks.apps.common import END, START, Receive, Scope, Send, lifespan, pid
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,15 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 
-from benchmarks.apps.common import Receive, Scope, Send, lifespan, pid
+from benchmarks.apps.common import END, START, Application, Receive, Scope, Send, lifespan, pid
 
-BODY = b"hello world\n"
-START = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(BODY))],
-}
-END = {"type": "http.response.body", "body": BODY}
 AWAIT_SECONDS = 0.05
 
 
@@ -38,39 +31,35 @@ def burn(duration: float) -> None:
         pass
 
 
-async def answer(send: Send) -> None:
-    await send(START)
-    await send(END)
+def application(serve: Application) -> Application:
+    """`serve` for requests, and what the benchmarks ask beside them."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await lifespan(receive, send)
+        elif scope["path"] == "/pid":
+            await pid(send)
+        else:
+            await serve(scope, receive, send)
+            await send(START)
+            await send(END)
+
+    return call
 
 
+@application
 async def block(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "lifespan":
-        await lifespan(receive, send)
-    elif scope["path"] == "/pid":
-        await pid(send)
-    else:
-        hold(seconds(scope))
-        await answer(send)
+    hold(seconds(scope))
 
 
+@application
 async def awaiting(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "lifespan":
-        await lifespan(receive, send)
-    elif scope["path"] == "/pid":
-        await pid(send)
-    else:
-        await asyncio.sleep(AWAIT_SECONDS)
-        burn(seconds(scope))
-        await answer(send)
+    await asyncio.sleep(AWAIT_SECONDS)
+    burn(seconds(scope))
 
 
+@application
 async def post(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "lifespan":
-        await lifespan(receive, send)
-    elif scope["path"] == "/pid":
-        await pid(send)
-    else:
-        while (await receive()).get("more_body"):
-            pass
-        hold(seconds(scope))
-        await answer(send)
+    while (await receive()).get("more_body"):
+        pass
+    hold(seconds(scope))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
+from .envelope import Envelope, Riders
+
 
 @dataclass(frozen=True)
 class WorkerName:
@@ -74,6 +76,16 @@ class Disconnected:
 
 
 @dataclass(frozen=True)
+class Messaged:
+    """A message of a worker's program has come: only the program that has the cluster hears of it, no hooks do."""
+
+    name: ClassVar = "message"
+    worker: WorkerName
+    envelope: Envelope
+    riders: Riders
+
+
+@dataclass(frozen=True)
 class Exited:
     """A worker process has ended, by `code` or by `signal`; both are None if somebody else has waited for it."""
 
@@ -126,6 +138,7 @@ Event = (
     | StartedListening
     | StartedDraining
     | WasKilled
+    | Messaged
     | Disconnected
     | Exited
     | BecameReady

@@ -19,6 +19,9 @@ def _response(status: str, text: str, *headers: str) -> bytes:
 #: Read by a worker that died before it answered.
 BAD_GATEWAY: Final = _response("502 Bad Gateway", "The worker serving this request died. Retry.\r\n")
 
+#: Read by a worker that was killed because its loop stood still.
+GATEWAY_TIMEOUT: Final = _response("504 Gateway Timeout", "The worker serving this request was hung.\r\n")
+
 #: Nobody was free for it in time.
 UNAVAILABLE: Final = _response("503 Service Unavailable", "All workers are busy. Retry.\r\n", "retry-after: 1")
 

@@ -24,7 +24,7 @@ from ..core.distributor import Distributor
 from ..core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
 from ..core.worker import EXPENSIVE, Worker
 from ..errors import ProtocolError
-from .answers import BAD_GATEWAY, UNAVAILABLE, answer
+from .answers import BAD_GATEWAY, GATEWAY_TIMEOUT, UNAVAILABLE, answer
 from .fate import Fate, fate_of
 from .listeners import Listener
 from .lookout import Lookout
@@ -349,8 +349,11 @@ class Dispatcher:
         self.distributor.attach(worker, key)
         self._distribute(self._loop.time())
 
-    def remove_worker(self, worker: int) -> None:
-        """The worker is dead: what it said last counts, what it had not touched goes to others, the rest is ended."""
+    def remove_worker(self, worker: int, *, hung: bool = False) -> None:
+        """The worker is dead: what it said last counts, what it had not touched goes to others, the rest is ended.
+
+        `hung`: it was killed for taking too long, which is what its clients are told.
+        """
         now = self._loop.time()
         end = self._ends.pop(worker)
         self._starvation.forget(self._pids.pop(worker, 0))
@@ -373,7 +376,8 @@ class Dispatcher:
             # A response that was begun cannot be mended, and a protocol that is not ours has no 502: what it was sent
             # is for the client to read all the same, so that is no reset either.
             read = fate is Fate.READ and handle is not None and handle.client_speaks_first
-            answer(self._loop, connection.fd, BAD_GATEWAY if read else b"", self._lingering)
+            told = GATEWAY_TIMEOUT if hung else BAD_GATEWAY
+            answer(self._loop, connection.fd, told if read else b"", self._lingering)
         self._close(self.distributor.requeue(untouched))
         self._lookout.remove(worker)
         self._epoll.unregister(end.fileno())

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..channel.message import MessageChannel
+from ..channel.message import MessageChannel, Riders
 from ..core.connection import IllegalStep
 from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
+from ..core.envelope import Envelope
 from ..core.events import (
     BecameReady,
     CameOnline,
@@ -30,6 +31,7 @@ from ..core.events import (
     Event,
     Exited,
     Forked,
+    Messaged,
     Scaled,
     StartedDraining,
     StartedListening,
@@ -40,7 +42,7 @@ from ..core.events import (
     WorkerName,
 )
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online
+from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online, Stacks
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Action, Drain, Spawn, Stop, Target, Verdict, plan
 from ..core.roster import Limits, Member, Roster
@@ -49,8 +51,10 @@ from ..settings import Settings
 from .dispatcher import Dispatcher
 from .handles import Handles
 from .health import Health
+from .outbox import Outbox
 from .policies import policy_factory
 from .process import Exit, WorkerProcess
+from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
 
@@ -67,6 +71,8 @@ class Seat:
     process: WorkerProcess
     channel: MessageChannel
     listening: set[int] = field(default_factory=set)
+    #: Where it writes its threads' stacks; -1 until it is online.  Ours to close.
+    stacks: int = -1
 
 
 class Engine:
@@ -86,6 +92,8 @@ class Engine:
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
         self._loop = loop
+        #: What the program sends to workers.
+        self.outbox = Outbox(loop, self._channel)
         policy = policy_factory(settings.policy, slots=settings.workers, long_lived=not settings.borrows)
         patience = REQUEST_PATIENCE if settings.borrows else PATIENCE
         self._distributor = Distributor(
@@ -110,6 +118,7 @@ class Engine:
             )
         )
         self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
+        self._stacks = StackCollector(loop)
         self._target = Target(settings.workers)
         self._generation = 1
         self._changes: list[asyncio.Future[None]] = []
@@ -256,8 +265,10 @@ class Engine:
 
     def _close(self) -> None:
         self._health.close()
+        self._stacks.close()
         self.handles.close()
         self._dispatcher.close()
+        self.outbox.close()
         if self._deadline is not None:
             self._deadline.cancel()
 
@@ -331,7 +342,9 @@ class Engine:
             self._dispatcher.distributor.drain_worker(action.worker)
             limits = self._roster.limits
             grace = limits.quick if action.quick else limits.graceful
-            seat.channel.send(DrainMessage(grace, action.quick, action.keep))
+            # Behind the program's messages, so that they arrive; an order to hurry goes first.
+            send = seat.channel.send if action.quick else seat.channel.send_in_line
+            send(DrainMessage(grace, action.quick, action.keep))
             if action.interrupt:
                 seat.process.send_signal(signal.SIGTERM)
         elif isinstance(action, Abort):
@@ -361,7 +374,11 @@ class Engine:
             self._roster.happened(member.id, WorkerEvent.EXITED, now)
             return
         channel = MessageChannel(
-            self._loop, process.messages, partial(self._on_message, member.id), partial(self._on_closed, member.id)
+            self._loop,
+            process.messages,
+            partial(self._on_message, member.id),
+            partial(self._on_closed, member.id),
+            partial(self._on_envelope, member.id),
         )
         seat = self.seats[member.id] = Seat(member, process, channel)
         self._tell(seat, Forked)
@@ -388,6 +405,20 @@ class Engine:
                 self._roster.rejected,
             )
 
+    # -- messages of the program --------------------------------------------------------------------------------------
+
+    def _channel(self, worker: int) -> MessageChannel | None:
+        seat = self.seats.get(worker)
+        return None if seat is None else seat.channel
+
+    def _on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None:
+        self._tell(self.seats[worker], Messaged, envelope, riders)
+
+    def misbehaved(self, worker: int, error: ProtocolError) -> None:
+        """What came of a worker's program could not be read, and no honest sender sends that."""
+        if worker in self.seats:
+            self._broke_protocol(worker, error)
+
     # -- facts about workers --------------------------------------------------------------------------------------
 
     def _happened(self, worker: int, event: WorkerEvent) -> None:
@@ -406,6 +437,8 @@ class Engine:
             raise ProtocolError(str(exc)) from None
 
     def _on_message(self, worker: int, message: Message, descriptors: list[int]) -> None:
+        if isinstance(message, Online) and descriptors and self.seats[worker].stacks < 0:
+            self.seats[worker].stacks = descriptors.pop(0)
         for fd in descriptors:
             os.close(fd)
         if isinstance(message, Listen):
@@ -420,6 +453,8 @@ class Engine:
                 self._tell(self.seats[worker], CameOnline)
         elif isinstance(message, Beat):
             self._health.heard(worker, message.served)
+        elif isinstance(message, Stacks):
+            self._stacks.answered(worker, message)
         elif isinstance(message, Leave):
             self._leave(worker)
         elif isinstance(message, Failed):
@@ -471,7 +506,10 @@ class Engine:
             if seat.member.state is not WorkerState.DISCONNECTED:
                 self._tell(seat, Disconnected)
             self._tell(seat, Exited, ended.code, ended.signal)
-            self._dispatcher.remove_worker(worker)
+            self._dispatcher.remove_worker(worker, hung=seat.member.aborted is not None)
+            self._stacks.gone(worker)
+            if seat.stacks >= 0:
+                os.close(seat.stacks)
             del self.seats[worker]
             asked = seat.member.drained is not None
             self.handles.leave_all(worker, crashed=not asked)
@@ -511,6 +549,12 @@ class Engine:
                 self._says(worker, WorkerEvent.LISTENING)
 
     # -- looking in -----------------------------------------------------------------------------------------------
+
+    def show_stacks(self) -> None:
+        """Log what every thread and every task of every worker does, a block per worker, within about a second."""
+        for id, seat in self.seats.items():
+            who = f"Worker {id} (slot {seat.member.slot}, pid {seat.process.pid})"
+            self._stacks.ask(id, who, seat.stacks, seat.channel.send, seat.process.send_signal)
 
     @property
     def served(self) -> bool:

@@ -27,10 +27,11 @@ FORCED_INT: Final = 130
 FORCED_QUIT: Final = 131
 
 #: Understood, but not yet acted upon.  None of them may end the master while workers live.
-_LATER: Final = ("SIGUSR1", "SIGUSR2", "SIGPWR", "SIGWINCH")
+_LATER: Final = ("SIGUSR1", "SIGUSR2", "SIGWINCH")
 
 _HEARD: Final = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTTIN", "SIGTTOU", *_LATER)
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTTIN", "SIGTTOU", "SIGPWR", *_LATER)
 )
 
 
@@ -110,6 +111,7 @@ class _Signals:
         loop.add_signal_handler(signal.SIGHUP, engine.reload)
         loop.add_signal_handler(signal.SIGTTIN, engine.scale_by, 1)
         loop.add_signal_handler(signal.SIGTTOU, engine.scale_by, -1)
+        loop.add_signal_handler(signal.SIGPWR, engine.show_stacks)
         for name in _LATER:
             loop.add_signal_handler(getattr(signal, name), self._later, name)
 

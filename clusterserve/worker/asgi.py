@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import traceback
 from socket import socket
@@ -22,6 +23,7 @@ from uvicorn.importer import ImportFromStringError, import_from_string
 
 from ..errors import BootError
 from ..settings import Settings
+from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
 from .link import Link
@@ -72,6 +74,9 @@ def serve(settings: Settings, link: Link) -> None:
     heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
     draining = Draining(server.server_state.tasks)
     logger.addFilter(draining)
+    deadline = Deadline(server.server_state.tasks, settings.timeout_request) if settings.timeout_request else None
+    if deadline is not None:
+        logger.addFilter(deadline)
     _Drainer(server, link, borrowing, draining)
     expected = len(settings.binds)
 
@@ -82,6 +87,8 @@ def serve(settings: Settings, link: Link) -> None:
             boot.release()
             heart.start(asyncio.get_running_loop())
             draining.watch(asyncio.get_running_loop())
+            if deadline is not None:
+                deadline.watch(asyncio.get_running_loop())
             # uvicorn has taken both for itself meanwhile.  A terminal's Ctrl-C and systemd's SIGTERM reach the whole
             # group, and what was accepted is served only if the master says who goes when.
             signal.signal(signal.SIGINT, _heed_the_master)
@@ -96,6 +103,12 @@ def serve(settings: Settings, link: Link) -> None:
         gc.collect()
         gc.freeze()
         server.run(sockets=[cast("socket", BindSocket(bind)) for bind in settings.binds])
+    except ModuleNotFoundError as exc:
+        if config.app is not settings.app or not _names(settings.app, exc.name):
+            raise _could_not_load(settings.app, boot, exc) from None
+        where, module = os.path.abspath(settings.app_dir or os.curdir), settings.app.partition(":")[0]
+        reason = f'Could not import module "{module}": there is no "{exc.name}" in {where}, nor is it installed.'
+        raise BootError(f"Error loading ASGI app. {reason}") from None
     except ImportFromStringError as exc:
         # The application is imported first, and takes the place of its name.
         what = "Error loading ASGI app." if config.app is settings.app else "The protocol of --http or --ws is missing."
@@ -108,9 +121,18 @@ def serve(settings: Settings, link: Link) -> None:
         raise
     except Exception as exc:
         if expected:
-            reason = f"the application {settings.app!r} could not be loaded"
-            raise BootError(reason, boot.text() + _traceback(exc)) from None
+            raise _could_not_load(settings.app, boot, exc) from None
         raise
+
+
+def _names(app: str, module: str | None) -> bool:
+    """Whether it is the application itself, or its package, that is missing, and not what it imports."""
+    name = app.partition(":")[0]
+    return module is not None and (name == module or name.startswith(f"{module}."))
+
+
+def _could_not_load(app: str, boot: _BootLog, exc: Exception) -> BootError:
+    return BootError(f"the application {app!r} could not be loaded", boot.text() + _traceback(exc))
 
 
 def _config(settings: Settings, link: Link, borrowing: Borrowing) -> uvicorn.Config:

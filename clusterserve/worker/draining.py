@@ -99,15 +99,20 @@ class Draining:
         oldest = sorted(self._tasks, key=lambda task: self._since.get(task, now))
         for task in oldest[:NAMED]:
             age = now - self._since.get(task, now)
-            yield f"{_described(task)} is cut off: it has been running for {age:.0f} s, beyond the grace time"
+            yield f"{described(task)} is cut off: it has been running for {age:.0f} s, beyond the grace time"
         if len(oldest) > NAMED:
             yield f"{len(oldest) - NAMED} more requests are cut off"
 
 
-def _described(task: asyncio.Task[None]) -> str:
-    """What a task of uvicorn's serves, as in `GET /path`."""
+def cycle_of(task: asyncio.Task[None]) -> Any:
+    """The request that a task of uvicorn's serves; None if the task serves something else, or has ended."""
     frame = getattr(task.get_coro(), "cr_frame", None)
-    scope = getattr(frame and frame.f_locals.get("self"), "scope", None)
+    return frame and frame.f_locals.get("self")
+
+
+def described(task: asyncio.Task[None]) -> str:
+    """What a task of uvicorn's serves, as in `GET /path`."""
+    scope = getattr(cycle_of(task), "scope", None)
     if not isinstance(scope, dict) or "path" not in scope:
         return "A request"
     # Quoted as in the access log: a path may hold any character, a line break for one.

@@ -18,6 +18,7 @@ from ..current import VARIABLE, CurrentWorker, become
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
 from .link import MASTER_GONE, Link
+from .stacks import answer_signal
 
 #: What a worker exits with when its application cannot be loaded or started (uvicorn's STARTUP_FAILURE).
 BOOT_FAILURE: Final = 3
@@ -49,9 +50,10 @@ def main() -> int:
         _send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
         return BOOT_FAILURE
     become(CurrentWorker(boot.worker, boot.slot, os.getpid()))
+    told = answer_signal()
     if boot.path:
         sys.path[:] = boot.path
-    _send(channel, Online(os.getpid()))
+    _send(channel, Online(os.getpid()), told)
     # Importing uvicorn takes most of the start-up: not before the master knows that we live.
     from .asgi import serve
 
@@ -99,10 +101,13 @@ def _exactly(channel: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def _send(channel: socket.socket, message: Message) -> None:
+def _send(channel: socket.socket, message: Message, *descriptors: int) -> None:
     """Before or after the loop's time: block until it is sent.  If the master is gone, nobody needs it."""
     channel.setblocking(True)
+    frame = encode(message, len(descriptors))
     try:
-        channel.sendall(encode(message))
+        # They ride with the first byte.
+        sent = socket.send_fds(channel, [frame], descriptors)
+        channel.sendall(frame[sent:])
     except (BrokenPipeError, ConnectionResetError):
         os._exit(MASTER_GONE)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.schedule import Schedule
-from benchmarks.theory import single_queue
+from benchmarks.theory import single_queue, with_path
 
 
 def test_by_hand() -> None:
@@ -43,3 +43,10 @@ def test_one_more_server_harms_nobody(requests: list[tuple[float, float]], serve
     few, more = single_queue(schedule, servers), single_queue(schedule, servers + 1)
     for with_few, with_more, service in zip(few, more, schedule.services, strict=True):
         assert service - 1e-9 <= with_more <= with_few + 1e-9
+
+
+def test_a_longer_path_is_a_longer_service() -> None:
+    schedule = Schedule((0.0, 1.0), (2.0, 2.0))
+    # One server: 2 and 3 seconds; with a path of one second 3 and 5.
+    assert with_path(schedule, 1, 1.0) == pytest.approx(4.0 / 2.5)
+    assert with_path(schedule, 2, 0.0) == 1.0

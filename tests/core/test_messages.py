@@ -28,6 +28,8 @@ from clusterserve.core.messages import (
     Listening,
     Message,
     Online,
+    ShowStacks,
+    Stacks,
     decode,
     encode,
 )
@@ -56,6 +58,8 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Failed, TEXTS, TEXTS),
     st.builds(Beat, INTS),
     st.just(Leave()),
+    st.just(ShowStacks()),
+    st.builds(Stacks, OBJECTS, TEXTS),
     st.builds(Drain, SECONDS, st.booleans()),
 )
 FRAMES = st.lists(st.tuples(MESSAGES, st.integers(0, 255)), max_size=5)
@@ -70,6 +74,8 @@ EXAMPLES: list[Message] = [
     Failed("ImportError: no module named 'app'", "Traceback …"),
     Beat(150),
     Leave(),
+    ShowStacks(),
+    Stacks({"00007f0a000b9b80": "MainThread"}, "Task-1\n  File"),
     Drain(30.0, False, True),
 ]
 

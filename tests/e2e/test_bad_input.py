@@ -38,6 +38,13 @@ def test_module_not_found() -> None:
     assert len(finished.lines(r"No module named 'no_such_module'|[Cc]ould not import module \"no_such_module\"")) == 1
 
 
+def test_package_not_found() -> None:
+    finished = run("no_such_package.module:app", "--workers", "3", *ANY_PORT)
+    assert finished.code == 3
+    assert len(finished.lines(r'Could not import module "no_such_package\.module": there is no "no_such_package"')) == 1
+    assert "Traceback" not in finished.text
+
+
 def test_attribute_not_found() -> None:
     finished = run("examples.asgi_app:nope", "--workers", "3", *ANY_PORT)
     assert finished.code == 3

@@ -305,7 +305,6 @@ NOTHING = [
     signal.SIGUSR1,
     signal.SIGUSR2,
     signal.SIGWINCH,
-    signal.SIGPWR,
     signal.SIGCHLD,
     signal.SIGPIPE,
 ]

@@ -1,0 +1,1 @@
+"""The acceptance list, row by row: what Node's `cluster` does and where we do better, driven through the public API."""
