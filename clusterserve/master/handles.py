@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 from .. import faults
 from ..binds import Bind
 from ..checks import MAX_INT
+from ..core.address import Address
 from ..core.endpoint import Endpoint
 from ..core.messages import Listen
 from ..core.policies import Policy
@@ -80,13 +81,14 @@ class Handles:
         """The keys of the listeners that live as long as the master."""
         return {key for key, listener in self._listeners.items() if listener.pinned}
 
-    def address(self, key: int) -> str:
-        """What this listener listens on, for the log."""
-        return self._listeners[key].address
-
-    def get(self, key: int) -> Listener:
-        """The listener of this key."""
-        return self._listeners[key]
+    def address(self, key: int) -> Address:
+        """What this listener listens on."""
+        listener = self._listeners[key]
+        if isinstance(listener.sockname, str):
+            return Address(listener.sockname)
+        host, port = listener.sockname[:2]
+        version = 6 if listener.family == socket.AF_INET6 else 4
+        return Address(str(host), int(str(port)), f"udp{version}" if listener.datagram else version)
 
     def open_pinned(self, binds: Iterable[Bind], backlog: int) -> list[Listener]:
         """Open the listeners of `--bind`; raises `BindError`, and `close` closes those that were opened before."""
