@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core.address import Address
 from .current import CurrentWorker, current_worker
-from .errors import BindError, BootError, ClusterError, PolicyError, ProtocolError, SettingsError
+from .errors import BindError, BootError, ChannelClosed, ClusterError, PolicyError, ProtocolError, SettingsError
 from .listen_options import listen_options
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "Address",
     "BindError",
     "BootError",
+    "ChannelClosed",
     "Cluster",
     "ClusterError",
     "CurrentWorker",

@@ -76,6 +76,11 @@ class EngineThread:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._obey)
 
+    @property
+    def engine(self) -> Engine | None:
+        """While it runs.  Most of it is for its own thread."""
+        return self._engine
+
     def post(self, order: Callable[[Engine], object]) -> bool:
         """Have `order` called there, soon; False if it does not run.  Never waits."""
         if self._loop is None or self.ended.done():
