@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .core.address import Address
 from .current import current_worker
 from .errors import BindError, BootError, ChannelClosed, ClusterError, PolicyError, ProtocolError, SettingsError
+from .listen_options import listen_options
 
 if TYPE_CHECKING:
     from .currentworker import CurrentWorker
@@ -43,6 +44,7 @@ __all__ = [
     "current_worker",
     "is_master",
     "is_worker",
+    "listen_options",
     "run",
 ]
 

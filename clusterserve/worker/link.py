@@ -8,14 +8,15 @@ the program does, and has its connections on the loop that listens (`receive_on`
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import itertools
 import os
 import select
 import socket
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -34,10 +35,14 @@ MASTER_GONE: Final = 1
 
 
 class _Request(NamedTuple):
-    """A listen request on its way, and the name of the listener it asks for."""
+    """A listen request on its way."""
 
-    name: tuple[str, bool, int]
-    answer: asyncio.Future[tuple[Listened, list[int]]]
+    bind: str
+    datagram: bool
+    #: A thread's future: whoever asks may run on another loop than the one that reads the channel.
+    answer: concurrent.futures.Future[tuple[Listened, list[int]]]
+    #: Done when the master has answered, whoever still wants to know.
+    over: concurrent.futures.Future[None]
 
 
 class Link:
@@ -53,10 +58,9 @@ class Link:
         self._channel: MessageChannel | None = None
         self._receiver: Receiver | None = None
         self._requests: dict[int, _Request] = {}
-        self._number = 0
-        # The indexes in use for each address, and which one belongs to which listener.
-        self._indexes: defaultdict[tuple[str, bool], set[int]] = defaultdict(set)
-        self._names: dict[int, tuple[str, bool, int]] = {}
+        self._numbers = itertools.count(1)
+        #: The servers that are open: `FauxServer` or `SharedServer`.
+        self.servers: set[Any] = set()
         #: Called with (grace seconds, quick, keep) when the master wants this worker to finish.
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
         #: Called with each message of the program that has the cluster.
@@ -72,7 +76,7 @@ class Link:
         self.receive_on(loop)
 
     def attach_messages(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Read the message channel on `loop` from now on."""
+        """Read the message channel on `loop`, in whose thread this is called, from now on."""
         self._loop, self._thread = loop, threading.get_ident()
         self._channel = MessageChannel(
             loop,
@@ -100,7 +104,7 @@ class Link:
         """`loop` is about to be closed, by its own thread: what still listens on it does so no more."""
         receiver = self._receiver
         if receiver is not None and receiver.loop is loop:
-            for server in tuple(receiver.servers.values()):
+            for server in tuple(self.servers):
                 server.close()
             receiver.abandon()
             self._receiver = None
@@ -124,14 +128,6 @@ class Link:
         else:
             self._loop.call_soon_threadsafe(self._channel.send, message)
 
-    def close(self) -> None:
-        """Close the message channel, when everything is said.  On its loop."""
-        if self._channel is not None:
-            # A process that the program has forked may have a copy: it must not keep the master waiting.
-            with contextlib.suppress(OSError):
-                self._messages.shutdown(socket.SHUT_RDWR)
-            self._channel.close()
-
     def post(self, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
         """Send a message of this program's, from any thread; takes the descriptors over.
 
@@ -149,48 +145,46 @@ class Link:
         if self._channel is not None:
             self._channel.finish(within)
 
-    async def listen(
-        self, bind: str, *, backlog: int, client_speaks_first: bool, pinned: bool = False
-    ) -> tuple[Listened, list[int]]:
-        """Ask the master for a listener on `bind`; raises OSError with the kernel's errno if it cannot be had.
+    def close(self) -> None:
+        """Close the message channel, when everything is said.  On its loop."""
+        if self._channel is not None:
+            # A process that the program has forked may have a copy: it must not keep the master waiting.
+            with contextlib.suppress(OSError):
+                self._messages.shutdown(socket.SHUT_RDWR)
+            self._channel.close()
 
-        Call `serve` (or, if the answer is `shared`, `listening`) once the server is in place.
+    async def listen(self, request: Listen) -> tuple[Listened, list[int]]:
+        """Ask the master for a listener; raises OSError with the kernel's errno if it cannot be had.
+
+        `request.request` is ours to fill in.  Call `listening` once the server is in place, `leave` when it has gone.
+        The descriptors are the caller's.
         """
-        loop = asyncio.get_running_loop()
-        self.receive_on(loop)
-        self._number += 1
-        used = self._indexes[bind, pinned]
-        # The first that is free: who closes a server and listens again comes back to where the other workers are.
-        index = next(number for number in itertools.count() if number not in used)
-        used.add(index)
-        request = self._requests[self._number] = _Request((bind, pinned, index), loop.create_future())
-        self.send(Listen(self._number, bind, index, backlog, client_speaks_first, pinned))
+        self.receive_on(asyncio.get_running_loop())
+        for other in tuple(self._requests.values()):
+            if (other.bind, other.datagram) == (request.bind, request.datagram) and other.answer.cancelled():
+                # Given up, but not yet given back: the master would take this for a second server there.
+                await asyncio.wrap_future(other.over)
+        number = next(self._numbers)
+        asked = _Request(request.bind, request.datagram, concurrent.futures.Future(), concurrent.futures.Future())
+        self._requests[number] = asked
+        self.send(dataclasses.replace(request, request=number))
         try:
-            listened, descriptors = await request.answer
+            listened, descriptors = await asyncio.wrap_future(asked.answer)
         except asyncio.CancelledError:
-            if not request.answer.cancelled():
+            if not asked.answer.cancel():
                 # Answered and given up in the same turn.
-                self._give_back(*request.answer.result())
+                self._give_back(*asked.answer.result())
             raise
         if listened.errno:
             raise OSError(listened.errno, listened.reason)
         return listened, descriptors
 
-    def serve(
-        self,
-        answer: Listened,
-        protocol_factory: Callable[[], asyncio.Protocol],
-        ssl: dict[str, Any],
-        client_speaks_first: bool,
-    ) -> FauxServer:
-        """Put a faux server in place for a listener and let its connections come."""
-        key = answer.listener
-        server = FauxServer(
-            self.receiver.loop, key, answer, protocol_factory, ssl, client_speaks_first, self._server_closed
-        )
-        self.receiver.servers[key] = server
-        self.listening(key)
-        return server
+    def serve(self, server: FauxServer) -> None:
+        """Let the connections of this faux server come."""
+        for entrance in server.entrances:
+            self.receiver.servers[entrance.key] = entrance
+        for entrance in server.entrances:
+            self.listening(entrance.key)
 
     def listening(self, key: int) -> None:
         """Tell the master that the server on listener `key` is in place."""
@@ -198,57 +192,38 @@ class Link:
         self.on_listening()
         self.send(Listening(key))
 
+    def leave(self, key: int) -> None:
+        """The server on listener `key` has gone, or never came: the master may let go of it."""
+        self.receiver.servers.pop(key, None)
+        self.send(Closed(key))
+
     def ask_to_leave(self) -> None:
         """Ask the master to be drained.  May be called from a signal handler."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.send, Leave())
+            self._loop.call_soon_threadsafe(self._send_in_line, Leave())
 
-    def retire(self, server: FauxServer) -> None:
-        """Let no more connections come to a server that its program still takes for open.  On its loop."""
-        if self.receiver.servers.pop(server.key, None) is not None:
-            self._leave(server.key)
-
-    def _server_closed(self, server: FauxServer) -> None:
-        self.retire(server)
-
-    def _leave(self, key: int) -> None:
-        self._free(self._names.pop(key))
-        self.send(Closed(key))
-
-    def _free(self, name: tuple[str, bool, int]) -> None:
-        bind, pinned, index = name
-        self._indexes[bind, pinned].discard(index)
+    def _send_in_line(self, message: Message) -> None:
+        if self._channel is not None:
+            # Behind the messages that the program has sent before.
+            self._channel.send_in_line(message)
 
     def _listened(self, message: Listened, descriptors: list[int]) -> None:
-        request = self._requests.pop(message.request, None)
+        request = self._requests.get(message.request)
         if request is None:
             raise ProtocolError(f"request {message.request} was never sent, or is answered already")
-        asker = request.answer.get_loop()
-        if asker is self._loop:
-            self._answered(request, message, descriptors)
-            return
-        try:
-            asker.call_soon_threadsafe(self._answered, request, message, descriptors)
-        except RuntimeError:
-            # It is closed: whoever asked is gone with it.
-            self._answered(request, message, descriptors, heard=False)
-
-    def _answered(self, request: _Request, message: Listened, descriptors: list[int], heard: bool = True) -> None:
-        if message.errno:
-            self._free(request.name)
-        else:
-            self._names[message.listener] = request.name
-        if not heard or request.answer.done():
-            self._give_back(message, descriptors)
-        else:
+        if request.answer.set_running_or_notify_cancel():
             request.answer.set_result((message, descriptors))
+        else:
+            self._give_back(message, descriptors)
+        del self._requests[message.request]
+        request.over.set_result(None)
 
     def _give_back(self, answer: Listened, descriptors: list[int]) -> None:
         """Whoever asked has given up meanwhile: let go of what came too late."""
         for fd in descriptors:
             os.close(fd)
         if not answer.errno:
-            self._leave(answer.listener)
+            self.send(Closed(answer.listener))
 
     def _on_message(self, message: Message, descriptors: list[int]) -> None:
         if isinstance(message, Listened):

@@ -14,7 +14,7 @@ from typing import Final
 
 from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
-from ..current import VARIABLE, become
+from ..current import STDIO_VARIABLE, VARIABLE, become
 from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
@@ -33,6 +33,7 @@ _MASTERS: Final = ("SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN
 
 def main() -> int:
     """Run as a worker until told to finish; returns the exit code."""
+    place_descriptors(os.environ.pop(STDIO_VARIABLE, ""))
     messages, connections, board, kept, master = (int(number) for number in os.environ.pop(VARIABLE).split(","))
     die_with(master)
     for name in _MASTERS:
@@ -83,6 +84,14 @@ def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, 
         return BOOT_FAILURE
     _send(channel, Online(os.getpid()), told)
     return Program(module, link, worker).run()
+
+
+def place_descriptors(places: str) -> None:
+    """Put descriptors where the program wants them ("4:70,5:71"), where nothing else is."""
+    for place in filter(None, places.split(",")):
+        number, fd = map(int, place.split(":"))
+        os.dup2(fd, number)
+        os.close(fd)
 
 
 def die_with(master: int) -> None:

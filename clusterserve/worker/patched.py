@@ -14,7 +14,7 @@ from ..home import Home
 from .link import Link
 from .loop import ClusterLoopMixin
 
-_LISTENING: Final = ("create_server", "create_unix_server", "create_datagram_endpoint")
+_METHODS: Final = ("create_server", "create_unix_server", "create_datagram_endpoint", "start_tls", "sendfile")
 
 
 class Patches:
@@ -31,11 +31,10 @@ class Patches:
 
     def apply(self) -> None:
         for loop_class in _loop_classes():
-            methods = {name: getattr(loop_class, name) for name in (*_LISTENING, "run_forever", "close")}
+            methods = {name: getattr(loop_class, name) for name in (*_METHODS, "run_forever", "close")}
             adapter = _adapter(methods, self._link)
-            for name in _LISTENING:
-                if hasattr(ClusterLoopMixin, name):
-                    setattr(loop_class, name, _through(adapter, name, methods[name]))
+            for name in _METHODS:
+                setattr(loop_class, name, _through(adapter, name, methods[name]))
             loop_class.run_forever = self._run_forever(methods["run_forever"])
             loop_class.close = self._close(methods["close"])
 
@@ -84,7 +83,7 @@ def _adapter(methods: dict[str, Callable[..., Any]], link: Link) -> type[Any]:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._adapted, name)
 
-    for name in _LISTENING:
+    for name in _METHODS:
         setattr(Base, name, _original(methods[name]))
     return type("Adapter", (ClusterLoopMixin, Base), {"link": link})
 

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Final
@@ -170,11 +170,14 @@ class Program:
         receiver = self._link.receiver
         # Every offer was sent before the order to go: none is left behind.
         receiver.drain()
-        for server in tuple(receiver.servers.values()):
-            self._link.retire(server)
+        withdrawn = [server.withdraw() for server in tuple(self._link.servers)]
+        ends = asyncio.ensure_future(_all([each for each in withdrawn if each is not None]))
         if self._drain[1] or self._worker.farewell:
             receiver.cut()
-        receiver.when_idle(self._idle)
+            self._idle()
+        else:
+            # Those that are known to their servers, and those that were handed to us.
+            ends.add_done_callback(lambda done: receiver.when_idle(self._idle))
 
     def _idle(self) -> None:
         self._loop.call_soon_threadsafe(self._disconnect)
@@ -193,3 +196,7 @@ class Program:
         self._link.finish(LAST_WORDS)
         self._link.close()
         self._worker.leave(lambda: self.end(0))
+
+
+async def _all(waits: list[Awaitable[None]]) -> None:
+    await asyncio.gather(*waits)
