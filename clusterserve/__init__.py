@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .core.address import Address
 from .current import CurrentWorker, current_worker
 from .errors import BindError, BootError, ChannelClosed, ClusterError, PolicyError, ProtocolError, SettingsError
+from .listen_options import listen_options
 
 if TYPE_CHECKING:
     from .master.cluster import Cluster
@@ -42,6 +43,7 @@ __all__ = [
     "current_worker",
     "is_master",
     "is_worker",
+    "listen_options",
     "run",
 ]
 

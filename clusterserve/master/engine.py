@@ -644,9 +644,10 @@ class Engine:
             code = exc.errno or errno.EINVAL
             channel.send(Listened(request.request, 0, code, str(exc), socket.AF_UNSPEC, "", False))
             return
-        shared = self.handles.shared
+        shared = self.handles.is_shared(listener.datagram)
+        answer = Listened(request.request, listener.key, 0, "", listener.family, listener.sockname, shared)
         channel.send(
-            Listened(request.request, listener.key, 0, "", listener.family, listener.sockname, shared),
+            dataclasses.replace(answer, backlog=listener.backlog, data=listener.data),
             [listener.sock.fileno()] if shared else [],
         )
 
