@@ -10,6 +10,7 @@ uvicorn's `Server` runs as it is.  What is relied upon beyond its documented API
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -30,8 +31,10 @@ from .heart import Heart
 from .link import Link
 from .loop import cluster_loop
 from .membership import Membership
+from .output import stdout_for_logs
 from .protocols import Borrowing, borrowing_protocol, take_over
 from .server import BindSocket
+from .title import Title
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -73,10 +76,12 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
     """
     borrowing = Borrowing(after_response=settings.borrows)
     member = Membership(link, worker or CurrentWorker(0, 0, os.getpid()))
-    config = _config(settings, link, borrowing, member)
+    with stdout_for_logs() if settings.capture_output else contextlib.nullcontext():
+        config = _config(settings, link, borrowing, member)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
+    title = Title(settings, lambda: _load(server))
     heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
     draining = Draining(server.server_state.tasks)
     logger.addFilter(draining)
@@ -94,6 +99,7 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
             boot.release()
             member.started()
             heart.start(asyncio.get_running_loop())
+            title.start(asyncio.get_running_loop())
             draining.watch(asyncio.get_running_loop())
             if deadline is not None:
                 deadline.watch(asyncio.get_running_loop())
@@ -132,6 +138,12 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
         if expected:
             raise _could_not_load(settings.app, boot, exc) from None
         raise
+
+
+def _load(server: uvicorn.Server) -> str:
+    """What it does at this moment, for its title."""
+    requests, connections = len(server.server_state.tasks), len(server.server_state.connections)
+    return f"{'draining' if server.should_exit else 'listening'}, {requests} requests, {connections} connections"
 
 
 def _names(app: str, module: str | None) -> bool:
