@@ -24,6 +24,7 @@ from ..pending import Pending
 from ..settings import Settings, check_policy
 from .engine import Engine
 from .home import Home
+from .streams import Streams
 from .thread import EngineThread
 from .worker import WORKER_EVENTS, Worker
 from .workers import Workers
@@ -326,6 +327,11 @@ class Cluster(Emitter):
     def signal_worker(self, worker: int, number: int) -> None:
         """For `Worker`."""
         self._thread.post(lambda engine: engine.send_signal(worker, number))
+
+    def streams_of(self, worker: int) -> Streams | None:
+        """For `Workers`, on the engine's thread."""
+        engine = self._thread.engine
+        return None if engine is None else engine.seats[worker].process.streams
 
     # -- telling --------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import logging
 import os
 import signal as signals
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from dataclasses import dataclass, field
+from typing import IO, Any, Final, Protocol
 
 from ..core.envelope import Envelope
 from ..core.events import (
@@ -22,6 +22,7 @@ from ..core.lifecycle import WorkerState
 from ..emitter import Handler
 from ..errors import ClusterError, ProtocolError
 from ..messenger import Messenger
+from .streams import Streams
 
 logger = logging.getLogger("clusterserve")
 
@@ -31,11 +32,34 @@ WORKER_EVENTS: Final = ("online", "listening", "message", "draining", "disconnec
 
 @dataclass
 class Process:
-    """A worker's process.  `returncode` is None while it lives, and if a signal ended it, whose number is `signal`."""
+    """A worker's process.  `returncode` is None while it lives, and if a signal ended it, whose number is `signal`.
+
+    With `silent` or a `stdio` of "pipe" entries, `stdin`, `stdout` and `stderr` are binary files as those of
+    `subprocess.Popen`, and `stdio[4]` is a socket whose other end is descriptor 4 of the worker; None where there is
+    nothing.  They are yours to read, to close, and to bring to an event loop: a worker whose output nobody reads stops
+    when the pipe is full.  What you never asked for is closed with the last reference to the worker.
+    """
 
     pid: int
     returncode: int | None = None
     signal: int | None = None
+    streams: Streams | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def stdin(self) -> IO[bytes] | None:
+        return None if self.streams is None else self.streams.file(0)
+
+    @property
+    def stdout(self) -> IO[bytes] | None:
+        return None if self.streams is None else self.streams.file(1)
+
+    @property
+    def stderr(self) -> IO[bytes] | None:
+        return None if self.streams is None else self.streams.file(2)
+
+    @property
+    def stdio(self) -> tuple[Any, ...]:
+        return () if self.streams is None else self.streams.stdio()
 
 
 class Orders(Protocol):
@@ -44,6 +68,7 @@ class Orders(Protocol):
     def disconnect_worker(self, worker: int) -> None: ...
     def destroy_worker(self, worker: int, number: int) -> None: ...
     def signal_worker(self, worker: int, number: int) -> None: ...
+    def streams_of(self, worker: int) -> Streams | None: ...
     def misbehaved(self, worker: int, error: ProtocolError) -> None: ...
     def post_to(
         self, worker: int, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]

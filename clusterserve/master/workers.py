@@ -45,7 +45,9 @@ class Workers(Mapping[int, Worker]):
         name = event.worker
         worker = self._known.get(name.id)
         if worker is None:
-            process = Process(name.pid) if isinstance(event, Forked) else None
+            process = None
+            if isinstance(event, Forked):
+                process = Process(name.pid, streams=self._orders.streams_of(name.id))
             worker = self._known[name.id] = Worker(
                 name.id, slot=name.slot, process=process, orders=self._orders, pickled=pickled
             )
