@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from .. import faults
 from ..channel.message import MessageChannel, Riders
 from ..core.connection import IllegalStep
 from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
@@ -116,7 +117,7 @@ class Engine:
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )
-        self.handles = Handles(loop, self._dispatcher, policy)
+        self.handles = Handles(loop, self._dispatcher, policy, programs=bool(settings.exec))
         self._roster = Roster(
             Limits(
                 boot=settings.timeout_boot,
@@ -480,7 +481,8 @@ class Engine:
             logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, exc)
             name = WorkerName(member.id, member.slot, 0)
             self._emit(WentWrong(name, exc))
-            self._emit(Exited(name, None, None))
+            if not faults.on("no-exit-of-the-unborn"):
+                self._emit(Exited(name, None, None))
             self._roster.happened(member.id, WorkerEvent.EXITED, now)
             return member.id
         channel = MessageChannel(
