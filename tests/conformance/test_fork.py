@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import os
 import pwd
 import signal
@@ -34,6 +35,7 @@ def test_F01_variables_of_a_fork(scene: Scene, monkeypatch: pytest.MonkeyPatch) 
         async with scene.cluster(source) as (cluster, told):
             worker = cluster.fork({"OWN": "given", "INHERITED": "overridden"})
             await told.until("message", worker)
+            await told.when(scene.said, "it has told")
             assert scene.said() == [["given", "overridden", True]]
             assert os.environ["INHERITED"] == "the master's"
 
@@ -385,8 +387,10 @@ def test_streams_that_nobody_asks_for_leave_nothing_open(scene: Scene) -> None:
             told.own.clear()
 
     scene.run(main())
+    gc.collect()
     before = proc.descriptors(os.getpid())
     scene.run(main())
+    gc.collect()
     assert proc.descriptors(os.getpid()).keys() == before.keys()
 
 
