@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from .. import faults
 from ..binds import Bind
@@ -27,7 +27,7 @@ from ..core.messages import Listen
 from ..core.policies import Policy
 from ..errors import BindError, ProtocolError, SettingsError
 from .dispatcher import Dispatcher
-from .listeners import Listener, open_listener
+from .listeners import Access, Listener, open_listener
 from .opening import ANY, any_host
 
 logger = logging.getLogger("clusterserve")
@@ -56,6 +56,7 @@ class Handles:
         loop: asyncio.AbstractEventLoop,
         dispatcher: Dispatcher,
         make_policy: Callable[[], Policy] | None,
+        access: Access = Access(),  # noqa: B008 - frozen
         *,
         programs: bool = False,
     ) -> None:
@@ -64,6 +65,7 @@ class Handles:
         self._dispatcher = dispatcher
         self._distributor = dispatcher.distributor
         self._make_policy = make_policy
+        self._access = access
         self._listeners: dict[int, Listener] = {}
         # What port 0 has become; and the ports that nobody listens on now, bound so that nobody takes them.
         self._ports: dict[_Free, int] = {}
@@ -273,7 +275,7 @@ class Handles:
     def _open(self, bind: Bind, backlog: int, *, pinned: bool, request: Listen | None = None) -> Listener:
         if self._closed:
             raise _stopping(str(bind))
-        options = {}
+        options: dict[str, Any] = {"access": self._access}
         if request is not None:
             for name in ("datagram", "v6only", "reuse_address", "keep_alive"):
                 options[name] = getattr(request, name)
