@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .core.address import Address
 from .current import CurrentWorker, current_worker
 from .errors import BindError, BootError, ClusterError, PolicyError, ProtocolError, SettingsError
 
 if TYPE_CHECKING:
-    from .master.cluster import Cluster, WorkerInfo
+    from .master.cluster import Cluster
     from .master.run import run
+    from .master.worker import Worker
+
+    is_master: bool
+    is_worker: bool
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SCHED_HASH",
+    "SCHED_LEAST",
+    "SCHED_NONE",
+    "SCHED_RR",
+    "Address",
     "BindError",
     "BootError",
     "Cluster",
@@ -26,16 +36,26 @@ __all__ = [
     "PolicyError",
     "ProtocolError",
     "SettingsError",
-    "WorkerInfo",
+    "Worker",
     "__version__",
     "current_worker",
+    "is_master",
+    "is_worker",
     "run",
 ]
 
-_LAZY = {"Cluster": "cluster", "WorkerInfo": "cluster", "run": "run"}
+_LAZY = {"Cluster": "cluster", "Worker": "worker", "run": "run"}
+
+SCHED_RR = "rr"
+SCHED_LEAST = "least"
+SCHED_HASH = "hash"
+SCHED_NONE = "none"
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("is_master", "is_worker"):
+        # Only its start-up makes a process a worker, and that may be after this import.
+        return (current_worker() is not None) == (name == "is_worker")
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,7 @@ from clusterserve.checks import (
     whole,
 )
 from clusterserve.errors import SettingsError
+from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch
 
 __all__ = ["POLICIES", "Bind", "SettingValueError", "Settings"]
 
@@ -41,10 +42,10 @@ _ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Launch):
     """What to serve, where, with how many workers and how.  Build it with `create`, which checks."""
 
-    app: str
+    app: str  # empty: workers run a program, `exec`
     app_dir: str | None = None  # None: the program that embeds us has its own sys.path in order
     factory: bool = False
     interface: str = "auto"
@@ -56,6 +57,7 @@ class Settings:
     dispatch: str = "auto"
     workers: int = 1
     workers_source: str = ""  # why that many, for the start-up line
+    respawn: bool = True  # False: how many workers there are is the program's business
     max_pending: int = 2048
     hooks: str | None = None
 
@@ -116,10 +118,20 @@ class Settings:
         checked: dict[str, Any] = {
             name: _CHECKS[name](name, value) for name, value in values.items() if name in _CHECKS
         }
-        checked["app"], called = _app(values.get("app"))
-        checked["factory"] = called or checked.get("factory", False)
-        checked["binds"] = _binds({name: values[name] for name in _ADDRESSES if values.get(name) is not None})
-        checked["workers"], source = _workers(values.get("workers"))
+        if "exec" not in checked:
+            checked["app"], called = _app(values.get("app"))
+            checked["factory"] = called or checked.get("factory", False)
+        elif values.get("app") is not None:
+            raise SettingsError("app and exec exclude each other: workers serve an application or run a program")
+        else:
+            checked["app"] = ""
+        addresses = {name: values[name] for name in _ADDRESSES if values.get(name) is not None}
+        # A program says itself where it listens.
+        checked["binds"] = _binds(addresses) if addresses or checked["app"] else ()
+        if checked.get("respawn") is False and values.get("workers") is None:
+            checked["workers"], source = 0, ""
+        else:
+            checked["workers"], source = _workers(values.get("workers"))
         checked["workers_source"] = checked.get("workers_source") or source
         checked["policy"] = _policy(values.get("policy"))
         if checked.get("forwarded_allow_ips") is None:
@@ -139,8 +151,10 @@ class Settings:
         return self.dispatch != "connection" and self.policy != "none"
 
     def to_json(self) -> dict[str, object]:
-        """The settings in JSON's own types.  `from_json` gives back an equal object."""
-        values: dict[str, object] = {field.name: getattr(self, field.name) for field in fields(self)}
+        """The settings in JSON's own types, without those of `Launch`.  `from_json` gives back what equals the rest."""
+        values: dict[str, object] = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in LAUNCH_NAMES
+        }
         values["binds"] = [str(bind) for bind in self.binds]
         values["headers"] = [list(header) for header in self.headers]
         return values
@@ -156,6 +170,8 @@ class Settings:
 
 # What may be given to `create` for every field whose meaning is its own, whoever gives it.
 _CHECKS: Final[dict[str, Check]] = {
+    **LAUNCH_CHECKS,
+    "respawn": flag,
     "app_dir": optional(directory),
     "factory": flag,
     "interface": choice("auto", "asgi3", "asgi2", later=("wsgi",)),
@@ -267,4 +283,9 @@ def _policy(value: object) -> str:
             both = " and ".join(f"{name}={policy}" for name, policy in found.items())
             raise SettingsError(f"{both} contradict each other: unset one of them")
         source, value = next(iter(found.items()), (source, "rr"))
+    return check_policy(value, source)
+
+
+def check_policy(value: object, source: str = "policy") -> str:
+    """The name of a policy, if it is one."""
     return choice(*POLICIES, imports=True)(source, value)

@@ -33,6 +33,8 @@ class Boot:
     settings: dict[str, Any]
     #: The master's sys.path, so that what imports there imports here; empty to leave the worker's own.
     path: list[str]
+    #: How this worker was launched: exec (empty: serve the application), args, serialization …
+    launch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

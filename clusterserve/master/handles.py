@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from ..binds import Bind
 from ..checks import MAX_INT
+from ..core.address import Address
 from ..core.messages import Listen
 from ..core.policies import Policy
 from ..errors import BindError, ProtocolError, SettingsError
@@ -59,9 +61,13 @@ class Handles:
         """The keys of the listeners that live as long as the master."""
         return {key for key, listener in self._listeners.items() if listener.pinned}
 
-    def address(self, key: int) -> str:
-        """What this listener listens on, for the log."""
-        return self._listeners[key].address
+    def address(self, key: int) -> Address:
+        """What this listener listens on."""
+        listener = self._listeners[key]
+        if isinstance(listener.sockname, str):
+            return Address(listener.sockname)
+        host, port = listener.sockname[:2]
+        return Address(str(host), int(str(port)), 6 if listener.family == socket.AF_INET6 else 4)
 
     def open_pinned(self, binds: Iterable[Bind], backlog: int) -> list[Listener]:
         """Open the listeners of `--bind`; raises `BindError`, and `close` closes those that were opened before."""

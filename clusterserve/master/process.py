@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ from typing import Final
 from ..channel.board import Board
 from ..channel.connection import MasterEnd, connection_channel
 from ..current import SLOT_VARIABLE, VARIABLE
+from ..launch import Launch
 
 _ENTRY: Final = str(Path(__file__).parents[1] / "worker" / "__main__.py")
 
@@ -51,8 +52,15 @@ class WorkerProcess:
     connections that it keeps.
     """
 
-    def __init__(self, slot: int, loop: asyncio.AbstractEventLoop, on_exit: Callable[[Exit], None]) -> None:
-        """Spawn it; raises OSError if that is impossible.
+    def __init__(
+        self,
+        slot: int,
+        loop: asyncio.AbstractEventLoop,
+        on_exit: Callable[[Exit], None],
+        launch: Launch = Launch(),  # noqa: B008 - frozen
+        env: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Spawn it, with `env` besides what `launch` says; raises OSError if that is impossible.
 
         Must be called by a thread that lives as long as the worker shall: the parent-death signal follows the thread.
         """
@@ -73,12 +81,22 @@ class WorkerProcess:
                 descriptors = (
                     their_messages.fileno(), their_connections.fileno(), self.board.fd, self.kept.fileno(),
                 )  # fmt: skip
+                # Ours last: nobody but a worker is one.
                 environment = {
                     **os.environ,
+                    **dict(launch.env),
+                    **dict(env),
                     VARIABLE: ",".join(map(str, (*descriptors, os.getpid()))),
                     SLOT_VARIABLE: str(slot),
                 }
-                self._popen = subprocess.Popen([sys.executable, *flags, _ENTRY], env=environment, pass_fds=descriptors)
+                # The program's words mean nothing to our entry file: they are there for who reads `ps`.
+                words = [launch.exec, *launch.args] if launch.exec else []
+                self._popen = subprocess.Popen(
+                    [sys.executable, *flags, *launch.interpreter, _ENTRY, *words],
+                    env=environment,
+                    pass_fds=descriptors,
+                    cwd=launch.cwd,
+                )
                 undo.callback(self._popen.wait)
                 undo.callback(self._popen.kill)
             self._pidfd = os.pidfd_open(self._popen.pid)
