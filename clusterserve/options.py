@@ -126,6 +126,19 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--rss-sample-interval", "SECONDS", "How often its memory is looked at."),
         _value("--rss-samples", "N", "So many looks in a row must find too much."),
     ),
+    "Debugging": (
+        _value(
+            "--debug-port",
+            "[HOST:]BASE",
+            "Let a debugger (debugpy) attach to the worker in slot i at port BASE + i; 0: at free ports. The log says "
+            "where. Needs clusterserve[debug].  [default of HOST: 127.0.0.1]",
+        ),
+        _flag(
+            "--debug-wait",
+            "Each worker waits for its debugger before it imports APP.  [default of --debug-port: 127.0.0.1:5678]",
+        ),
+        _value("--profile", "DIR", "Each worker writes a profile for pstats to this directory when it ends."),
+    ),
     "HTTP": (
         _value("--loop", "[auto|asyncio|uvloop]", "The event loop of the workers."),
         _value("--http", "[auto|h11|httptools|zttp]", "The HTTP implementation, or MODULE:CLASS."),
@@ -186,7 +199,7 @@ COMMANDS = ("run", "exec", "config", "ctl", "top")
 _LATER = """
 --access-log-exclude --access-log-format --access-logfile --access-logformat --backpressure --ca-certs
 --capture-output --casefold-http-method --cert-reqs --certfile --chdir --check-config --ciphers --config
---control-socket --control-socket-mode --debug-port --debug-wait --dirty-app --dirty-graceful-timeout
+--control-socket --control-socket-mode --dirty-app --dirty-graceful-timeout
 --dirty-threads --dirty-timeout --dirty-workers --disable-redirect-access-to-syslog --do-handshake-on-connect
 --dogstatsd-tags --enable-backlog-metric --enable-stdio-inheritance --env --error-logfile --forwarder-headers
 --group --header-map --http-protocols --http2 --http2-cleartext --http2-initial-window-size
@@ -197,7 +210,7 @@ _LATER = """
 --max-restarts --max-workers --metrics --metrics-address --metrics-bind --metrics-port --min-uptime --name
 --no-control-socket --no-sendfile --no-ssl-reload --on-worker-exit-code --paste --paste-global --paster
 --permit-obsolete-folding --permit-unconventional-http-method --permit-unconventional-http-version --pid
---pid-file --preload --print-config --process-name --profile --protocol --proxy-allow-from --proxy-protocol
+--pid-file --preload --print-config --process-name --protocol --proxy-allow-from --proxy-protocol
 --reload --reload-delay --reload-dir --reload-engine --reload-exclude --reload-extra-file --reload-include
 --reuse-port --shutdown-delay --spew --ssl-ca-certs
 --ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile --ssl-keyfile-password --ssl-reload --ssl-version

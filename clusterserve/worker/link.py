@@ -17,8 +17,10 @@ from typing import Any, Final, NamedTuple
 from ..channel.board import Board
 from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel
-from ..core.messages import Closed, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
+from ..core.messages import Closed, Debug, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
+from ..current import current_worker
 from ..errors import ProtocolError
+from . import debugging
 from .receiver import Receiver
 from .server import FauxServer
 from .stacks import tasks, thread_names
@@ -163,6 +165,10 @@ class Link:
             # Every offer was sent before this message: none is left behind when the servers close.
             self.receiver.drain()
             self.on_drain(message.grace, message.quick, message.keep)
+        elif isinstance(message, Debug):
+            worker = current_worker()
+            assert worker is not None
+            self.send(debugging.listen(message.port, worker.slot))
         elif isinstance(message, ShowStacks):
             self.send(Stacks(thread_names(), tasks([self._loop] if self._loop is not None else [])))
         else:

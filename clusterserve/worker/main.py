@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -9,6 +10,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Final
 
@@ -17,6 +19,7 @@ from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online,
 from ..current import VARIABLE, CurrentWorker, become
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
+from . import debugging
 from .link import MASTER_GONE, Link
 from .stacks import answer_signal
 
@@ -49,16 +52,39 @@ def main() -> int:
         # The package may have been upgraded under a running master, and this process is the first of the new version.
         _send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
         return BOOT_FAILURE
-    become(CurrentWorker(boot.worker, boot.slot, os.getpid()))
+    worker = CurrentWorker(boot.worker, boot.slot, os.getpid())
+    become(worker)
     told = answer_signal()
+    link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
     if boot.path:
         sys.path[:] = boot.path
     _send(channel, Online(os.getpid()), told)
+    with _watched(boot, channel, worker):
+        return _serve(boot, channel, link)
+
+
+@contextlib.contextmanager
+def _watched(boot: Boot, channel: socket.socket, worker: CurrentWorker) -> Iterator[None]:
+    """With a debugger and a profile, if they are wanted; waits for the debugger's client if that is."""
+    with contextlib.ExitStack() as stack:
+        if boot.launch.get("debug_port") is not None:
+            debugged = debugging.listen(boot.launch["debug_port"], boot.slot)
+            _send(channel, debugged)
+            if debugged.address and boot.launch.get("debug_wait"):
+                debugging.wait()
+        if boot.launch.get("profile"):
+            from .profiling import profiled
+
+            stack.enter_context(profiled(boot.launch["profile"], worker))
+        yield
+
+
+def _serve(boot: Boot, channel: socket.socket, link: Link) -> int:
+    """Serve an application."""
     # Importing uvicorn takes most of the start-up: not before the master knows that we live.
     from .asgi import serve
 
     try:
-        link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
         serve(Settings.from_json(boot.settings), link)
     except BootError as exc:
         _send(channel, Failed(exc.args[0], exc.traceback))
