@@ -70,7 +70,7 @@ def _base(setting: str, value: str) -> str:
     text = value.strip()
     if re.fullmatch("[0-9]+", text):
         text = f"{default.host}:{text}"
-    elif re.fullmatch(r"[^:\[\]]+|\[[^\]]*\]", text):
+    elif re.fullmatch(r"[A-Za-z0-9][^:\[\]]*|\[[^\]]*\]", text):
         text = f"{text}:{default.port}"
     try:
         bind = Bind.parse(text)

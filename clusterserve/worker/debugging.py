@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from typing import Final
 
+from .. import faults
 from ..core.messages import Debugged
 from ..debugport import address, written
 
@@ -49,6 +51,8 @@ def _listen(port: str | int, slot: int) -> Debugged:
             return Debugged(written(*debugpy.listen((host, wanted))), "", "")
         except RuntimeError as exc:
             why = str(exc)
+    if faults.on("debug-port-free"):
+        sys.exit(f"{written(host, wanted)}: {why}")
     try:
         return Debugged(written(*debugpy.listen((host, 0))), written(host, wanted), why)
     except RuntimeError as exc:
