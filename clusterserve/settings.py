@@ -283,14 +283,19 @@ def _workers(value: object) -> tuple[int, str]:
 def _policy(value: object) -> str:
     source = "policy"
     if value is None:
-        found = {name: _variable(name) for name in POLICY_VARIABLES if _variable(name)}
-        if len(set(found.values())) > 1:
-            both = " and ".join(f"{name}={policy}" for name, policy in found.items())
-            raise SettingsError(f"{both} contradict each other: unset one of them")
-        source, value = next(iter(found.items()), (source, "rr"))
+        source, value = policy_variable() or (source, "rr")
     return check_policy(value, source)
 
 
 def check_policy(value: object, source: str = "policy") -> str:
     """The name of a policy, if it is one."""
     return choice(*POLICIES, imports=True)(source, value)
+
+
+def policy_variable() -> tuple[str, str] | None:
+    """The variable that names a policy, and the policy; raises `SettingsError` if two name different ones."""
+    found = {name: _variable(name) for name in POLICY_VARIABLES if _variable(name)}
+    if len(set(found.values())) > 1:
+        both = " and ".join(f"{name}={policy}" for name, policy in found.items())
+        raise SettingsError(f"{both} contradict each other: unset one of them")
+    return next(iter(found.items()), None)

@@ -14,13 +14,13 @@ from types import ModuleType
 
 import pytest
 import uvicorn
-from uvicorn.main import main as uvicorn_command
 
 import clusterserve
 from clusterserve import cli, cpus
 from clusterserve.checks import MAX_SECONDS
 from clusterserve.errors import BindError, BootError, ClusterError, SettingsError
-from clusterserve.options import INSTEAD, LATER, SPECS
+from clusterserve.options import SPECS
+from clusterserve.peers import NOT_TAKEN
 from clusterserve.settings import Settings
 
 
@@ -103,7 +103,7 @@ def test_run_is_implied(argv: list[str], parsed: Parsed) -> None:
     assert parsed(*argv).app == "a:b"
 
 
-@pytest.mark.parametrize("word", ["exec", "config", "ctl", "top"])
+@pytest.mark.parametrize("word", ["exec", "ctl", "top"])
 @pytest.mark.parametrize("rest", [[], ["a:b"], ["--unknown", "x"], ["--help"]])
 def test_reserved_commands(word: str, rest: list[str], refused: Refused) -> None:
     assert refused(word, *rest) == f"'{word}' is reserved and not available in this version"
@@ -214,7 +214,11 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--no-access-log": (None, "access_log", False),
         "--no-use-colors": (None, "use_colors", False),
     }
-    elsewhere = {"--bind", "--host", "--port", "--uds", "--fd", "--header", "--version", "--help"}
+    elsewhere = {"--bind", "--host", "--port", "--uds", "--fd", "--header", "--version", "--help"} | {
+        # Of the command line alone: tests/test_sources.py, tests/test_peers.py.
+        *("--config", "--check-config", "--print-config", "--chdir", "--env"),
+        *("--worker-class", "--access-logfile", "--error-logfile"),
+    }
     assert {flag.replace("--no-", "--") for flag in options} == {spec.name for spec in SPECS} - elsewhere
 
     argv = [text for flag, (value, _, _) in options.items() for text in (flag, value) if text is not None]
@@ -336,23 +340,10 @@ def test_a_bad_option_is_named_with_its_value(argv: list[str], message: str, ref
     assert refused("a:b", *argv) == message
 
 
-@pytest.mark.parametrize("flag", sorted(LATER))
-def test_options_of_later_versions_and_of_others_are_never_ignored(flag: str, refused: Refused) -> None:
-    assert refused("a:b", flag, "1") == f"{flag} is not available in this version"
-
-
-@pytest.mark.parametrize("flag", sorted(INSTEAD))
-def test_options_with_a_better_answer(flag: str, refused: Refused) -> None:
-    assert refused("a:b", flag, "1") == INSTEAD[flag]
-    assert INSTEAD[flag].startswith(flag)
-
-
-def test_every_option_of_uvicorn_is_taken_or_refused_by_name() -> None:
-    theirs = {flag for param in uvicorn_command.params for flag in param.opts if flag.startswith("-")}
-    ours = {flag for spec in SPECS for flag in spec.flags}
-    assert theirs <= ours | LATER | INSTEAD.keys()
-    assert not ours & (LATER | INSTEAD.keys())
-    assert not LATER & INSTEAD.keys()
+@pytest.mark.parametrize("flag", sorted(NOT_TAKEN))
+def test_options_of_others_and_of_later_versions_are_never_ignored(flag: str, refused: Refused) -> None:
+    assert refused("a:b", flag, "1") == NOT_TAKEN[flag]
+    assert NOT_TAKEN[flag].startswith(flag)
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -360,9 +351,10 @@ def test_help_is_complete_and_grouped(flag: str, capsys: pytest.CaptureFixture[s
     assert cli.run([flag]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("Usage: clusterserve [run] MODULE:ATTRIBUTE [OPTIONS]\n")
+    assert out.startswith("Usage: clusterserve [run|config] MODULE:ATTRIBUTE [OPTIONS]\n")
     titles = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
     expected = [
+        "Configuration",
         "Application",
         "Binding",
         "Cluster",
@@ -436,6 +428,11 @@ def test_blank_variables_are_as_good_as_none(parsed: Parsed, environment: pytest
     [
         ({"CLUSTERSERVE_WORKERS": "0"}, f"CLUSTERSERVE_WORKERS=0: {COUNT}"),
         ({"WEB_CONCURRENCY": "x"}, f"WEB_CONCURRENCY='x': {COUNT}"),
+        # What Kubernetes sets for a service of our name.
+        (
+            {"CLUSTERSERVE_PORT_80_TCP": "tcp://10.0.0.1:80", "CLUSTERSERVE_SERVICE_HOST": "10.0.0.1", "PORT": "x"},
+            "PORT='x': must be a whole number from 0 to 65535",
+        ),
         ({"PORT": "x"}, "PORT='x': must be a whole number from 0 to 65535"),
         # What Kubernetes sets for a service of our name.
         (
@@ -444,7 +441,7 @@ def test_blank_variables_are_as_good_as_none(parsed: Parsed, environment: pytest
         ),
         ({"CLUSTERSERVE_BIND": ":1 :x"}, "CLUSTERSERVE_BIND=:x: the port must be a whole number from 0 to 65535"),
         ({"CLUSTERSERVE_FACTORY": "maybe"}, "CLUSTERSERVE_FACTORY=maybe: must be true or false"),
-        ({"CLUSTERSERVE_POLICY": "lest"}, f"CLUSTERSERVE_POLICY='lest': {POLICY}; did you mean 'least'?"),
+        ({"CLUSTERSERVE_POLICY": "lest"}, f"CLUSTERSERVE_POLICY=lest: {POLICY}; did you mean 'least'?"),
         (
             {"CLUSTERSERVE_POLICY": "rr", "CLUSTERSERVE_SCHED_POLICY": "none"},
             "CLUSTERSERVE_POLICY=rr and CLUSTERSERVE_SCHED_POLICY=none contradict each other: unset one of them",
@@ -454,17 +451,17 @@ def test_blank_variables_are_as_good_as_none(parsed: Parsed, environment: pytest
             f"CLUSTERSERVE_UDS and CLUSTERSERVE_HOST {EXCLUDE}",
         ),
         ({"CLUSTERSERVE_ENV_FILE": "no-such"}, "CLUSTERSERVE_ENV_FILE=no-such: there is no such file"),
-        ({"CLUSTERSERVE_RELOAD": "1"}, "CLUSTERSERVE_RELOAD is set, but --reload is not available in this version"),
+        ({"CLUSTERSERVE_RELOAD": "1"}, f"CLUSTERSERVE_RELOAD is set, but {NOT_TAKEN['--reload']}"),
         (
-            {"CLUSTERSERVE_WORKER_CLASS": "asgi"},
-            "CLUSTERSERVE_WORKER_CLASS is set, but --worker-class is not available in this version",
+            {"CLUSTERSERVE_WOKERS": "4"},
+            "CLUSTERSERVE_WOKERS is set, but there is no such option; did you mean 'CLUSTERSERVE_WORKERS'?",
         ),
         ({"CLUSTERSERVE_CMD_ARGS": "-w 0"}, f"CLUSTERSERVE_CMD_ARGS --workers 0: {COUNT}"),
         ({"CLUSTERSERVE_CMD_ARGS": "--x"}, "in CLUSTERSERVE_CMD_ARGS: no such option --x"),
         ({"CLUSTERSERVE_CMD_ARGS": "--uds '"}, "in CLUSTERSERVE_CMD_ARGS: No closing quotation"),
         (
             {"CLUSTERSERVE_CMD_ARGS": "--version"},
-            "in CLUSTERSERVE_CMD_ARGS: --help and --version belong on the command line",
+            "in CLUSTERSERVE_CMD_ARGS: --check-config, --print-config, --version and --help belong on the command line",
         ),
         (
             {"CLUSTERSERVE_CMD_ARGS": "--fd 3 --uds x"},
@@ -487,9 +484,12 @@ def test_a_variable_that_is_outranked_does_no_harm(parsed: Parsed, environment: 
     assert (settings.workers, settings.policy, str(settings.binds[0])) == (1, "hash", "127.0.0.1:1")
 
 
-def test_the_order_of_the_sources(parsed: Parsed, environment: pytest.MonkeyPatch) -> None:
+def test_the_order_of_the_sources(parsed: Parsed, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.chdir(tmp_path)
     found = [parsed("a:b").workers]
-    environment.setenv("WEB_CONCURRENCY", "2")
+    environment.setenv("WEB_CONCURRENCY", "1")
+    found.append(parsed("a:b").workers)
+    (tmp_path / "clusterserve.toml").write_text("workers = 2\n")
     found.append(parsed("a:b").workers)
     environment.setenv("CLUSTERSERVE_WORKERS", "3")
     found.append(parsed("a:b").workers)
@@ -497,7 +497,7 @@ def test_the_order_of_the_sources(parsed: Parsed, environment: pytest.MonkeyPatc
     found.append(parsed("a:b").workers)
     found.append(parsed("a:b", "--workers", "5").workers)
     found.append(parsed("a:b", "--workers", "auto").workers)
-    assert found == [6, 2, 3, 4, 5, 6]
+    assert found == [6, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from .address import Address
+from .envelope import Envelope, Riders
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,16 @@ class Disconnected:
 
 
 @dataclass(frozen=True)
+class Messaged:
+    """A message of a worker's program has come: only the program that has the cluster hears of it, no hooks do."""
+
+    name: ClassVar = "message"
+    worker: WorkerName
+    envelope: Envelope
+    riders: Riders
+
+
+@dataclass(frozen=True)
 class Exited:
     """A worker process has ended, by `code` or by `signal`; both are None if somebody else has waited for it."""
 
@@ -131,7 +142,9 @@ class Stopped:
     name: ClassVar = "stopped"
 
 
-AboutWorker = Forked | CameOnline | StartedListening | StartedDraining | WasKilled | Disconnected | Exited | WentWrong
+AboutWorker = (
+    Forked | CameOnline | StartedListening | StartedDraining | WasKilled | Messaged | Disconnected | Exited | WentWrong
+)
 
 Event = AboutWorker | BecameReady | StartedReload | Scaled | StartedShutdown | Stopped
 

@@ -1,5 +1,7 @@
 """The message channel's frames: a fixed header, then JSON.  One frozen dataclass per message.
 
+Frames of another kind than 0 are the program's own messages (`core.envelope`) and are never looked into here.
+
 Facts are named in the past tense, commands in the imperative.  What arrives from the other end is data: an unknown or
 malformed frame raises `ProtocolError`, which costs that worker and nobody else.
 """
@@ -18,6 +20,9 @@ from ..errors import ProtocolError
 
 #: The longest body of a frame of ours, in bytes.  The longest real one is a traceback.
 MAX_BODY: Final = 1 << 20
+
+#: The longest body of a frame of the program's: a piece of a message, and its number.
+MAX_USER_FRAME: Final = (1 << 16) + 8
 
 # body length, kind (0: a message of this module), descriptors that ride with the frame
 _HEADER: Final = Struct("<IBB")
@@ -174,7 +179,12 @@ def encode(message: Message, descriptors: int = 0) -> bytes:
     body = json.dumps([type(message).__name__, *dataclasses.astuple(message)], separators=(",", ":")).encode()
     if len(body) > MAX_BODY:
         raise ProtocolError(f"a {type(message).__name__} message of {len(body)} bytes is over the limit of {MAX_BODY}")
-    return _HEADER.pack(len(body), 0, descriptors) + body
+    return frame(body, 0, descriptors)
+
+
+def frame(body: bytes | memoryview, kind: int, descriptors: int = 0) -> bytes:
+    """A header and its body."""
+    return b"".join((_HEADER.pack(len(body), kind, descriptors), body))
 
 
 def decode(body: bytes) -> Message:
@@ -212,16 +222,23 @@ class Decoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, int]]:
-        """The frames completed by `data`.  Raises `ProtocolError` on a header that cannot be: the stream is lost."""
+        """The frames completed by `data`, where none but ours can be."""
+        return ((body, descriptors) for _, body, descriptors in self.frames(data, users=False))
+
+    def frames(self, data: bytes, *, users: bool = True) -> Iterator[tuple[int, bytes, int]]:
+        """The frames completed by `data`: (kind, body, descriptors); the program's own only if there may be `users`.
+
+        Raises `ProtocolError` on a header that cannot be: the stream is lost.
+        """
         buffer = self._buffer
         buffer += data
         while len(buffer) >= HEADER_SIZE:
             length, kind, descriptors = _HEADER.unpack_from(buffer)
-            if kind or length > MAX_BODY:
+            if length > (MAX_USER_FRAME if kind else MAX_BODY) or (kind and not users):
                 raise ProtocolError(f"a frame of kind {kind} and {length} bytes cannot be")
             end = HEADER_SIZE + length
             if len(buffer) < end:
                 return
-            body = bytes(buffer[HEADER_SIZE:end])
+            body = bytes(memoryview(buffer)[HEADER_SIZE:end])
             del buffer[:end]
-            yield body, descriptors
+            yield kind, body, descriptors

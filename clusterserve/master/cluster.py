@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 from ..checks import SettingValueError, near_match
 from ..core.distributor import Statistics
-from ..core.events import EVENTS, AboutWorker, BecameReady, Event, Forked, arguments
+from ..core.events import EVENTS, AboutWorker, BecameReady, Event, Forked, Messaged, arguments
 from ..current import current_worker
 from ..debugport import DEFAULT, exact_port, require_debugpy
 from ..debugport import debug_port as check_debug_port
@@ -320,6 +320,9 @@ class Cluster(Emitter):
         """On the engine's thread."""
         assert self._place is not None
         worker = self._workers.about(event) if isinstance(event, AboutWorker) else None
+        if isinstance(event, Messaged):
+            event.riders.close()
+            return
         self._place.post(self._tell, event, worker)
 
     def _tell(self, event: Event, worker: Worker | None) -> None:

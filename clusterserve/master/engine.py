@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..channel.message import MessageChannel
+from ..channel.message import MessageChannel, Riders
 from ..core.connection import IllegalStep
 from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
+from ..core.envelope import Envelope
 from ..core.events import (
     BecameReady,
     CameOnline,
@@ -31,6 +32,7 @@ from ..core.events import (
     Event,
     Exited,
     Forked,
+    Messaged,
     Scaled,
     StartedDraining,
     StartedListening,
@@ -65,6 +67,7 @@ from ..settings import Settings
 from .dispatcher import Dispatcher
 from .handles import Handles
 from .health import Health
+from .outbox import Outbox
 from .policies import policy_factory
 from .process import Exit, WorkerProcess
 from .stacks import StackCollector
@@ -115,6 +118,8 @@ class Engine:
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
         self._loop = loop
+        #: What the program sends to workers.
+        self.outbox = Outbox(loop, self._channel)
         policy = policy_factory(settings.policy, slots=max(1, settings.workers), long_lived=not settings.borrows)
         patience = REQUEST_PATIENCE if settings.borrows else PATIENCE
         self._distributor = Distributor(
@@ -418,6 +423,7 @@ class Engine:
         self._stacks.close()
         self.handles.close()
         self._dispatcher.close()
+        self.outbox.close()
         if self._deadline is not None:
             self._deadline.cancel()
 
@@ -498,7 +504,9 @@ class Engine:
             self._dispatcher.distributor.drain_worker(action.worker)
             limits = self._roster.limits
             grace = limits.quick if action.quick else limits.graceful
-            seat.channel.send(DrainMessage(grace, action.quick, action.keep))
+            # Behind the program's messages, so that they arrive; an order to hurry goes first.
+            send = seat.channel.send if action.quick else seat.channel.send_in_line
+            send(DrainMessage(grace, action.quick, action.keep))
             if action.interrupt:
                 seat.process.send_signal(signal.SIGTERM)
         elif isinstance(action, Abort):
@@ -533,7 +541,11 @@ class Engine:
             self._roster.happened(member.id, WorkerEvent.EXITED, now)
             return member.id
         channel = MessageChannel(
-            self._loop, process.messages, partial(self._on_message, member.id), partial(self._on_closed, member.id)
+            self._loop,
+            process.messages,
+            partial(self._on_message, member.id),
+            partial(self._on_closed, member.id),
+            partial(self._on_envelope, member.id),
         )
         seat = self.seats[member.id] = Seat(member, process, channel)
         self._tell(seat, Forked)
@@ -565,6 +577,20 @@ class Engine:
                 member.id,
                 self._roster.rejected,
             )
+
+    # -- messages of the program --------------------------------------------------------------------------------------
+
+    def _channel(self, worker: int) -> MessageChannel | None:
+        seat = self.seats.get(worker)
+        return None if seat is None else seat.channel
+
+    def _on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None:
+        self._tell(self.seats[worker], Messaged, envelope, riders)
+
+    def misbehaved(self, worker: int, error: ProtocolError) -> None:
+        """What came of a worker's program could not be read, and no honest sender sends that."""
+        if worker in self.seats:
+            self._broke_protocol(worker, error)
 
     # -- facts about workers --------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ import gc
 import logging
 import os
 import signal
-import traceback
 from socket import socket
 from typing import Any, Final, cast
 
@@ -23,6 +22,7 @@ from uvicorn.importer import ImportFromStringError, import_from_string
 
 from ..errors import BootError
 from ..settings import Settings
+from ..tracebacks import of_application
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
@@ -132,7 +132,7 @@ def _names(app: str, module: str | None) -> bool:
 
 
 def _could_not_load(app: str, boot: _BootLog, exc: Exception) -> BootError:
-    return BootError(f"the application {app!r} could not be loaded", boot.text() + _traceback(exc))
+    return BootError(f"the application {app!r} could not be loaded", boot.text() + of_application(exc))
 
 
 def _config(settings: Settings, link: Link, borrowing: Borrowing) -> uvicorn.Config:
@@ -173,16 +173,6 @@ def _loop_class(name: str) -> type[Any]:
     if not isinstance(found, type) or not issubclass(found, asyncio.AbstractEventLoop):
         raise BootError(f"--loop {name!r} is no event loop class; name one, as in 'uvloop:Loop'")
     return found
-
-
-def _traceback(exc: BaseException) -> str:
-    """The traceback as the application's author knows it: from the first frame that is neither ours nor uvicorn's."""
-    frame = exc.__traceback__
-    while frame is not None and frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "clusterserve", "uvicorn", "importlib",
-    ):  # fmt: skip
-        frame = frame.tb_next
-    return "".join(traceback.format_exception(type(exc), exc, frame or exc.__traceback__))
 
 
 class _BootLog(logging.Filter):

@@ -16,7 +16,8 @@ from typing import Any, Final, NamedTuple
 
 from ..channel.board import Board
 from ..channel.connection import WorkerEnd
-from ..channel.message import MessageChannel
+from ..channel.message import MessageChannel, Riders
+from ..core.envelope import Envelope
 from ..core.messages import Closed, Debug, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
 from ..current import current_worker
 from ..errors import ProtocolError
@@ -54,13 +55,21 @@ class Link:
         self._names: dict[int, tuple[str, bool, int]] = {}
         #: Called with (grace seconds, quick, keep) when the master wants this worker to finish.
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
+        #: Called with each message of the program that has the cluster.
+        self.on_envelope: Callable[[Envelope, Riders], None] = lambda envelope, riders: riders.close()
         #: Called when a server is in place.
         self.on_listening: Callable[[], None] = lambda: None
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Read the channels on `loop` from now on."""
         self._loop = loop
-        self._channel = MessageChannel(loop, self._messages, self._on_message, self._on_closed)
+        self._channel = MessageChannel(
+            loop,
+            self._messages,
+            self._on_message,
+            self._on_closed,
+            lambda envelope, riders: self.on_envelope(envelope, riders),
+        )
         self._receiver = Receiver(loop, WorkerEnd(self._connections), self._board, lambda: self._on_closed(None))
 
     @property
@@ -72,6 +81,23 @@ class Link:
         """Send to the master; nothing happens if it is gone."""
         if self._channel is not None:
             self._channel.send(message)
+
+    def post(self, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
+        """Send a message of this program's, from any thread; takes the descriptors over.
+
+        `done` is called once, on any thread, with whether the kernel has all of it.
+        """
+        if self._channel is not None:
+            self._channel.post(envelope, descriptors, done)
+            return
+        for fd in descriptors:
+            os.close(fd)
+        done(False)
+
+    def finish(self, within: float) -> None:
+        """Send what waits, the loop's time being over; blocks for so many seconds at most."""
+        if self._channel is not None:
+            self._channel.finish(within)
 
     async def listen(
         self, bind: str, *, backlog: int, client_speaks_first: bool, pinned: bool = False

@@ -8,14 +8,15 @@ import typing
 import pytest
 
 from clusterserve.core.address import Address
-from clusterserve.core.events import EVENTS, Event, Exited, StartedListening, Stopped, WorkerName, arguments
+from clusterserve.core.events import EVENTS, Event, Exited, Messaged, StartedListening, Stopped, WorkerName, arguments
 
 KINDS = typing.get_args(Event)
 
 
 def test_every_event_can_be_listened_to() -> None:
-    assert list(EVENTS) == [kind.name for kind in KINDS]
-    assert len(EVENTS) == len(KINDS)
+    # Messages are opened first, by who has the conversation.
+    assert list(EVENTS) == [kind.name for kind in KINDS if kind is not Messaged]
+    assert len(EVENTS) == len(KINDS) - 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

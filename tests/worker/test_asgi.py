@@ -23,7 +23,8 @@ from clusterserve.channel.board import Board
 from clusterserve.core.messages import Closed, Leave, Listen, Listening
 from clusterserve.errors import BootError
 from clusterserve.settings import Settings
-from clusterserve.worker.asgi import CHATTER, _BootLog, _Drainer, _loop_class, _traceback, serve
+from clusterserve.tracebacks import of_application
+from clusterserve.worker.asgi import CHATTER, _BootLog, _Drainer, _loop_class, serve
 from clusterserve.worker.draining import CANCELLED, Draining
 from clusterserve.worker.link import Link
 from clusterserve.worker.protocols import Borrowing
@@ -411,7 +412,7 @@ class TestTraceback:
         try:
             Settings.from_json({})
         except KeyError as exc:
-            own = _traceback(exc)
+            own = of_application(exc)
         assert "in test_it_begins_with" in own
 
     def test_ours_is_better_than_nothing(self) -> None:
@@ -421,6 +422,6 @@ class TestTraceback:
         with pytest.raises(Trouble) as caught:
             namespace["raises"]()
         # Without this test's own line.
-        text = _traceback(caught.value.with_traceback(caught.tb.tb_next))
+        text = of_application(caught.value.with_traceback(caught.tb.tb_next))
         assert text.startswith("Traceback (most recent call last):\n")
         assert text.endswith("Trouble\n")
