@@ -13,6 +13,8 @@ from clusterserve.checks import SettingValueError
 #: debugpy's own, and that of its clients.
 DEFAULT: Final = "127.0.0.1:5678"
 
+_HOST: Final = r"(?:[A-Za-z0-9][^:\[\]/]*|\[[^\]]*\])"
+
 _LAST: Final = 65535
 #: Past the last port it goes on here: those below need privileges (Node).
 _FIRST: Final = 1024
@@ -70,13 +72,12 @@ def _base(setting: str, value: str) -> str:
     text = value.strip()
     if re.fullmatch("[0-9]+", text):
         text = f"{default.host}:{text}"
-    elif re.fullmatch(r"[A-Za-z0-9][^:\[\]]*|\[[^\]]*\]", text):
+    elif re.fullmatch(_HOST, text):
         text = f"{text}:{default.port}"
-    try:
-        bind = Bind.parse(text)
-    except SettingValueError as error:
-        raise SettingValueError(setting, value, f"must be PORT, HOST:PORT or [IPV6]:PORT: {error.reason}") from None
-    # Whoever reaches a debugger runs what he likes in the worker: who wants to be reached from everywhere says so.
-    if bind.kind != "tcp" or text.startswith(":"):
+    # Not ":5678" for everywhere: whoever reaches a debugger runs what he likes in the worker.
+    elif not re.fullmatch(f"{_HOST}:[0-9]+", text):
         raise SettingValueError(setting, value, "must be PORT, HOST:PORT or [IPV6]:PORT")
-    return str(bind)
+    try:
+        return str(Bind.parse(text))
+    except SettingValueError as error:
+        raise SettingValueError(setting, value, error.reason) from None
