@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .core.address import Address
 from .current import CurrentWorker, current_worker
-from .errors import BindError, BootError, ClusterError, PolicyError, ProtocolError, SettingsError
+from .errors import BindError, BootError, ChannelClosed, ClusterError, PolicyError, ProtocolError, SettingsError
+from .listen_options import listen_options
 
 if TYPE_CHECKING:
     from .master.cluster import Cluster
@@ -30,6 +31,7 @@ __all__ = [
     "Address",
     "BindError",
     "BootError",
+    "ChannelClosed",
     "Cluster",
     "ClusterError",
     "CurrentWorker",
@@ -41,6 +43,7 @@ __all__ = [
     "current_worker",
     "is_master",
     "is_worker",
+    "listen_options",
     "run",
 ]
 

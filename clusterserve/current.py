@@ -9,6 +9,9 @@ from typing import Final
 #: the master's pid.  Removed at start-up, so that what the application starts is not taken for one.
 VARIABLE: Final = "CLUSTERSERVE_WORKER"
 
+#: Which descriptors a worker is to put where before anything else, "4:70,5:71".
+STDIO_VARIABLE: Final = "CLUSTERSERVE_STDIO"
+
 #: The worker's slot, for the application and what it starts.
 SLOT_VARIABLE: Final = "CLUSTERSERVE_WORKER_SLOT"
 

@@ -341,9 +341,10 @@ class Messenger(Emitter):
 
     def _watch(self, number: int, asker: _Asker, timeout: float) -> None:
         """On the home loop, which sees it answered or closed as well: no race."""
-        if not asker.pending.done():
+        if not asker.pending.done() and self._home is not None:
             error = TimeoutError(f"{self._peer} has not answered within {timeout:g} s")
-            asker.timer = asyncio.get_running_loop().call_later(timeout, self._fail, number, error)
+            # A home that moves from loop to loop has no handle to give.
+            asker.timer = self._home.call_later(timeout, self._fail, number, error)
 
     def _undelivered(self, number: int, error: BaseException | None) -> None:
         if error is not None:

@@ -73,10 +73,11 @@ def _dash(setting: str, value: object) -> None:
 
 
 #: Taken for the sake of other servers' command lines, checked, and of no further use.
-_COURTESIES: Final[Mapping[str, Callable[[str, object], None]]] = {
+_COURTESIES: Final[Mapping[str, checks.Check | Callable[[str, object], None]]] = {
     "worker_class": _worker_class,
     "access_logfile": _dash,
     "error_logfile": _dash,
+    "initgroups": checks.flag,
 }
 
 

@@ -216,11 +216,19 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--log-config": (str(file), "log_config", str(file)),
         "--no-access-log": (None, "access_log", False),
         "--no-use-colors": (None, "use_colors", False),
+        "--uds-permissions": ("660", "uds_permissions", 0o660),
+        "--min-uptime": ("2", "min_uptime", 2.0),
+        "--user": ("0", "uid", 0),
+        "--group": ("root", "gid", 0),
+        "--umask": ("027", "umask", 0o027),
+        "--pid": ("/x", "pid", "/x"),
+        "--name": ("shop", "name", "shop"),
+        "--capture-output": (None, "capture_output", True),
     }
     elsewhere = {"--bind", "--host", "--port", "--uds", "--fd", "--header", "--version", "--help"} | {
         # Of the command line alone: tests/test_sources.py, tests/test_peers.py.
         *("--config", "--check-config", "--print-config", "--chdir", "--env"),
-        *("--worker-class", "--access-logfile", "--error-logfile"),
+        *("--worker-class", "--access-logfile", "--error-logfile", "--initgroups"),
     }
     assert {flag.replace("--no-", "--") for flag in options} == {spec.name for spec in SPECS} - elsewhere
 
@@ -327,6 +335,9 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
         (["--ws-per-message-deflate", "2"], "--ws-per-message-deflate 2: must be true or false"),
         (["--restart-backoff", "20"], "--restart-backoff 20.0: must not be above restart_backoff_max, which is 15"),
         (["--workers-max-rss", "lots"], f"--workers-max-rss lots: {SIZE}"),
+        (["-m", "18"], "--umask 18: must be an octal number from 0 to 777"),
+        (["--user", "no-such-user"], "--user no-such-user: there is no such user"),
+        (["-g", "no-such-group"], "--group no-such-group: there is no such group"),
         (["-t", "-1"], f"--timeout -1: must be a number of seconds from 0 to {MAX_SECONDS}"),
         (["--reload-surge", "0"], "--reload-surge 0: must be a whole number of at least 1"),
         (["--restart-backoff-max", ".01"], "restart_backoff=0.1: must not be above restart_backoff_max, which is 0.01"),
@@ -367,6 +378,7 @@ def test_help_is_complete_and_grouped(flag: str, capsys: pytest.CaptureFixture[s
         "WebSocket",
         "Proxies",
         "Logging",
+        "Process",
         "Other",
     ]
     assert titles == [f"{title}:" for title in expected]

@@ -56,18 +56,25 @@ class Online:
 class Listen:
     """The worker wants to listen.  `request` comes back with the answer.
 
-    `bind` is the address as text and `index` counts this worker's requests for that same text, so that two servers on
-    port 0 are two listeners, each common to all workers (Node: address:port:fd:index).  `client_speaks_first` allows
-    the master to wait for bytes before it hands a connection over: only HTTP servers of ours set it.  `pinned` asks for
-    a listener of `--bind`; without it, the same text is another listener.
+    `bind` is the address as text: with a numeric host, resolved by the worker.  Port 0 means the first listener on such
+    a port that this worker is not on yet, so that a worker's second server on port 0 is a second listener, and each is
+    common to all workers.  `client_speaks_first` allows the master to wait for bytes before it hands a connection over:
+    only HTTP servers of ours set it.  `pinned` asks for a listener of `--bind`.
     """
 
     request: int
     bind: str
-    index: int
     backlog: int
     client_speaks_first: bool
     pinned: bool
+    #: A datagram socket instead of a stream's: it is shared, whatever the policy.
+    datagram: bool = False
+    #: IPv6 without IPv4.
+    v6only: bool = False
+    reuse_address: bool = True
+    keep_alive: bool = False
+    #: For every worker that listens there: the first one's counts.  See `clusterserve.listening`.
+    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,10 @@ class Listened:
     #: What getsockname() says: [host, port, ...] or the path.
     sockname: list[Any] | str
     shared: bool
+    #: The largest that any worker asked for so far.
+    backlog: int = 0
+    #: The first worker's.
+    data: str = ""
 
 
 @dataclass(frozen=True)

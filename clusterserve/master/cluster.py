@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -12,17 +13,20 @@ from typing import Any, Final, TypeVar
 
 from ..checks import SettingValueError, near_match
 from ..core.distributor import Statistics
-from ..core.events import EVENTS, AboutWorker, BecameReady, Event, Forked, Messaged, arguments
+from ..core.envelope import Envelope
+from ..core.events import EVENTS, AboutWorker, BecameReady, Disconnected, Event, Exited, Forked, Messaged, arguments
 from ..current import current_worker
 from ..debugport import DEFAULT, exact_port, require_debugpy
 from ..debugport import debug_port as check_debug_port
-from ..emitter import Emitter
-from ..errors import ClusterError, SettingsError
+from ..emitter import Emitter, H, Handler
+from ..errors import ClusterError, ProtocolError, SettingsError
 from ..launch import LAUNCH_CHECKS, environment, main_script
+from ..messenger import broadcast
 from ..pending import Pending
 from ..settings import NEEDS_FORK, Settings, check_policy
 from .engine import Engine
 from .home import Home
+from .streams import Streams
 from .thread import EngineThread
 from .worker import WORKER_EVENTS, Worker
 from .workers import Workers
@@ -65,6 +69,7 @@ class Cluster(Emitter):
             settings["exec"] = ""
         self._settings = Settings.create(app=app, **settings)
         self._workers = Workers(self)
+        self._request_handler: Handler | None = None
         self._place: Home | None = None
         self._thread = EngineThread(self._emitted)
         self._started: Pending[None] = Pending()
@@ -300,6 +305,46 @@ class Cluster(Emitter):
             over(ClusterError("the cluster does not run"))
         return done
 
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def broadcast(self, obj: Any, *sockets: Any, keep_open: bool | None = None) -> Pending[int]:
+        """Send a message to every worker that is connected; the result is for how many of them the kernel has it.
+
+        It is encoded once.  Sockets are as in `Worker.send`; each worker gets copies.
+        """
+        return broadcast(self._workers.values(), obj, sockets, keep_open)
+
+    def on_request(self, handler: H | None = None) -> Any:
+        """Answer the workers' requests with what `handler(worker, obj)`, or `handler(worker, obj, sockets)`, returns.
+
+        Without a handler, a decorator; otherwise as `Worker.on_request`, which goes before it for that one worker.
+        """
+        if handler is None:
+            return self.on_request
+        if not callable(handler):
+            raise TypeError(f"a handler of requests is a function, not {handler!r}")
+        self._request_handler = handler
+        return handler
+
+    @property
+    def request_handler(self) -> Handler | None:
+        """For `Worker`: who answers requests."""
+        return self._request_handler
+
+    def post_to(self, worker: int, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
+        """For `Worker`."""
+        engine = self._thread.engine
+        if engine is not None:
+            engine.outbox.post(worker, envelope, descriptors, done)
+            return
+        for fd in descriptors:
+            os.close(fd)
+        done(False)
+
+    def misbehaved(self, worker: int, error: ProtocolError) -> None:
+        """For `Worker`."""
+        self._thread.post(lambda engine: engine.misbehaved(worker, error))
+
     # -- what a `Worker` orders -----------------------------------------------------------------------------------
 
     def disconnect_worker(self, worker: int) -> None:
@@ -314,15 +359,19 @@ class Cluster(Emitter):
         """For `Worker`."""
         self._thread.post(lambda engine: engine.send_signal(worker, number))
 
+    def streams_of(self, worker: int) -> Streams | None:
+        """For `Workers`, on the engine's thread."""
+        engine = self._thread.engine
+        return None if engine is None else engine.seats[worker].process.streams
+
     # -- telling --------------------------------------------------------------------------------------------------
 
     def _emitted(self, event: Event) -> None:
         """On the engine's thread."""
         assert self._place is not None
-        worker = self._workers.about(event) if isinstance(event, AboutWorker) else None
-        if isinstance(event, Messaged):
-            event.riders.close()
-            return
+        engine = self._thread.engine
+        pickled = engine is not None and engine.settings.serialization == "pickle"
+        worker = self._workers.about(event, pickled) if isinstance(event, AboutWorker) else None
         self._place.post(self._tell, event, worker)
 
     def _tell(self, event: Event, worker: Worker | None) -> None:
@@ -330,6 +379,12 @@ class Cluster(Emitter):
         assert self._place is not None
         if isinstance(event, AboutWorker) and worker is not None:
             self._workers.tell(worker, event)
+            if isinstance(event, Messaged):
+                if self._place.is_open:
+                    worker.received(event.envelope, event.riders)
+                return
+            if isinstance(event, Disconnected | Exited):
+                worker.channel_closed()
         # A program's loop may be closed before the cluster ends: then nobody is left to be told.
         if self._place.is_open:
             details = arguments(event)

@@ -139,6 +139,7 @@ class Engine:
                 graceful=settings.timeout_graceful_shutdown,
                 backoff=settings.restart_backoff,
                 backoff_max=settings.restart_backoff_max,
+                min_uptime=settings.min_uptime,
                 surge=settings.reload_surge,
                 # What a program does with its event loop, if it has one, is its own business.
                 timeout=0.0 if settings.exec else settings.timeout,
@@ -709,9 +710,10 @@ class Engine:
             code = exc.errno or errno.EINVAL
             channel.send(Listened(request.request, 0, code, str(exc), socket.AF_UNSPEC, "", False))
             return
-        shared = self.handles.shared
+        shared = self.handles.is_shared(listener.datagram)
+        answer = Listened(request.request, listener.key, 0, "", listener.family, listener.sockname, shared)
         channel.send(
-            Listened(request.request, listener.key, 0, "", listener.family, listener.sockname, shared),
+            dataclasses.replace(answer, backlog=listener.backlog, data=listener.data),
             [listener.sock.fileno()] if shared else [],
         )
 

@@ -37,7 +37,8 @@ class EngineThread:
         self.ended: Pending[None] = Pending()
         self._begun = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._engine: Engine | None = None
+        #: For that thread alone.
+        self.engine: Engine | None = None
         self._ordered = Stop.NO
         self._thread: threading.Thread | None = None
         self._once = threading.Lock()
@@ -82,8 +83,8 @@ class EngineThread:
             return False
 
         def obey() -> None:
-            if self._engine is not None:
-                order(self._engine)
+            if self.engine is not None:
+                order(self.engine)
 
         try:
             self._loop.call_soon_threadsafe(obey)
@@ -126,7 +127,7 @@ class EngineThread:
                 try:
                     loop.run_until_complete(self._serve(settings, loop, emit))
                 finally:
-                    self._engine = None
+                    self.engine = None
                     loop.close()
         except Exception as exc:  # noqa: BLE001 - whatever it is, somebody waits to hear of it
             failure = exc
@@ -140,7 +141,7 @@ class EngineThread:
     async def _serve(self, settings: Settings, loop: asyncio.AbstractEventLoop, emit: Callable[[Event], None]) -> None:
         engine = Engine(settings, loop, emit)
         # Before it starts: who hears that it is ready may ask at once, and is heard after this turn of the loop.
-        self._loop, self._engine = loop, engine
+        self._loop, self.engine = loop, engine
         engine.start()
         self._obey()
         either: list[asyncio.Future[Any]] = [engine.settled, engine.finished]
@@ -156,5 +157,5 @@ class EngineThread:
             raise failure
 
     def _obey(self) -> None:
-        if self._engine is not None:
-            self._engine.stop(self._ordered)
+        if self.engine is not None:
+            self.engine.stop(self._ordered)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal as signals
-from dataclasses import dataclass
-from typing import Final, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import IO, Any, Final, Protocol
 
+from ..core.envelope import Envelope
 from ..core.events import (
     CameOnline,
     Disconnected,
@@ -15,7 +19,12 @@ from ..core.events import (
     StartedListening,
 )
 from ..core.lifecycle import WorkerState
-from ..emitter import Emitter
+from ..emitter import Handler
+from ..errors import ClusterError, ProtocolError
+from ..messenger import Messenger
+from .streams import Streams
+
+logger = logging.getLogger("clusterserve")
 
 #: What a worker tells its listeners; the cluster tells the same, with the worker first.
 WORKER_EVENTS: Final = ("online", "listening", "message", "draining", "disconnect", "exit", "error")
@@ -23,11 +32,34 @@ WORKER_EVENTS: Final = ("online", "listening", "message", "draining", "disconnec
 
 @dataclass
 class Process:
-    """A worker's process.  `returncode` is None while it lives, and if a signal ended it, whose number is `signal`."""
+    """A worker's process.  `returncode` is None while it lives, and if a signal ended it, whose number is `signal`.
+
+    With `silent` or a `stdio` of "pipe" entries, `stdin`, `stdout` and `stderr` are binary files as those of
+    `subprocess.Popen`, and `stdio[4]` is a socket whose other end is descriptor 4 of the worker; None where there is
+    nothing.  They are yours to read, to close, and to bring to an event loop: a worker whose output nobody reads stops
+    when the pipe is full.  What you never asked for is closed with the last reference to the worker.
+    """
 
     pid: int
     returncode: int | None = None
     signal: int | None = None
+    streams: Streams | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def stdin(self) -> IO[bytes] | None:
+        return None if self.streams is None else self.streams.file(0)
+
+    @property
+    def stdout(self) -> IO[bytes] | None:
+        return None if self.streams is None else self.streams.file(1)
+
+    @property
+    def stderr(self) -> IO[bytes] | None:
+        return None if self.streams is None else self.streams.file(2)
+
+    @property
+    def stdio(self) -> tuple[Any, ...]:
+        return () if self.streams is None else self.streams.stdio()
 
 
 class Orders(Protocol):
@@ -36,9 +68,17 @@ class Orders(Protocol):
     def disconnect_worker(self, worker: int) -> None: ...
     def destroy_worker(self, worker: int, number: int) -> None: ...
     def signal_worker(self, worker: int, number: int) -> None: ...
+    def streams_of(self, worker: int) -> Streams | None: ...
+    def misbehaved(self, worker: int, error: ProtocolError) -> None: ...
+    def post_to(
+        self, worker: int, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]
+    ) -> None: ...
+    def emit(self, name: str, *arguments: Any) -> bool: ...
+    @property
+    def request_handler(self) -> Handler | None: ...
 
 
-class Worker(Emitter):
+class Worker(Messenger):
     """One worker process.  Made by `Cluster.fork`, and for every other worker when it is forked.
 
     `id` is never used again, `slot` is inherited by a replacement.  `state` is none, online, listening, draining,
@@ -55,8 +95,10 @@ class Worker(Emitter):
         state: str = WorkerState.NONE.value,
         process: Process | None = None,
         orders: Orders | None = None,
+        pickled: bool = False,
     ) -> None:
-        super().__init__(WORKER_EVENTS)
+        super().__init__(WORKER_EVENTS, pickled=pickled)
+        self._peer = f"worker {id}"
         self.id = id
         self.slot = slot
         self.state = state
@@ -106,6 +148,37 @@ class Worker(Emitter):
     def is_dead(self) -> bool:
         """Whether its process has ended, or never began."""
         return self.state == WorkerState.DEAD.value
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def _post(self, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
+        if self._orders is not None:
+            self._orders.post_to(self.id, envelope, descriptors, done)
+            return
+        for fd in descriptors:
+            os.close(fd)
+        done(False)
+
+    def _tell(self, content: Any, sockets: list[Any]) -> bool:
+        heard = self.emit("message", content, sockets)
+        return (self._orders is not None and self._orders.emit("message", self, content, sockets)) or heard
+
+    def _went_wrong(self, error: ClusterError) -> None:
+        heard = self.emit("error", error)
+        if not (self._orders is not None and self._orders.emit("error", self, error)) and not heard:
+            logger.error("Worker %d: %s", self.id, error)
+
+    def _misbehaved(self, error: ProtocolError) -> None:
+        if self._orders is not None:
+            self._orders.misbehaved(self.id, error)
+
+    def _answerer(self) -> tuple[Handler, tuple[Any, ...]] | None:
+        own = super()._answerer()
+        if own is None and self._orders is not None and self._orders.request_handler is not None:
+            return self._orders.request_handler, (self,)
+        return own
+
+    # -- for the cluster ------------------------------------------------------------------------------------------
 
     def advance(self, event: Event) -> None:
         """For the cluster: `event`, which is about this worker, is told next."""

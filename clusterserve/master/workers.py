@@ -40,13 +40,17 @@ class Workers(Mapping[int, Worker]):
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
-    def about(self, event: AboutWorker) -> Worker:
-        """The worker that an event is about, which has just happened."""
+    def about(self, event: AboutWorker, pickled: bool) -> Worker:
+        """The worker that an event is about, which has just happened; `pickled`: how later workers' messages are."""
         name = event.worker
         worker = self._known.get(name.id)
         if worker is None:
-            process = Process(name.pid) if isinstance(event, Forked) else None
-            worker = self._known[name.id] = Worker(name.id, slot=name.slot, process=process, orders=self._orders)
+            process = None
+            if isinstance(event, Forked):
+                process = Process(name.pid, streams=self._orders.streams_of(name.id))
+            worker = self._known[name.id] = Worker(
+                name.id, slot=name.slot, process=process, orders=self._orders, pickled=pickled
+            )
             assert self.home is not None
             worker.settle(self.home)
         if isinstance(event, Exited) and not self._forking:

@@ -10,6 +10,7 @@ uvicorn's `Server` runs as it is.  What is relied upon beyond its documented API
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -28,8 +29,10 @@ from .draining import CANCELLED, Draining
 from .heart import Heart
 from .link import Link
 from .loop import cluster_loop
+from .output import stdout_for_logs
 from .protocols import Borrowing, borrowing_protocol, take_over
 from .server import BindSocket
+from .title import Title
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -67,10 +70,12 @@ _UNTIMED: Final = 0.2
 def serve(settings: Settings, link: Link) -> None:
     """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started."""
     borrowing = Borrowing(after_response=settings.borrows)
-    config = _config(settings, link, borrowing)
+    with stdout_for_logs() if settings.capture_output else contextlib.nullcontext():
+        config = _config(settings, link, borrowing)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
+    title = Title(settings, lambda: _load(server))
     heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
     draining = Draining(server.server_state.tasks)
     logger.addFilter(draining)
@@ -86,6 +91,7 @@ def serve(settings: Settings, link: Link) -> None:
         if not expected:
             boot.release()
             heart.start(asyncio.get_running_loop())
+            title.start(asyncio.get_running_loop())
             draining.watch(asyncio.get_running_loop())
             if deadline is not None:
                 deadline.watch(asyncio.get_running_loop())
@@ -123,6 +129,12 @@ def serve(settings: Settings, link: Link) -> None:
         if expected:
             raise _could_not_load(settings.app, boot, exc) from None
         raise
+
+
+def _load(server: uvicorn.Server) -> str:
+    """What it does at this moment, for its title."""
+    requests, connections = len(server.server_state.tasks), len(server.server_state.connections)
+    return f"{'draining' if server.should_exit else 'listening'}, {requests} requests, {connections} connections"
 
 
 def _names(app: str, module: str | None) -> bool:

@@ -6,11 +6,12 @@ One per process, made before the event loop; `attach` binds it to the loop that 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import dataclasses
 import itertools
 import os
 import select
 import socket
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -31,10 +32,14 @@ MASTER_GONE: Final = 1
 
 
 class _Request(NamedTuple):
-    """A listen request on its way, and the name of the listener it asks for."""
+    """A listen request on its way."""
 
-    name: tuple[str, bool, int]
-    answer: asyncio.Future[tuple[Listened, list[int]]]
+    bind: str
+    datagram: bool
+    #: A thread's future: whoever asks may run on another loop than the one that reads the channel.
+    answer: concurrent.futures.Future[tuple[Listened, list[int]]]
+    #: Done when the master has answered, whoever still wants to know.
+    over: concurrent.futures.Future[None]
 
 
 class Link:
@@ -49,10 +54,9 @@ class Link:
         self._channel: MessageChannel | None = None
         self._receiver: Receiver | None = None
         self._requests: dict[int, _Request] = {}
-        self._number = 0
-        # The indexes in use for each address, and which one belongs to which listener.
-        self._indexes: defaultdict[tuple[str, bool], set[int]] = defaultdict(set)
-        self._names: dict[int, tuple[str, bool, int]] = {}
+        self._numbers = itertools.count(1)
+        #: The servers that are open: `FauxServer` or `SharedServer`.
+        self.servers: set[Any] = set()
         #: Called with (grace seconds, quick, keep) when the master wants this worker to finish.
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
         #: Called with each message of the program that has the cluster.
@@ -99,46 +103,37 @@ class Link:
         if self._channel is not None:
             self._channel.finish(within)
 
-    async def listen(
-        self, bind: str, *, backlog: int, client_speaks_first: bool, pinned: bool = False
-    ) -> tuple[Listened, list[int]]:
-        """Ask the master for a listener on `bind`; raises OSError with the kernel's errno if it cannot be had.
+    async def listen(self, request: Listen) -> tuple[Listened, list[int]]:
+        """Ask the master for a listener; raises OSError with the kernel's errno if it cannot be had.
 
-        Call `serve` (or, if the answer is `shared`, `listening`) once the server is in place.
+        `request.request` is ours to fill in.  Call `listening` once the server is in place, `leave` when it has gone.
+        The descriptors are the caller's.
         """
-        assert self._loop is not None
-        self._number += 1
-        used = self._indexes[bind, pinned]
-        # The first that is free: who closes a server and listens again comes back to where the other workers are.
-        index = next(number for number in itertools.count() if number not in used)
-        used.add(index)
-        request = self._requests[self._number] = _Request((bind, pinned, index), self._loop.create_future())
-        self.send(Listen(self._number, bind, index, backlog, client_speaks_first, pinned))
+        for other in tuple(self._requests.values()):
+            if (other.bind, other.datagram) == (request.bind, request.datagram) and other.answer.cancelled():
+                # Given up, but not yet given back: the master would take this for a second server there.
+                await asyncio.wrap_future(other.over)
+        number = next(self._numbers)
+        asked = _Request(request.bind, request.datagram, concurrent.futures.Future(), concurrent.futures.Future())
+        self._requests[number] = asked
+        self.send(dataclasses.replace(request, request=number))
         try:
-            listened, descriptors = await request.answer
+            listened, descriptors = await asyncio.wrap_future(asked.answer)
         except asyncio.CancelledError:
-            if not request.answer.cancelled():
+            if not asked.answer.cancel():
                 # Answered and given up in the same turn.
-                self._give_back(*request.answer.result())
+                self._give_back(*asked.answer.result())
             raise
         if listened.errno:
             raise OSError(listened.errno, listened.reason)
         return listened, descriptors
 
-    def serve(
-        self,
-        answer: Listened,
-        protocol_factory: Callable[[], asyncio.Protocol],
-        ssl: dict[str, Any],
-        client_speaks_first: bool,
-    ) -> FauxServer:
-        """Put a faux server in place for a listener and let its connections come."""
-        assert self._loop is not None
-        key = answer.listener
-        server = FauxServer(self._loop, key, answer, protocol_factory, ssl, client_speaks_first, self._server_closed)
-        self.receiver.servers[key] = server
-        self.listening(key)
-        return server
+    def serve(self, server: FauxServer) -> None:
+        """Let the connections of this faux server come."""
+        for entrance in server.entrances:
+            self.receiver.servers[entrance.key] = entrance
+        for entrance in server.entrances:
+            self.listening(entrance.key)
 
     def listening(self, key: int) -> None:
         """Tell the master that the server on listener `key` is in place."""
@@ -146,42 +141,33 @@ class Link:
         self.on_listening()
         self.send(Listening(key))
 
+    def leave(self, key: int) -> None:
+        """The server on listener `key` has gone, or never came: the master may let go of it."""
+        self.receiver.servers.pop(key, None)
+        self.send(Closed(key))
+
     def ask_to_leave(self) -> None:
         """Ask the master to be drained.  May be called from a signal handler."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.send, Leave())
 
-    def _server_closed(self, server: FauxServer) -> None:
-        self.receiver.servers.pop(server.key, None)
-        self._leave(server.key)
-
-    def _leave(self, key: int) -> None:
-        self._free(self._names.pop(key))
-        self.send(Closed(key))
-
-    def _free(self, name: tuple[str, bool, int]) -> None:
-        bind, pinned, index = name
-        self._indexes[bind, pinned].discard(index)
-
     def _listened(self, message: Listened, descriptors: list[int]) -> None:
-        request = self._requests.pop(message.request, None)
+        request = self._requests.get(message.request)
         if request is None:
             raise ProtocolError(f"request {message.request} was never sent, or is answered already")
-        if message.errno:
-            self._free(request.name)
-        else:
-            self._names[message.listener] = request.name
-        if request.answer.done():
-            self._give_back(message, descriptors)
-        else:
+        if request.answer.set_running_or_notify_cancel():
             request.answer.set_result((message, descriptors))
+        else:
+            self._give_back(message, descriptors)
+        del self._requests[message.request]
+        request.over.set_result(None)
 
     def _give_back(self, answer: Listened, descriptors: list[int]) -> None:
         """Whoever asked has given up meanwhile: let go of what came too late."""
         for fd in descriptors:
             os.close(fd)
         if not answer.errno:
-            self._leave(answer.listener)
+            self.send(Closed(answer.listener))
 
     def _on_message(self, message: Message, descriptors: list[int]) -> None:
         if isinstance(message, Listened):

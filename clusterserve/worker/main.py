@@ -16,7 +16,7 @@ from typing import Final
 
 from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
-from ..current import VARIABLE, CurrentWorker, become
+from ..current import STDIO_VARIABLE, VARIABLE, CurrentWorker, become
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
 from . import debugging
@@ -35,6 +35,7 @@ _MASTERS: Final = ("SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN
 
 def main() -> int:
     """Run as a worker until told to finish; returns the exit code."""
+    place_descriptors(os.environ.pop(STDIO_VARIABLE, ""))
     messages, connections, board, kept, master = (int(number) for number in os.environ.pop(VARIABLE).split(","))
     die_with(master)
     for name in _MASTERS:
@@ -90,6 +91,14 @@ def _serve(boot: Boot, channel: socket.socket, link: Link) -> int:
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
     return 0
+
+
+def place_descriptors(places: str) -> None:
+    """Put descriptors where the program wants them ("4:70,5:71"), where nothing else is."""
+    for place in filter(None, places.split(",")):
+        number, fd = map(int, place.split(":"))
+        os.dup2(fd, number)
+        os.close(fd)
 
 
 def die_with(master: int) -> None:

@@ -26,7 +26,7 @@ from .transport import CHUNK, HandedTransport
 from .watch import Watch
 
 if TYPE_CHECKING:
-    from .server import FauxServer
+    from .server import Entrance
 
 #: A turn shorter than this (seconds) is taken at its word: asking the kernel is not worth it.
 _DOUBTFUL: Final = 0.0005
@@ -60,7 +60,7 @@ class Receiver:
         self, loop: asyncio.AbstractEventLoop, end: WorkerEnd, board: Board, on_lost: Callable[[], None]
     ) -> None:
         self.loop = loop
-        self.servers: dict[int, FauxServer] = {}
+        self.servers: dict[int, Entrance] = {}
         #: Connections that outlive their first turn, for `cut`.
         self.kept: dict[int, HandedTransport] = {}
         #: What the master sees without a message: see `channel.board`.
@@ -186,7 +186,7 @@ class Receiver:
         else:
             transport.lost()
 
-    def _take(self, server: FauxServer, id: int, fd: int, peername: tuple[str, int] | None, place: int) -> None:
+    def _take(self, server: Entrance, id: int, fd: int, peername: tuple[str, int] | None, place: int) -> None:
         os.set_blocking(fd, False)
         data: bytes | None = None
         watch = None

@@ -109,6 +109,20 @@ class HandedTransport(asyncio.Transport):
         self._old = False
         self._upgraded = False
 
+    @property
+    def loops_own(self) -> asyncio.Transport:
+        """The loop's transport behind this one, for what only that can do.  Raises RuntimeError without one."""
+        if self._real is None:
+            raise RuntimeError(f"{self!r} has no transport of the event loop yet")
+        return self._real
+
+    #: `asyncio.BaseEventLoop.start_tls` asks for it.
+    _start_tls_compatible = True
+
+    def _force_close(self, exc: BaseException | None) -> None:
+        """What asyncio's TLS does to the transport below it when something is beyond repair."""
+        self.abort()
+
     # -- the lazy life --------------------------------------------------------------------------------------------
 
     def begin(self, data: bytes) -> None:

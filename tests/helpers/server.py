@@ -32,6 +32,8 @@ EXAMPLE = "examples.asgi_app:app"
 # For connections that are idle while processes start, which on a busy machine takes longer than the usual 5 s.
 KEPT = 60
 KEEP = ("--timeout-keep-alive", str(KEPT))
+# For tests that want exactly whose turn it is: in auto, a worker that the machine lets wait is passed over.
+IN_TURN = ("--dispatch", "connection")
 
 LISTENING_ON = re.compile(r"\bListening on ([^\s,;]+)")
 WORKER_LISTENS = re.compile(r"\bWorker (\d+) \(slot (\d+), pid (\d+)\) .*listening")
@@ -360,7 +362,7 @@ class Server:
             faults.append(str(error).partition("\n")[0])
         finally:
             # A master that ends in order has waited for its workers; only after SIGKILL they need a moment.
-            faults += end_processes(self._mark, within=max(self.linger, 2.0 if self.killed else 0.0))
+            faults += end_processes(self._mark, within=max(self.linger, DEADLINE if self.killed else 0.0))
             self._process.wait()
             for thread in self._threads:
                 thread.join(DEADLINE)
