@@ -246,6 +246,8 @@ OURS: Final = frozenset({"config", "chdir", "env", *ONCE})
 
 
 def refuse_command(word: str) -> NoReturn:
+    if word == "exec":
+        raise SettingsError("'exec' comes before its options")
     if word in COMMANDS:
         raise SettingsError(f"{word!r} is reserved and not available in this version")
     hint = word.removesuffix(".py").strip("./").replace("/", ".")

@@ -108,7 +108,7 @@ def gather(line: Layer, parse: Parse) -> Layer:
 
 def settings_of(given: Layer) -> Settings:
     """Check `given`, and make it settings.  Raises `SettingsError`, one line, in the words of whoever wrote it."""
-    if "app" not in given:
+    if "app" not in given and "exec" not in given:
         raise SettingsError("no APP given; say what to serve, as in: clusterserve myapp:app")
     values: dict[str, Any] = {"app_dir": ".", **{name: item.value for name, item in given.items()}}
     try:

@@ -191,9 +191,9 @@ class Engine:
             os.getpid(),
         )
         self._health.start()
-        self._reconcile()
-        if self._target.manual:
-            for _ in range(count):
+        # Before it is ready, so that who hears of that finds them.
+        with self._as_one():
+            for _ in range(count if self._target.manual else 0):
                 self.fork()
 
     def stop(self, how: Stop) -> None:

@@ -16,7 +16,8 @@ from typing import Final
 
 from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
-from ..current import STDIO_VARIABLE, VARIABLE, CurrentWorker, become
+from ..current import STDIO_VARIABLE, VARIABLE, become
+from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
 from . import debugging
@@ -53,15 +54,18 @@ def main() -> int:
         # The package may have been upgraded under a running master, and this process is the first of the new version.
         _send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
         return BOOT_FAILURE
-    worker = CurrentWorker(boot.worker, boot.slot, os.getpid())
+    pickled = boot.launch.get("serialization") == "pickle"
+    worker = CurrentWorker(boot.worker, boot.slot, os.getpid(), pickled=pickled)
     become(worker)
-    told = answer_signal()
     link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
+    told = answer_signal()
+    if boot.launch.get("exec"):
+        return _run(boot, channel, link, worker, told)
     if boot.path:
         sys.path[:] = boot.path
     _send(channel, Online(os.getpid()), told)
     with _watched(boot, channel, worker):
-        return _serve(boot, channel, link)
+        return _serve(boot, channel, link, worker)
 
 
 @contextlib.contextmanager
@@ -80,17 +84,32 @@ def _watched(boot: Boot, channel: socket.socket, worker: CurrentWorker) -> Itera
         yield
 
 
-def _serve(boot: Boot, channel: socket.socket, link: Link) -> int:
+def _serve(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker) -> int:
     """Serve an application."""
     # Importing uvicorn takes most of the start-up: not before the master knows that we live.
     from .asgi import serve
 
     try:
-        serve(Settings.from_json(boot.settings), link)
+        serve(Settings.from_json(boot.settings), link, worker)
     except BootError as exc:
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
     return 0
+
+
+def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, told: int) -> int:
+    """Run a program instead of serving an application."""
+    from .main_module import MainModule
+    from .program import Program
+
+    try:
+        module = MainModule(boot.launch["exec"], boot.launch["args"])
+    except BootError as exc:
+        _send(channel, Failed(exc.args[0], exc.traceback))
+        return BOOT_FAILURE
+    _send(channel, Online(os.getpid()), told)
+    with _watched(boot, channel, worker):
+        return Program(module, link, worker).run()
 
 
 def place_descriptors(places: str) -> None:
