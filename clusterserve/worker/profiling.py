@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from ..current import CurrentWorker
+from ..currentworker import CurrentWorker
 
 
 @contextlib.contextmanager

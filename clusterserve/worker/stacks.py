@@ -39,7 +39,7 @@ def thread_names() -> dict[str, str]:
 
 
 def running_loops() -> list[asyncio.AbstractEventLoop]:
-    """Every event loop of this process that runs, in whatever thread: a program may have some that we know nothing of."""
+    """The event loops of this process that run, in whatever thread: a program may have some that we know nothing of."""
     found = [each for each in gc.get_objects() if issubclass(type(each), asyncio.AbstractEventLoop)]
     return [loop for loop in found if loop.is_running()]
 
