@@ -406,7 +406,7 @@ def test_I10_debugging_starts_in_all_workers_and_those_to_come(
         clients = [threading.Thread(target=lambda: got.append(get(master, "/break"))) for _ in range(4)]
         for client in clients:
             client.start()
-        debugger.go_on()
+        debugger.go_on(str(app))
         for client in clients:
             client.join(DEADLINE)
         assert got == ["broken"] * 4
