@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from .. import faults
 from ..channel.message import MessageChannel, Riders
 from ..core.connection import IllegalStep
 from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
@@ -67,6 +68,7 @@ from ..settings import Settings
 from .dispatcher import Dispatcher
 from .handles import Handles
 from .health import Health
+from .listeners import Access
 from .outbox import Outbox
 from .policies import policy_factory
 from .process import Exit, WorkerProcess
@@ -132,7 +134,8 @@ class Engine:
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )
-        self.handles = Handles(loop, self._dispatcher, policy)
+        owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
+        self.handles = Handles(loop, self._dispatcher, policy, Access(settings.socket_mode, *owner))
         self._roster = Roster(
             Limits(
                 boot=settings.timeout_boot,
@@ -156,6 +159,7 @@ class Engine:
         #: Who waits for the last worker's end, in a cluster whose program says how many there are.
         self._departures: list[asyncio.Future[None]] = []
         self._ready = False
+        self._hasty, self._repeats = faults.on("disconnect-first"), faults.on("disconnect-again")
         self._generation = 1
         self._changes: list[asyncio.Future[None]] = []
         self._stopping = Stop.NO
@@ -318,7 +322,7 @@ class Engine:
     def disconnect(self, worker: int) -> None:
         """Have a worker finish what it holds and leave.  Nothing happens if it leaves already, or is gone."""
         seat = self.seats.get(worker)
-        if seat is not None and seat.member.current:
+        if seat is not None and (seat.member.current or self._repeats):
             self._perform(Drain(worker, quick=False, interrupt=False, keep=True), self._loop.time())
             self._reconcile()
 
@@ -457,7 +461,7 @@ class Engine:
             self._deadline = None
         if current.deadline is not None:
             self._deadline = self._loop.call_at(current.deadline, self._reconcile)
-        if not self._roster.members:
+        if not self._roster.members or self._hasty:
             departures, self._departures = self._departures, []
             for departure in departures:
                 departure.set_result(None)
@@ -743,6 +747,13 @@ class Engine:
     def served(self) -> bool:
         """Whether any worker ever listened."""
         return self._roster.proven > 0
+
+    def healthy(self, within: float) -> bool:
+        """Whether some worker serves whose event loop has turned in so many seconds, or none can be expected to."""
+        if not self.served or self._stopping is not Stop.NO:
+            # Starting and stopping have limits of their own.
+            return True
+        return self._roster.responsive(within, self._loop.time())
 
     def statistics(self) -> Statistics:
         """Connections by state and by worker, now."""

@@ -51,10 +51,8 @@ class Debugger:
         self.ask("configurationDone")
         self._wait(lambda message: message.get("request_seq") == attach and message["success"])
 
-    def go_on(self, path: str) -> None:
-        """Wait until it stands at a breakpoint of this file, and let it go, past all further ones."""
-        stopped = self.event("stopped")
-        self.ask("setBreakpoints", source={"path": path}, breakpoints=[])
+    def go_on(self, stopped: Message) -> None:
+        """Leave the breakpoint of which the event `stopped` told."""
         self.ask("continue", threadId=stopped["body"]["threadId"])
 
     def event(self, name: str) -> Message:

@@ -384,9 +384,7 @@ def test_I08_can_fail(serve: Serve, host: str) -> None:
 # ── I10: at run time ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_I10_debugging_starts_in_all_workers_and_those_to_come(
-    cluster: Callable[..., Cluster], app: Path, host: str
-) -> None:
+def test_I10_debugging_starts_in_all_workers_and_those_to_come(cluster: Callable[..., Cluster], host: str) -> None:
     master = cluster(respawn=False, workers=2)
     master.start()
     eventually(lambda: [each.state for each in master.workers.values()] == ["listening"] * 2, "both listen")
@@ -399,17 +397,6 @@ def test_I10_debugging_starts_in_all_workers_and_those_to_come(
     later = master.fork()
     assert place_of(master, later.id) == f"{host}:7003"
     assert all(answers(place) for place in master.debug_addresses.values())
-    # A breakpoint in a worker that was there before.
-    with Debugger.at(places[1]) as debugger:
-        debugger.attach(str(app), BREAK_AT)
-        got: list[str] = []
-        clients = [threading.Thread(target=lambda: got.append(get(master, "/break"))) for _ in range(4)]
-        for client in clients:
-            client.start()
-        debugger.go_on(str(app))
-        for client in clients:
-            client.join(DEADLINE)
-        assert got == ["broken"] * 4
 
 
 def test_I10_asked_again_changes_nothing(cluster: Callable[..., Cluster], host: str) -> None:
@@ -420,9 +407,10 @@ def test_I10_asked_again_changes_nothing(cluster: Callable[..., Cluster], host: 
 
 
 def test_I10_a_worker_at_a_breakpoint_is_not_hung(cluster: Callable[..., Cluster], app: Path, host: str) -> None:
-    master = cluster(workers=1, timeout=2, debug_port=f"{host}:7000")
+    master = cluster(workers=1, timeout=2)
     master.start()
     (worker,) = master.workers.values()
+    master.start_debugging(f"{host}:7000").result()
     with Debugger.at(f"{host}:7000") as debugger:
         debugger.attach(str(app), BREAK_AT)
         got: list[str] = []
@@ -433,7 +421,8 @@ def test_I10_a_worker_at_a_breakpoint_is_not_hung(cluster: Callable[..., Cluster
         end = time.monotonic() + 5
         eventually(lambda: time.monotonic() > end, "some time passes")
         assert worker.state == "listening"
-        debugger.ask("continue", threadId=stopped["body"]["threadId"])
+        assert not got
+        debugger.go_on(stopped)
         client.join(DEADLINE)
     assert got == ["broken"]
     assert worker.pid == int(get(master))
