@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .core.address import Address
-from .current import CurrentWorker, current_worker
+from .current import current_worker
 from .errors import BindError, BootError, ChannelClosed, ClusterError, PolicyError, ProtocolError, SettingsError
 from .listen_options import listen_options
 
 if TYPE_CHECKING:
+    from .currentworker import CurrentWorker
     from .master.cluster import Cluster
     from .master.run import run
     from .master.worker import Worker
@@ -47,7 +48,9 @@ __all__ = [
     "run",
 ]
 
-_LAZY = {"Cluster": "cluster", "Worker": "worker", "run": "run"}
+_LAZY = {
+    "Cluster": "master.cluster", "Worker": "master.worker", "run": "master.run", "CurrentWorker": "currentworker",
+}  # fmt: skip
 
 SCHED_RR = "rr"
 SCHED_LEAST = "least"
@@ -64,4 +67,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".master.{module}", __name__), name)
+    return getattr(import_module(f".{module}", __name__), name)

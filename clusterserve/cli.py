@@ -6,6 +6,7 @@ on stderr and exit code 2, before anything has started.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -15,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from clusterserve.errors import ClusterError, SettingsError
+from clusterserve.execline import SETTINGS, Line, refuse_foreign, split
 from clusterserve.options import COMMANDS, GROUPS, SPECS, Spec, refuse_command
 from clusterserve.settings import Settings
 from clusterserve.sources import Given, Layer, gather, settings_of
@@ -29,17 +31,27 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(argv: Sequence[str]) -> int:
     """What `clusterserve ARGV` does; returns its exit code."""
     try:
-        if argv and argv[0] in COMMANDS and argv[0] not in ("run", "config"):
+        program = None
+        if argv and argv[0] == "exec":
+            program = split(argv[1:])
+            argv = program.ours
+        elif argv and argv[0] in COMMANDS and argv[0] not in ("run", "config"):
             refuse_command(argv[0])
         line = parse(argv)
         if "help" in line:
-            click.echo(_COMMAND.get_help(click.Context(_COMMAND, info_name="clusterserve", max_content_width=100)))
+            command = _COMMAND if program is None else _EXEC
+            click.echo(command.get_help(click.Context(command, info_name="clusterserve", max_content_width=100)))
             return 0
         if "version" in line:
             click.echo(version())
             return 0
         check_platform(sys.platform)
+        if program is not None:
+            for setting, item in line.items():
+                refuse_foreign(setting, item.origin)
         given = gather(line, parse)
+        if program is not None:
+            given = _program(given, program)
         if "print_config" in given:
             # Imported when asked for, as whatever else most runs do without.
             from clusterserve.report import report
@@ -118,15 +130,33 @@ def parse(argv: Sequence[str], origin: str = "") -> Layer:
     return layer
 
 
+def _program(given: Layer, program: Line) -> Layer:
+    """`given`, for `exec`: what variables and files say for applications is not meant."""
+    if not program.program:
+        raise SettingsError("no program given; say what to run, as in: clusterserve exec script.py, or exec -m module")
+    if not program.program.startswith("-m ") and not os.path.exists(program.program):
+        raise SettingsError(f"there is no program {program.program!r}")
+    given = {setting: item for setting, item in given.items() if setting in SETTINGS}
+    return {**given, "exec": Given(program.program, "SCRIPT", " "), "args": Given(program.args, "ARGUMENTS", " ")}
+
+
 class _Command(click.Command):
+    usage = "[run|config] MODULE:ATTRIBUTE [OPTIONS]"
+
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage("clusterserve", "[run|config] MODULE:ATTRIBUTE [OPTIONS]")
+        formatter.write_usage("clusterserve", self.usage)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records = {param.name: param.get_help_record(ctx) for param in self.params if isinstance(param, click.Option)}
         for title, group in GROUPS.items():
-            with formatter.section(title):
-                formatter.write_dl([record for spec in group if (record := records[spec.setting]) is not None])
+            rows = [record for spec in group if (record := records.get(spec.setting)) is not None]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+class _Exec(_Command):
+    usage = "exec [OPTIONS] {SCRIPT | -m MODULE} [ARGUMENTS]"
 
 
 def option_help(spec: Spec) -> str:
@@ -157,4 +187,13 @@ _COMMAND = _Command(
     epilog="Every option may be set as CLUSTERSERVE_<OPTION>, APP as CLUSTERSERVE_APP, and several together as "
     "CLUSTERSERVE_CMD_ARGS, or in a file (--config).  What is nearer to the command line wins; a blank variable is as "
     "good as none.  `clusterserve config` shows what comes of it all.",
+)
+
+_EXEC = _Exec(
+    "clusterserve exec",
+    params=[_option(spec) for spec in SPECS if spec.setting in SETTINGS],
+    add_help_option=False,
+    help="Run a Python program in each worker of a cluster.  Whatever it listens on with asyncio or uvloop is shared: "
+    "the master accepts the connections and hands each to the worker whose turn it is.",
+    epilog="What stands behind SCRIPT or MODULE is for the program.",
 )

@@ -82,6 +82,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--port", "PORT", "Listen on this port, instead of --bind.  [default: $PORT on all hosts, or 8000]"),
         _value("--uds", "PATH", "Listen on this unix socket, instead of --bind."),
         _value("--fd", "N", "Listen on this inherited descriptor, instead of --bind."),
+        _value(
+            "--uds-permissions",
+            "MODE",
+            "The mode of the files of unix sockets, as in 660.  [default: 666, less the bits of --umask]",
+        ),
         _value("--backlog", "N", "Connections the kernel holds until they are accepted."),
     ),
     "Cluster": (
@@ -117,6 +122,7 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--hooks", "MODULE", "Call this module's functions on_fork, on_exit, on_ready … (docs/hooks.md)."),
         _value("--restart-backoff", "SECONDS", "Wait before a dead worker is replaced; doubles while they keep dying."),
         _value("--restart-backoff-max", "SECONDS", "The longest such wait."),
+        _value("--min-uptime", "SECONDS", "A worker that served for this long was healthy: then the wait starts over."),
         _value("--reload-surge", "N", "Replacements that may start at once while the workers they replace serve on."),
     ),
     "Workers' health": (
@@ -195,6 +201,21 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--error-logfile --log-file", "-", "Likewise: everything else is on stderr, which is -."),
         _pair("--use-colors", "Colour the log.  [default: on a terminal]"),
     ),
+    "Process": (
+        _value(
+            "--user -u", "USER", "Let the workers run as this user, a name or a number; the master stays root.", "uid"
+        ),
+        _value("--group -g", "GROUP", "Let the workers run in this group.", "gid"),
+        _flag("--initgroups", "Taken for gunicorn's command lines: the user's other groups are always theirs too."),
+        _value("--umask -m", "MODE", "The umask of the master and the workers, in octal.  [default: as it is]"),
+        _value("--pid -p --pid-file", "FILE", "Write the master's process id to this file, and remove it at the end."),
+        _value(
+            "--name -n --process-name",
+            "TEXT",
+            "What ps and top show in the titles of the processes, if setproctitle is installed.  [default: APP]",
+        ),
+        _flag("--capture-output", "What the application prints goes to stderr, where the log is."),
+    ),
     "Other": (
         _flag("--version -v", "Say which version this is."),
         _flag("--help -h", "Show this text."),
@@ -212,6 +233,8 @@ OURS: Final = frozenset({"config", "chdir", "env", *ONCE})
 
 
 def refuse_command(word: str) -> NoReturn:
+    if word == "exec":
+        raise SettingsError("'exec' comes before its options")
     if word in COMMANDS:
         raise SettingsError(f"{word!r} is reserved and not available in this version")
     hint = word.removesuffix(".py").strip("./").replace("/", ".")

@@ -60,12 +60,8 @@ _SAID: Final[dict[str, str]] = {
     f"{_YET}: the number of workers is fixed with --workers, and changed by SIGTTIN and SIGTTOU": "--max-workers",
     f"{_YET}: only the master listens, so nothing needs it": "--reuse-port",
     f"{_YET}: let the proxy or the load balancer stop sending before it stops the master": "--shutdown-delay",
-    f"{_YET}: workers write to the stdout and stderr of the master, redirect those": "--capture-output",
     f"{_YET}: debug with one worker, -w 1 -t 0": "--debug-port --debug-wait",
     f"{_YET}: sample a worker with py-spy": "--profile",
-    f"{_YET}: leave that to systemd, a container or another supervisor": """
-        --umask -m --user -u --group -g --initgroups --pid --pid-file""",
-    f"{_YET}: leave it out": "--min-uptime --uds-permissions --name --process-name -n",
     "has no counterpart: the heartbeats of workers need no file, leave it out": "--worker-tmp-dir",
     "has no counterpart: nothing is sent with sendfile, leave it out": "--no-sendfile",
     "has no counterpart: there is no control socket, leave it out": "--no-control-socket",
@@ -81,13 +77,10 @@ _SAID: Final[dict[str, str]] = {
     "is called --ws-max-size here": "--websocket-max-message-size",
     "is not available: leave the background to systemd (docs/systemd.md), a container or another supervisor": """
         --daemon -D""",
-    f"gunicorn's pid file, {_YET}: a port is given with --port or --bind": "-p",
 }
 
 #: Every such option and the sentence it ends with.
-NOT_TAKEN: Final = {
-    flag: f"{flag}{', ' if flag == '-p' else ' '}{text}" for text, flags in _SAID.items() for flag in flags.split()
-}
+NOT_TAKEN: Final = {flag: f"{flag} {text}" for text, flags in _SAID.items() for flag in flags.split()}
 
 
 def refuse_option(name: str) -> NoReturn:

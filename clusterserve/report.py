@@ -47,6 +47,9 @@ def _setting(name: str, settings: Settings, given: Layer) -> Iterator[str]:
         yield _line(name, [f"{header}: {value}" for header, value in settings.headers], _origin(name, given))
     elif name == "workers_max_rss":
         yield _line(name, _size(settings.workers_max_rss), _origin(name, given))
+    elif name in ("umask", "uds_permissions"):
+        mode = getattr(settings, name)
+        yield _line(name, None if mode is None else f"{mode:03o}", _origin(name, given))
     elif name in OURS:
         if name not in given or name == "print_config":
             return

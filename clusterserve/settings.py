@@ -23,6 +23,7 @@ from clusterserve.checks import (
     is_import,
     module,
     near_match,
+    octal,
     optional,
     seconds,
     size,
@@ -52,6 +53,7 @@ class Settings(Launch):
 
     binds: tuple[Bind, ...] = (Bind("tcp", host="127.0.0.1", port=DEFAULT_PORT),)
     backlog: int = 2048
+    uds_permissions: int | None = None  # None: as uvicorn, whoever may reach the directory may connect
 
     policy: str = "rr"
     dispatch: str = "auto"
@@ -69,6 +71,7 @@ class Settings(Launch):
     timeout_request: float = 0.0
     restart_backoff: float = 0.1
     restart_backoff_max: float = 15.0
+    min_uptime: float = 1.0
     reload_surge: int = 1
 
     timeout: float = 30.0
@@ -104,6 +107,12 @@ class Settings(Launch):
     access_log: bool = True
     use_colors: bool | None = None
     env_file: str | None = None
+    capture_output: bool = False
+
+    # Of the process, so of `run` and the command line only.
+    pid: str | None = None
+    umask: int | None = None
+    name: str | None = None
 
     @classmethod
     def create(cls, **values: object) -> Settings:
@@ -150,6 +159,18 @@ class Settings(Launch):
         """Whether workers give connections back: only under a policy, and not if connections are the unit."""
         return self.dispatch != "connection" and self.policy != "none"
 
+    @property
+    def socket_mode(self) -> int:
+        """The mode of the files of unix sockets."""
+        if self.uds_permissions is not None:
+            return self.uds_permissions
+        return 0o666 & ~(self.umask or 0)
+
+    @property
+    def title(self) -> str:
+        """What it is called where its processes are listed."""
+        return self.name or self.app or self.exec
+
     def to_json(self) -> dict[str, object]:
         """The settings in JSON's own types, without those of `Launch`.  `from_json` gives back what equals the rest."""
         values: dict[str, object] = {
@@ -176,6 +197,7 @@ _CHECKS: Final[dict[str, Check]] = {
     "factory": flag,
     "interface": choice("auto", "asgi3", "asgi2", later=("wsgi",)),
     "backlog": whole(0),
+    "uds_permissions": optional(octal),
     "dispatch": choice("auto", "connection", "request"),
     "workers_source": text,
     "max_pending": whole(1),
@@ -189,6 +211,7 @@ _CHECKS: Final[dict[str, Check]] = {
     # From zero, doubling would never leave zero: a dying app would be respawned in a busy loop.
     "restart_backoff": seconds(above_zero=True),
     "restart_backoff_max": seconds(above_zero=True),
+    "min_uptime": seconds(),
     "reload_surge": whole(1),
     "timeout": seconds(),
     "limit_max_requests": whole(0),
@@ -220,6 +243,10 @@ _CHECKS: Final[dict[str, Check]] = {
     "access_log": flag,
     "use_colors": optional(flag),
     "env_file": optional(file),
+    "capture_output": flag,
+    "pid": optional(text),
+    "umask": optional(octal),
+    "name": optional(text),
 }
 _KEYWORDS: Final = (*_CHECKS, "app", "workers", "policy", *_ADDRESSES)
 

@@ -73,10 +73,11 @@ def _dash(setting: str, value: object) -> None:
 
 
 #: Taken for the sake of other servers' command lines, checked, and of no further use.
-_COURTESIES: Final[Mapping[str, Callable[[str, object], None]]] = {
+_COURTESIES: Final[Mapping[str, checks.Check | Callable[[str, object], None]]] = {
     "worker_class": _worker_class,
     "access_logfile": _dash,
     "error_logfile": _dash,
+    "initgroups": checks.flag,
 }
 
 
@@ -107,7 +108,7 @@ def gather(line: Layer, parse: Parse) -> Layer:
 
 def settings_of(given: Layer) -> Settings:
     """Check `given`, and make it settings.  Raises `SettingsError`, one line, in the words of whoever wrote it."""
-    if "app" not in given:
+    if "app" not in given and "exec" not in given:
         raise SettingsError("no APP given; say what to serve, as in: clusterserve myapp:app")
     values: dict[str, Any] = {"app_dir": ".", **{name: item.value for name, item in given.items()}}
     try:

@@ -103,7 +103,7 @@ def test_run_is_implied(argv: list[str], parsed: Parsed) -> None:
     assert parsed(*argv).app == "a:b"
 
 
-@pytest.mark.parametrize("word", ["exec", "ctl", "top"])
+@pytest.mark.parametrize("word", ["ctl", "top"])
 @pytest.mark.parametrize("rest", [[], ["a:b"], ["--unknown", "x"], ["--help"]])
 def test_reserved_commands(word: str, rest: list[str], refused: Refused) -> None:
     assert refused(word, *rest) == f"'{word}' is reserved and not available in this version"
@@ -111,6 +111,7 @@ def test_reserved_commands(word: str, rest: list[str], refused: Refused) -> None
 
 def test_a_reserved_command_behind_an_option(refused: Refused) -> None:
     assert refused("--workers", "2", "top") == "'top' is reserved and not available in this version"
+    assert refused("--workers", "2", "exec", "x.py") == "'exec' comes before its options"
 
 
 @pytest.mark.parametrize(
@@ -213,11 +214,19 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--log-config": (str(file), "log_config", str(file)),
         "--no-access-log": (None, "access_log", False),
         "--no-use-colors": (None, "use_colors", False),
+        "--uds-permissions": ("660", "uds_permissions", 0o660),
+        "--min-uptime": ("2", "min_uptime", 2.0),
+        "--user": ("0", "uid", 0),
+        "--group": ("root", "gid", 0),
+        "--umask": ("027", "umask", 0o027),
+        "--pid": ("/x", "pid", "/x"),
+        "--name": ("shop", "name", "shop"),
+        "--capture-output": (None, "capture_output", True),
     }
     elsewhere = {"--bind", "--host", "--port", "--uds", "--fd", "--header", "--version", "--help"} | {
         # Of the command line alone: tests/test_sources.py, tests/test_peers.py.
         *("--config", "--check-config", "--print-config", "--chdir", "--env"),
-        *("--worker-class", "--access-logfile", "--error-logfile"),
+        *("--worker-class", "--access-logfile", "--error-logfile", "--initgroups"),
     }
     assert {flag.replace("--no-", "--") for flag in options} == {spec.name for spec in SPECS} - elsewhere
 
@@ -324,6 +333,9 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
         (["--ws-per-message-deflate", "2"], "--ws-per-message-deflate 2: must be true or false"),
         (["--restart-backoff", "20"], "--restart-backoff 20.0: must not be above restart_backoff_max, which is 15"),
         (["--workers-max-rss", "lots"], f"--workers-max-rss lots: {SIZE}"),
+        (["-m", "18"], "--umask 18: must be an octal number from 0 to 777"),
+        (["--user", "no-such-user"], "--user no-such-user: there is no such user"),
+        (["-g", "no-such-group"], "--group no-such-group: there is no such group"),
         (["-t", "-1"], f"--timeout -1: must be a number of seconds from 0 to {MAX_SECONDS}"),
         (["--reload-surge", "0"], "--reload-surge 0: must be a whole number of at least 1"),
         (["--restart-backoff-max", ".01"], "restart_backoff=0.1: must not be above restart_backoff_max, which is 0.01"),
@@ -363,6 +375,7 @@ def test_help_is_complete_and_grouped(flag: str, capsys: pytest.CaptureFixture[s
         "WebSocket",
         "Proxies",
         "Logging",
+        "Process",
         "Other",
     ]
     assert titles == [f"{title}:" for title in expected]
@@ -658,8 +671,8 @@ def program(*argv: str) -> subprocess.CompletedProcess[str]:
 def test_python_m_clusterserve_is_the_same() -> None:
     done = program("-m", "clusterserve", "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, cli.version() + "\n", "")
-    done = program("-m", "clusterserve", "exec")
-    line = "clusterserve: error: 'exec' is reserved and not available in this version\n"
+    done = program("-m", "clusterserve", "top")
+    line = "clusterserve: error: 'top' is reserved and not available in this version\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 

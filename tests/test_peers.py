@@ -68,7 +68,7 @@ GUNICORN = {
 #: What is on without them, and what is taken for the sake of the command line alone.
 NOTHING_NEW = {
     *("--access-log", "--proxy-headers", "--server-header", "--date-header", "-k", "--worker-class"),
-    *("--access-logfile", "--error-logfile", "--log-file"),
+    *("--access-logfile", "--error-logfile", "--log-file", "--initgroups"),
 }
 
 

@@ -271,7 +271,22 @@ def test_the_report_saved_as_a_file_gives_the_same_settings(place: pytest.Monkey
     argv = [
         *("a:make()", "-b", ":1", "-b", "unix:/x y", "--header", 'X-A: "b\\', "-w", "3", "--workers-max-rss", "900K"),
         *("--policy", "hash", "--no-access-log", "--root-path", "/é\u2028", "--ws-ping-timeout", ".5", "--use-colors"),
-        *("-e", "A=b c=d", "--log-level", "debug", "--h11-max-incomplete-event-size", "99"),
+        *(
+            "-m",
+            "027",
+            "--uds-permissions",
+            "0660",
+            "-p",
+            "x.pid",
+            "-g",
+            "0",
+            "-e",
+            "A=b c=d",
+            "--log-level",
+            "debug",
+            "--h11-max-incomplete-event-size",
+            "99",
+        ),
     ]
     expected = settings(*argv)
     text = report(layer(*argv))
@@ -320,7 +335,7 @@ def test_every_setting_is_reported_with_its_origin(place: pytest.MonkeyPatch) ->
 
 def test_the_report_leaves_nothing_out() -> None:
     text = report(layer())
-    courtesies = {"worker_class", "access_logfile", "error_logfile"}
+    courtesies = {"worker_class", "access_logfile", "error_logfile", "initgroups"}
     ours = {"config", "chdir", "env", "factory", "host", "port", "uds", "fd"} | courtesies | ONCE
     missing = [spec.setting for spec in SPECS if spec.setting not in ours and f"{spec.setting} " not in text]
     assert missing == []

@@ -44,7 +44,7 @@ class Boot:
 
 @dataclass(frozen=True)
 class Online:
-    """The worker is up and about to import the application.
+    """The worker is up and about to import the application, or to run its program.
 
     A descriptor rides along: the file to which it writes its threads' stacks when it gets SIGPWR.
     """

@@ -123,6 +123,7 @@ class Engine:
                 graceful=settings.timeout_graceful_shutdown,
                 backoff=settings.restart_backoff,
                 backoff_max=settings.restart_backoff_max,
+                min_uptime=settings.min_uptime,
                 surge=settings.reload_surge,
                 # What a program does with its event loop, if it has one, is its own business.
                 timeout=0.0 if settings.exec else settings.timeout,

@@ -19,6 +19,7 @@ from ..logs import configure
 from ..settings import Settings
 from .engine import Engine
 from .hooks import told_of_events
+from .household import household
 
 logger = logging.getLogger("clusterserve")
 
@@ -58,7 +59,12 @@ def run_settings(settings: Settings, *, exits: bool = False) -> int:
     with _handlers_put_back(ignore=exits):
         try:
             # Its end may take a moment: the loop still has the signals then, and makes nothing of them.
-            with told_of_events(settings) as emit:
+            with household(settings) as keep, told_of_events(settings) as hooks:
+
+                def emit(event: Event) -> None:
+                    keep(event)
+                    hooks(event)
+
                 return loop.run_until_complete(_serve(settings, loop, emit))
         finally:
             # The loop leaves the default behind for every signal it has handled, which for most of them is death.

@@ -1,17 +1,22 @@
 """The worker's link to its master: listen requests and their answers, the order to drain, the end of the master.
 
-One per process, made before the event loop; `attach` binds it to the loop that will run.
+One per process, made before the event loop.  A worker with an application has one loop for everything (`attach`).  One
+that runs a program reads its messages on a thread of ours (`attach_messages`), so that it can be told to go whatever
+the program does, and has its connections on the loop that listens (`receive_on`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import select
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -49,6 +54,7 @@ class Link:
         self._board = board
         self.kept = kept
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
         self._channel: MessageChannel | None = None
         self._receiver: Receiver | None = None
         self._requests: dict[int, _Request] = {}
@@ -59,12 +65,19 @@ class Link:
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
         #: Called with each message of the program that has the cluster.
         self.on_envelope: Callable[[Envelope, Riders], None] = lambda envelope, riders: riders.close()
-        #: Called when a server is in place.
+        #: Called when a server is in place, on its loop.
         self.on_listening: Callable[[], None] = lambda: None
+        #: What this process exits with when the master has closed the channels.
+        self.gone = MASTER_GONE
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Read the channels on `loop` from now on."""
-        self._loop = loop
+        self.attach_messages(loop)
+        self.receive_on(loop)
+
+    def attach_messages(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read the message channel on `loop`, in whose thread this is called, from now on."""
+        self._loop, self._thread = loop, threading.get_ident()
         self._channel = MessageChannel(
             loop,
             self._messages,
@@ -72,7 +85,34 @@ class Link:
             self._on_closed,
             lambda envelope, riders: self.on_envelope(envelope, riders),
         )
+
+    def receive_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take connections on `loop`, in whose thread this is called, until it is closed.
+
+        Raises OSError (EBUSY) while another loop does.
+        """
+        if self._receiver is not None:
+            if self._receiver.loop is loop:
+                return
+            if not self._receiver.loop.is_closed():
+                raise OSError(
+                    errno.EBUSY, "another event loop of this worker listens already, and one at a time gets connections"
+                )
         self._receiver = Receiver(loop, WorkerEnd(self._connections), self._board, lambda: self._on_closed(None))
+
+    def loop_closes(self, loop: asyncio.AbstractEventLoop) -> None:
+        """`loop` is about to be closed, by its own thread: what still listens on it does so no more."""
+        receiver = self._receiver
+        if receiver is not None and receiver.loop is loop:
+            for server in tuple(self.servers):
+                server.close()
+            receiver.abandon()
+            self._receiver = None
+
+    @property
+    def receives(self) -> bool:
+        """Whether a loop takes connections."""
+        return self._receiver is not None
 
     @property
     def receiver(self) -> Receiver:
@@ -80,9 +120,13 @@ class Link:
         return self._receiver
 
     def send(self, message: Message) -> None:
-        """Send to the master; nothing happens if it is gone."""
-        if self._channel is not None:
+        """Send to the master, from any thread; nothing happens if it is gone."""
+        if self._channel is None or self._loop is None:
+            return
+        if threading.get_ident() == self._thread:
             self._channel.send(message)
+        else:
+            self._loop.call_soon_threadsafe(self._channel.send, message)
 
     def post(self, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
         """Send a message of this program's, from any thread; takes the descriptors over.
@@ -101,12 +145,21 @@ class Link:
         if self._channel is not None:
             self._channel.finish(within)
 
+    def close(self) -> None:
+        """Close the message channel, when everything is said.  On its loop."""
+        if self._channel is not None:
+            # A process that the program has forked may have a copy: it must not keep the master waiting.
+            with contextlib.suppress(OSError):
+                self._messages.shutdown(socket.SHUT_RDWR)
+            self._channel.close()
+
     async def listen(self, request: Listen) -> tuple[Listened, list[int]]:
         """Ask the master for a listener; raises OSError with the kernel's errno if it cannot be had.
 
         `request.request` is ours to fill in.  Call `listening` once the server is in place, `leave` when it has gone.
         The descriptors are the caller's.
         """
+        self.receive_on(asyncio.get_running_loop())
         for other in tuple(self._requests.values()):
             if (other.bind, other.datagram) == (request.bind, request.datagram) and other.answer.cancelled():
                 # Given up, but not yet given back: the master would take this for a second server there.
@@ -147,7 +200,12 @@ class Link:
     def ask_to_leave(self) -> None:
         """Ask the master to be drained.  May be called from a signal handler."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.send, Leave())
+            self._loop.call_soon_threadsafe(self._send_in_line, Leave())
+
+    def _send_in_line(self, message: Message) -> None:
+        if self._channel is not None:
+            # Behind the messages that the program has sent before.
+            self._channel.send_in_line(message)
 
     def _listened(self, message: Listened, descriptors: list[int]) -> None:
         request = self._requests.get(message.request)
@@ -172,8 +230,9 @@ class Link:
             self._listened(message, descriptors)
             return
         if isinstance(message, Drain):
-            # Every offer was sent before this message: none is left behind when the servers close.
-            self.receiver.drain()
+            if self._receiver is not None and self._receiver.loop is self._loop:
+                # Every offer was sent before this message: none is left behind when the servers close.
+                self._receiver.drain()
             self.on_drain(message.grace, message.quick, message.keep)
         elif isinstance(message, ShowStacks):
             self.send(Stacks(thread_names(), tasks([self._loop] if self._loop is not None else [])))
@@ -184,4 +243,4 @@ class Link:
 
     def _on_closed(self, error: ProtocolError | None) -> None:
         """The master is gone, and with it the reason to live: what the kernel's parent-death signal does, for sure."""
-        os._exit(MASTER_GONE)
+        os._exit(self.gone)

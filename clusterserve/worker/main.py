@@ -14,7 +14,8 @@ from typing import Final
 
 from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
-from ..current import STDIO_VARIABLE, VARIABLE, CurrentWorker, become
+from ..current import STDIO_VARIABLE, VARIABLE, become
+from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
 from .link import MASTER_GONE, Link
@@ -50,8 +51,13 @@ def main() -> int:
         # The package may have been upgraded under a running master, and this process is the first of the new version.
         _send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
         return BOOT_FAILURE
-    become(CurrentWorker(boot.worker, boot.slot, os.getpid()))
+    pickled = boot.launch.get("serialization") == "pickle"
+    worker = CurrentWorker(boot.worker, boot.slot, os.getpid(), pickled=pickled)
+    become(worker)
+    link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
     told = answer_signal()
+    if boot.launch.get("exec"):
+        return _run(boot, channel, link, worker, told)
     if boot.path:
         sys.path[:] = boot.path
     _send(channel, Online(os.getpid()), told)
@@ -59,12 +65,25 @@ def main() -> int:
     from .asgi import serve
 
     try:
-        link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
-        serve(Settings.from_json(boot.settings), link)
+        serve(Settings.from_json(boot.settings), link, worker)
     except BootError as exc:
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
     return 0
+
+
+def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, told: int) -> int:
+    """Run a program instead of serving an application."""
+    from .main_module import MainModule
+    from .program import Program
+
+    try:
+        module = MainModule(boot.launch["exec"], boot.launch["args"])
+    except BootError as exc:
+        _send(channel, Failed(exc.args[0], exc.traceback))
+        return BOOT_FAILURE
+    _send(channel, Online(os.getpid()), told)
+    return Program(module, link, worker).run()
 
 
 def place_descriptors(places: str) -> None:

@@ -94,6 +94,7 @@ class Receiver:
         self._answers: dict[int, int] = {}
         self._scheduled = False
         self._blocked: list[bytes] = []
+        self._on_idle: Callable[[], None] | None = None
         loop.add_reader(end.fileno(), self._readable)
 
     def borrow(self, kept: select.epoll, *, keep: bool, head_timeout: float) -> None:
@@ -246,6 +247,12 @@ class Receiver:
         while self._receive():
             pass
 
+    def when_idle(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when no connection is left, soon or now, and whenever that is so again."""
+        self._on_idle = callback
+        # Behind the end of this turn, in which those that were just read are kept or ended.
+        self.loop.call_soon(self.loop.call_soon, lambda: None if self.kept else callback())
+
     # -- turns ----------------------------------------------------------------------------------------------------
 
     def begin_turn(self, requests: int) -> None:
@@ -340,6 +347,8 @@ class Receiver:
     def ended(self, id: int, *, returned: bool = False) -> None:
         """Our descriptor of a connection is closed: the connection is over, or `returned` to the master."""
         self.kept.pop(id, None)
+        if self._on_idle is not None and not self.kept:
+            self._on_idle()
         kind = _RETURNED if returned else _CLOSED
         if id in self._fresh:
             self._fresh[id] |= kind
@@ -398,6 +407,21 @@ class Receiver:
         if not self._blocked:
             self.loop.remove_writer(self._end.fileno())
             self._arm()
+
+    def abandon(self) -> None:
+        """The loop is about to be closed, its servers are: refuse what was offered, and be done with what it holds.
+
+        The channel and the board stay open, for the receiver of the next loop.
+        """
+        self.drain()
+        if self._open:
+            self._turned()
+        for id, transport in tuple(self.kept.items()):
+            transport.abort()
+            self.ended(id)
+        self._flush()
+        self.loop.remove_reader(self._end.fileno())
+        self.loop.remove_writer(self._end.fileno())
 
     # -- the ones that stay ---------------------------------------------------------------------------------------
 

@@ -21,12 +21,14 @@ import uvloop
 
 from clusterserve.channel.board import Board
 from clusterserve.core.messages import Closed, Leave, Listen, Listening
+from clusterserve.currentworker import CurrentWorker
 from clusterserve.errors import BootError
 from clusterserve.settings import Settings
 from clusterserve.tracebacks import of_application
 from clusterserve.worker.asgi import CHATTER, _BootLog, _Drainer, _loop_class, serve
 from clusterserve.worker.draining import CANCELLED, Draining
 from clusterserve.worker.link import Link
+from clusterserve.worker.membership import Membership
 from clusterserve.worker.protocols import Borrowing
 from clusterserve.worker.server import FauxServer
 from tests.helpers.raw import request
@@ -220,9 +222,11 @@ class TestStopping:
         remote = Remote()
         link = Link(remote.theirs, remote.connections.dup(), Board.create(), remote.kept)
         draining = Draining(set())
-        _Drainer(server, link, Borrowing(), draining)
+        member = Membership(link, CurrentWorker(1, 0, os.getpid()))
+        _Drainer(server, link, Borrowing(), draining, member)
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             link.attach(loop)
+            member.begin(loop)
             link.on_drain(grace, False, False)
             link.receiver.close()
             loop.remove_reader(remote.theirs)
