@@ -63,7 +63,12 @@ async def serve(
         server = FauxServer(loop, entrances, link.serve, closed)
     link.servers.add(server)
     if options.get("start_serving", True):
-        await server.start_serving()
+        try:
+            await server.start_serving()
+        except BaseException:
+            # Whoever asked has given up.
+            server.close()
+            raise
     served: asyncio.AbstractServer = server
     return served
 
