@@ -8,12 +8,14 @@ async with scene.cluster(PUPPET) as (cluster, told):
 from __future__ import annotations
 
 import asyncio
-import re
+import os
 import socket
 import subprocess
 from typing import Any, Final
 
-from clusterserve import Cluster, Worker
+import pytest
+
+from clusterserve import Cluster, Worker, faults
 from tests.conformance.helpers import PATIENCE
 from tests.helpers import proc
 
@@ -46,11 +48,17 @@ async def answers(reader, writer):
 class Collector(asyncio.DatagramProtocol):
     def __init__(self, name):
         self.data = received.setdefault(name, [])
+        self.at_once = False
+        self.most = 1 << 30
     def connection_made(self, transport):
         self.transport = transport
+        if self.at_once:
+            transport.close()
     def datagram_received(self, data, addr):
         self.data.append(data.decode())
         self.transport.sendto(str(worker.id).encode(), addr)
+        if len(self.data) == self.most:
+            self.transport.close()
 
 
 def names(server):
@@ -71,8 +79,11 @@ async def unix(name, path):
 
 async def udp(name, host, port, options):
     loop = asyncio.get_running_loop()
+    collector = Collector(name)
+    collector.most = options.pop("most", collector.most)
+    collector.at_once = options.pop("close", False)
     with clusterserve.listen_options(v6only=options.pop("v6only", None)):
-        servers[name], _ = await loop.create_datagram_endpoint(lambda: Collector(name), (host, port), **options)
+        servers[name], _ = await loop.create_datagram_endpoint(lambda: collector, (host, port), **options)
     return servers[name].get_extra_info("sockname")
 
 
@@ -89,6 +100,13 @@ async def own(name, host, port):
     sock = socket.create_server((host, port))
     servers[name] = await asyncio.start_server(answers, sock=sock)
     return names(servers[name])[0]
+
+
+async def own_udp(name, host, port):
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((host, port))
+    servers[name], _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: Collector(name), sock=sock)
+    return sock.getsockname()
 
 
 async def close(name):
@@ -114,21 +132,33 @@ async def had(name):
     return received.get(name, [])
 
 
-async def descriptors():
-    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2
-                  and os.path.exists(f"/proc/self/fd/{fd}") or os.path.islink(f"/proc/self/fd/{fd}"))
+async def sockets():
+    """The sockets that this process has."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            # What this list was read from.
+            pass
+    return sorted(link for link in links if link.startswith("socket:"))
 
 
 async def go(directory):
     os.chdir(directory)
 
 
-async def hold(seconds):
-    asyncio.get_running_loop().call_later(0.05, time.sleep, seconds)
+async def hold(seconds, name=None):
+    """Be busy for so long, soon; then close the server `name`, in the same turn."""
+    def busy():
+        time.sleep(seconds)
+        if name is not None:
+            servers.pop(name).close()
+    asyncio.get_running_loop().call_later(0.05, busy)
 
 
-VERBS = dict(listen=listen, unix=unix, udp=udp, own=own, close=close, had=had, descriptors=descriptors, go=go,
-             send_udp=send_udp, give_up=give_up, hold=hold)
+VERBS = dict(listen=listen, unix=unix, udp=udp, own=own, own_udp=own_udp, close=close, had=had, sockets=sockets,
+             go=go, send_udp=send_udp, give_up=give_up, hold=hold)
 
 
 async def main():
@@ -162,9 +192,9 @@ class Puppet:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
 
-    async def do(self, verb: str, *arguments: Any) -> Any:
+    async def do(self, verb: str, *arguments: Any, within: float = PATIENCE) -> Any:
         """Have it done; raises `RefusedError` for an OSError of the worker's."""
-        outcome = await self.worker.request([verb, *arguments], timeout=PATIENCE)
+        outcome = await self.worker.request([verb, *arguments], timeout=within)
         if "done" not in outcome:
             raise RefusedError(outcome["errno"], outcome["text"])
         return outcome["done"]
@@ -230,6 +260,19 @@ async def end(cluster: Cluster, told: Any, *some: Puppet) -> None:
         assert exit.details == (0, None), f"worker {each.worker.id} exited with {exit.details}"
 
 
-def sockets_of(pid: int) -> list[str]:
-    """The sockets among a process's descriptors."""
-    return sorted(link for link in proc.descriptors(pid).values() if re.match(r"socket:", link))
+def own_sockets() -> int:
+    """How many sockets this process, the master, has."""
+    return sum(link.startswith("socket:") for link in proc.descriptors(os.getpid()).values())
+
+
+def fault(monkeypatch: pytest.MonkeyPatch, name: str) -> dict[str, str]:
+    """Break a mechanism of the master's, and, with the environment that is returned, of its workers'."""
+    monkeypatch.setattr(faults, "_ON", frozenset({name}))
+    return {faults.VARIABLE: name}
+
+
+def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
+    """A port that nobody listens on."""
+    with socket.socket(socket.AF_INET, kind) as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

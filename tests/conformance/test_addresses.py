@@ -9,16 +9,21 @@ import socket
 import pytest
 
 from tests.conformance.helpers import Scene
-from tests.conformance.puppets import PUPPET, RefusedError, asked, askers, end, listeners, puppet, puppets
+from tests.conformance.puppets import (
+    PUPPET,
+    RefusedError,
+    asked,
+    askers,
+    end,
+    fault,
+    free_port,
+    listeners,
+    puppet,
+    puppets,
+)
 
 pytestmark = pytest.mark.needs_tool("ss")
 POLICIES = pytest.mark.parametrize("policy", ["rr", "none"])
-FAULTS = "CLUSTERSERVE_FAULTS"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 @POLICIES
@@ -223,9 +228,9 @@ def test_A14_types_of_addresses(scene: Scene) -> None:
     scene.run(main())
 
 
-async def spellings(scene: Scene, policy: str, first: str, second: str, env: dict[str, str]) -> str:
+async def spellings(scene: Scene, policy: str, first: str, second: str) -> str:
     """Two workers ask for one port in two ways: "shared", or what the second was told."""
-    async with scene.cluster(PUPPET, policy=policy, env=env) as (cluster, _):
+    async with scene.cluster(PUPPET, policy=policy) as (cluster, _):
         one, two = await puppets(cluster, 2)
         port = await one.listen("a", 0, first)
         try:
@@ -251,15 +256,13 @@ async def spellings(scene: Scene, policy: str, first: str, second: str, env: dic
     ],
 )
 def test_A15_one_endpoint_in_two_spellings(scene: Scene, policy: str, first: str, second: str, result: str) -> None:
-    told = scene.run(spellings(scene, policy, first, second, {}))
+    told = scene.run(spellings(scene, policy, first, second))
     assert told == "shared" if result == "shared" else f"this cluster listens on {result}:" in told
 
 
 def test_A15_can_fail(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clusterserve import faults
-
-    monkeypatch.setattr(faults, "_ON", frozenset({"literal-addresses"}))
-    assert scene.run(spellings(scene, "rr", "*", "0.0.0.0", {})) != "shared"
+    fault(monkeypatch, "literal-addresses")
+    assert scene.run(spellings(scene, "rr", "*", "0.0.0.0")) != "shared"
 
 
 @POLICIES
