@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from .. import faults
 from ..channel.message import MessageChannel, Riders
 from ..core.connection import IllegalStep
 from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
@@ -641,6 +642,8 @@ class Engine:
         try:
             listener = self.handles.listen(worker, request)
         except BindError as exc:
+            if faults.on("mute-errors"):
+                return
             code = exc.errno or errno.EINVAL
             channel.send(Listened(request.request, 0, code, str(exc), socket.AF_UNSPEC, "", False))
             return

@@ -13,6 +13,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 
+from .. import faults
 from ..binds import Bind
 from ..core.endpoint import Endpoint
 from ..errors import BindError
@@ -128,6 +129,8 @@ def open_listener(
     file = None
     try:
         sock.setblocking(False)
+        if sock.family == socket.AF_UNIX and bind.kind == "fd" and faults.on("owns-inherited"):
+            bind = Bind("unix", path=sock.getsockname())
         if bind.kind == "unix" and not bind.path.startswith("@"):
             made = os.stat(bind.path)
             # The program that embeds us may be in another directory when it stops.
