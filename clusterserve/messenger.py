@@ -29,6 +29,10 @@ logger = logging.getLogger("clusterserve")
 #: When so many bytes wait, `send` returns false: its caller should await.
 HIGH_WATER: Final = 1 << 20
 
+#: Who listens first, while a program starts, hears nothing for so long (seconds): it may be on another thread than
+#: the handlers, and about to add the next one.
+MOMENT: Final = 0.02
+
 
 class _Asker:
     """Who waits for the answer to a request."""
@@ -59,6 +63,8 @@ class Messenger(Emitter):
         self._request_handler: Handler | None = None
         #: What came before anybody listened, until start-up ends; None from then on.
         self._early: deque[tuple[Envelope, Riders]] | None = deque() if early else None
+        #: How many listeners have come within `MOMENT`.
+        self._coming = 0
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -155,7 +161,7 @@ class Messenger(Emitter):
     def received(self, envelope: Envelope, riders: Riders) -> None:
         """A message has come: open it and tell."""
         answer = envelope.kind in (Kind.REPLY, Kind.FAILURE)
-        if self._early is not None and not answer and (self._early or not self._wanted(envelope)):
+        if self._early is not None and not answer and (self._early or self._coming or not self._wanted(envelope)):
             # Behind one that waits everything waits, or they would change places.
             self._early.append((envelope, riders))
         else:
@@ -213,14 +219,18 @@ class Messenger(Emitter):
         return pending
 
     def _catch_up(self) -> None:
-        """Somebody listens: not now, but when the home loop gets to it, they hear what came before."""
-        if self._early and self._home is not None:
+        """Somebody listens: soon they hear what came before, and so do those who come next."""
+        if self._early is not None and self._home is not None:
+            with self._lock:
+                self._coming += 1
             with contextlib.suppress(RuntimeError):
-                self._home.call_soon_threadsafe(self._deliver_early)
+                self._home.call_soon_threadsafe(self._home.call_later, MOMENT, self._deliver_early)
 
     def _deliver_early(self) -> None:
-        # A handler may end the start-up, or the last of those that wait.
-        while self._early and self._wanted(self._early[0][0]):
+        with self._lock:
+            self._coming -= 1
+        # A handler may end the start-up, or be the next to come.
+        while self._early and not self._coming and self._wanted(self._early[0][0]):
             self._take(*self._early.popleft())
 
     def _open(self, envelope: Envelope, riders: Riders) -> tuple[Any, list[socket.socket]]:

@@ -75,7 +75,8 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value(
             "--bind -b",
             "ADDRESS",
-            "Listen here; repeatable. HOST:PORT, [IPV6]:PORT, :PORT, unix:PATH, unix:@NAME or fd://N; port 0 takes a "
+            "Listen here; repeatable. HOST:PORT, [IPV6]:PORT, :PORT, unix:PATH, unix:@NAME, fd://N or fd://NAME (a "
+            "socket from systemd); port 0 takes a "
             "free one and says which.  [default: 127.0.0.1:8000]",
         )._replace(kind="many"),
         _value("--host", "HOST", "Listen on this host, instead of --bind.  [default: 127.0.0.1]"),

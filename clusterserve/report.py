@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import Final
 
+from clusterserve.activation import passed
 from clusterserve.options import GROUPS, OURS
 from clusterserve.settings import Settings
 from clusterserve.sources import Given, Layer, settings_of
@@ -71,6 +72,8 @@ def _line(name: str, value: object, origin: str) -> str:
 def _origin(name: str, given: Layer) -> str:
     if name in given:
         return given[name].origin
+    if name == "bind" and passed():
+        return "LISTEN_FDS"
     variable = _MOVES.get(name, "")
     return variable if os.environ.get(variable, "").strip() else "default"
 

@@ -1,16 +1,18 @@
 """`Settings`: everything a cluster is told, checked once, frozen for its life.
 
 `Settings.create` is the one door: the command line and `Cluster(app, **settings)` both come through it.  Defaults that
-the environment may move (WEB_CONCURRENCY, PORT, CLUSTERSERVE_POLICY, FORWARDED_ALLOW_IPS) are looked up here, and a
-blank variable is as good as none.
+the environment may move (WEB_CONCURRENCY, PORT, LISTEN_FDS, CLUSTERSERVE_POLICY, FORWARDED_ALLOW_IPS) are looked up
+here, and a blank variable is as good as none.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from clusterserve.activation import addresses, passed
 from clusterserve.binds import ANY_HOST, DEFAULT_PORT, Bind, parse_all
 from clusterserve.checks import (
     Check,
@@ -274,8 +276,10 @@ def _binds(given: dict[str, object]) -> tuple[Bind, ...]:
     names = list(given)
     if len(names) > 1 and names != ["host", "port"]:
         raise SettingsError(f"{names[0]} and {names[1]} exclude each other: give bind, or uds, or fd, or host and port")
+    if not given and (sockets := passed()):
+        return tuple(Bind("fd", fd=fd) for fd in sockets)
     if "bind" in given:
-        return parse_all(given["bind"])
+        return parse_all(_named(given["bind"]))
     if "uds" in given:
         return (Bind("unix", path=text("uds", given["uds"])),)
     if "fd" in given:
@@ -287,6 +291,13 @@ def _binds(given: dict[str, object]) -> tuple[Bind, ...]:
         # gunicorn's rule: who says PORT is a platform that connects from outside.
         host = host if "host" in given else ANY_HOST
     return (Bind("tcp", host=host, port=whole(0, 65535)(source, port)),)
+
+
+def _named(value: object) -> object:
+    """The same addresses, with the sockets that were passed to us by number and not by name."""
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    items = list(value) if isinstance(value, Iterable) and several else [value]
+    return [each for item in items for each in (addresses(item) if isinstance(item, str) else [item])]
 
 
 def _workers(value: object) -> tuple[int, str]:

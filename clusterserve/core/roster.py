@@ -189,6 +189,16 @@ class Roster:
         timeout = self.limits.timeout
         return bool(timeout) and member.silence >= timeout + pace(timeout)
 
+    def responsive(self, within: float, now: float) -> bool:
+        """Whether any worker listens and was heard of within so many seconds, a heartbeat's delay aside."""
+        timeout = self.limits.timeout
+        return any(
+            member.state is WorkerState.LISTENING
+            and not member.doomed
+            and (not timeout or now - member.heard <= within + pace(timeout))
+            for member in self.members.values()
+        )
+
     def count(self, state: WorkerState) -> int:
         """How many workers are in `state`."""
         return sum(member.state is state for member in self.members.values())

@@ -54,6 +54,7 @@ from ..settings import Settings
 from .dispatcher import Dispatcher
 from .handles import Handles
 from .health import Health
+from .listeners import Access
 from .outbox import Outbox
 from .policies import policy_factory
 from .process import Exit, WorkerProcess
@@ -117,7 +118,8 @@ class Engine:
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )
-        self.handles = Handles(loop, self._dispatcher, policy)
+        owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
+        self.handles = Handles(loop, self._dispatcher, policy, Access(settings.socket_mode, *owner))
         self._roster = Roster(
             Limits(
                 boot=settings.timeout_boot,
@@ -174,9 +176,9 @@ class Engine:
             os.getpid(),
         )
         self._health.start()
-        self._reconcile()
-        if self._target.manual:
-            for _ in range(count):
+        # Before it is ready, so that who hears of that finds them.
+        with self._as_one():
+            for _ in range(count if self._target.manual else 0):
                 self.fork()
 
     def stop(self, how: Stop) -> None:
@@ -680,6 +682,13 @@ class Engine:
     def served(self) -> bool:
         """Whether any worker ever listened."""
         return self._roster.proven > 0
+
+    def healthy(self, within: float) -> bool:
+        """Whether some worker serves whose event loop has turned in so many seconds, or none can be expected to."""
+        if not self.served or self._stopping is not Stop.NO:
+            # Starting and stopping have limits of their own.
+            return True
+        return self._roster.responsive(within, self._loop.time())
 
     def statistics(self) -> Statistics:
         """Connections by state and by worker, now."""

@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from .. import faults
 from ..binds import Bind
@@ -27,7 +27,7 @@ from ..core.messages import Listen
 from ..core.policies import Policy
 from ..errors import BindError, ProtocolError, SettingsError
 from .dispatcher import Dispatcher
-from .listeners import Listener, open_listener
+from .listeners import Access, Listener, open_listener
 from .opening import ANY, any_host
 
 logger = logging.getLogger("clusterserve")
@@ -49,12 +49,17 @@ class Handles:
     """Owns the listeners.  `make_policy` gives each its own policy object; None: the workers accept."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, dispatcher: Dispatcher, make_policy: Callable[[], Policy] | None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        dispatcher: Dispatcher,
+        make_policy: Callable[[], Policy] | None,
+        access: Access = Access(),  # noqa: B008 - frozen
     ) -> None:
         self._loop = loop
         self._dispatcher = dispatcher
         self._distributor = dispatcher.distributor
         self._make_policy = make_policy
+        self._access = access
         self._listeners: dict[int, Listener] = {}
         # What port 0 has become; and the ports that nobody listens on now, bound so that nobody takes them.
         self._ports: dict[_Free, int] = {}
@@ -260,7 +265,7 @@ class Handles:
     def _open(self, bind: Bind, backlog: int, *, pinned: bool, request: Listen | None = None) -> Listener:
         if self._closed:
             raise _stopping(str(bind))
-        options = {}
+        options: dict[str, Any] = {"access": self._access}
         if request is not None:
             for name in ("datagram", "v6only", "reuse_address", "keep_alive"):
                 options[name] = getattr(request, name)

@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .. import faults
 from ..binds import Bind
@@ -22,8 +23,13 @@ from .opening import open_socket
 #: How long TCP_DEFER_ACCEPT holds a silent client back (seconds; the kernel rounds up to its retransmissions).
 DEFER: int = 1
 
-#: As uvicorn's: whoever may reach the directory may connect.
-UNIX_MODE = 0o666
+
+class Access(NamedTuple):
+    """Who may connect to a unix socket: the mode of its file (uvicorn's), and its owner, -1 for whoever we are."""
+
+    mode: int = 0o666
+    uid: int = -1
+    gid: int = -1
 
 
 @dataclass
@@ -120,6 +126,7 @@ def open_listener(
     v6only: bool = False,
     reuse_address: bool = True,
     keep_alive: bool = False,
+    access: Access = Access(),  # noqa: B008 - frozen
 ) -> Listener:
     """Open what `bind` names and listen; raises `BindError`.  `datagram`: UDP."""
     try:
@@ -135,7 +142,9 @@ def open_listener(
             made = os.stat(bind.path)
             # The program that embeds us may be in another directory when it stops.
             file = (os.path.abspath(bind.path), made.st_dev, made.st_ino)
-            os.chmod(bind.path, UNIX_MODE)
+            if (access.uid, access.gid) != (-1, -1):
+                os.chown(bind.path, access.uid, access.gid)
+            os.chmod(bind.path, access.mode)
         if sock.family != socket.AF_UNIX and not datagram:
             # Accepted sockets inherit both: no system call for each of them.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -141,6 +141,9 @@ class HandedTransport(asyncio.Transport):
             return
         if not self._abort and self._pieces:
             self._flush()
+        if self._paused and not self._pieces and not self._abort:
+            # The kernel has taken by now what was too much before, and no transport of the loop's will ever say so.
+            self._resume()
         if self._abort or self._error is not None or (self._closing and not self._pieces):
             self._finish(self._error)
         elif self._watch is None or self._pieces or self._upgraded or self._eof:

@@ -95,3 +95,29 @@ def test_min_uptime_is_heeded(serve: Serve) -> None:
     server.wait_for("was killed by SIGKILL")
     assert server.get("/").status == 200
     assert len(server.announced) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ((), 0o666),
+        (("--uds-permissions", "777"), 0o777),
+        (("--umask", "007"), 0o660),
+        (("--umask", "077", "--uds-permissions", "0o640"), 0o640),
+    ],
+)
+def test_X02_the_mode_of_a_socket_file(serve: Serve, tmp_path: Path, options: tuple[str, ...], mode: int) -> None:  # noqa: N802
+    path = tmp_path / "s"
+    server = serve(*options, bind=f"unix:{path}")
+    assert path.stat().st_mode & 0o777 == mode
+    assert server.get("/").status == 200
+
+
+def test_the_workers_group(serve: Serve, tmp_path: Path) -> None:
+    """Root may choose any, everybody else their own."""
+    group = 65534 if os.geteuid() == 0 else os.getegid()
+    path = tmp_path / "s"
+    server = serve("--group", str(group), bind=f"unix:{path}", app=PRINTS)
+    assert server.get("/").body.split()[0] == str(group).encode()
+    assert path.stat().st_gid == group
+    assert f"Gid:\t{os.getegid()}\t" in Path(f"/proc/{server.pid}/status").read_text()

@@ -283,6 +283,7 @@ class Master:
 _LIVES = (
     [Kind.ACK, Kind.CLOSED], [Kind.ACK | Kind.CLOSED], [Kind.CLOSED], [Kind.REFUSED],
     [Kind.ACK, Kind.RETURNED], [Kind.ACK | Kind.RETURNED], [Kind.RETURNED],
+    [Kind.ACK | Kind.KEPT, Kind.CLOSED], [Kind.ACK | Kind.KEPT, Kind.RETURNED],
 )  # fmt: skip
 
 
