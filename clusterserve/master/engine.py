@@ -680,6 +680,10 @@ class Engine:
         """Whether any worker ever listened."""
         return self._roster.proven > 0
 
+    def pids(self) -> list[int]:
+        """The processes of the workers that are not dead."""
+        return [seat.process.pid for seat in self.seats.values()]
+
     def healthy(self, within: float) -> bool:
         """Whether some worker serves whose event loop has turned in so many seconds, or none can be expected to."""
         if not self.served or self._stopping is not Stop.NO:
