@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal as signals
+import socket
 from collections.abc import Callable
 from typing import Any, Final, Protocol, cast
 
 from .core.envelope import Envelope
+from .errors import ClusterError
 from .home import Home
 from .messenger import Messenger
 
@@ -23,6 +25,8 @@ class Wire(Protocol):
     def die(self, signal: int) -> None: ...
 
     def post(self, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None: ...
+
+    def handle_connection(self, sock: socket.socket) -> None: ...
 
 
 class CurrentWorker(Messenger):
@@ -87,6 +91,17 @@ class CurrentWorker(Messenger):
         if self._wire is not None and self.state == "disconnected":
             self._wire.die(self.farewell)
         return self.disconnect()
+
+    def serve(self, sock: socket.socket) -> None:
+        """Have this worker's server serve a connection, say one that came with a message.
+
+        It takes the socket over, and treats it as one that it has accepted itself; what was read from it before is not
+        there any more.  With several servers it is the one that listened first; `server.handle_connection` chooses.
+        Raises `ClusterError` if nothing listens; the socket is still yours then.  Any thread may call this.
+        """
+        if self._wire is None:
+            raise ClusterError("this worker has no server for a connection")
+        self._wire.handle_connection(sock)
 
     def _post(self, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
         if self._wire is not None:

@@ -25,7 +25,7 @@ from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel, Riders
 from ..core.envelope import Envelope
 from ..core.messages import Closed, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
-from ..errors import ProtocolError
+from ..errors import ClusterError, ProtocolError
 from .receiver import Receiver
 from .server import FauxServer
 from .stacks import tasks, thread_names
@@ -139,6 +139,16 @@ class Link:
         for fd in descriptors:
             os.close(fd)
         done(False)
+
+    def handle_connection(self, sock: socket.socket) -> None:
+        """Have a server of this worker serve a connection, the one that listened first if there are several.
+
+        From any thread.  Takes the socket over; raises `ClusterError` if there is no server, and leaves it then.
+        """
+        servers = [server for server in tuple(self.servers) if hasattr(server, "handle_connection")]
+        if not servers:
+            raise ClusterError("this worker has no server for a connection")
+        min(servers, key=lambda server: min(server.keys)).handle_connection(sock)
 
     def finish(self, within: float) -> None:
         """Send what waits, the loop's time being over; blocks for so many seconds at most."""

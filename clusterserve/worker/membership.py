@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -77,6 +78,10 @@ class Membership:
     def post(self, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
         """A message of the application's."""
         self._link.post(envelope, descriptors, done)
+
+    def handle_connection(self, sock: socket.socket) -> None:
+        """A connection for its server.  From any thread."""
+        self._link.handle_connection(sock)
 
     def die(self, number: int) -> None:
         """End by this signal."""

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -100,6 +101,10 @@ class Program:
     def post(self, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
         """A message of the program's.  From any thread."""
         self._link.post(envelope, descriptors, done)
+
+    def handle_connection(self, sock: socket.socket) -> None:
+        """A connection for its server.  From any thread."""
+        self._link.handle_connection(sock)
 
     def die(self, number: int) -> None:
         """End by this signal.  From any thread."""

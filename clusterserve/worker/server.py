@@ -11,6 +11,7 @@ from typing import Any
 
 from ..binds import Bind
 from ..core.messages import Listened
+from ..errors import ClusterError
 
 #: Where the kernel, not the listener, knows the local address of a connection.
 _WILDCARDS = frozenset({"0.0.0.0", "::"})
@@ -95,6 +96,34 @@ class _Server(asyncio.AbstractServer):
         self._open = True
         self._left = False
         self._closed: asyncio.Future[None] = loop.create_future()
+        #: What connections are made with that come by another way (`handle_connection`).
+        self.factory: Callable[[], asyncio.BaseProtocol] | None = None
+        self.ssl: dict[str, Any] = {}
+        self._coming: set[asyncio.Task[None]] = set()
+
+    def handle_connection(self, sock: socket.socket) -> None:
+        """Serve a connection that came by another way, in a message for one, as if it had been accepted here.
+
+        Takes the socket over; any thread may call this.  Such a connection is this worker's own to its end: the master
+        does not count it, nor lend it to another worker, and a program that is told to go does not wait for it.  Raises
+        `ClusterError` if the server is closed; the socket is still yours then.
+        """
+        if not self._open or self.factory is None:
+            raise ClusterError(f"{self!r} takes no connections")
+        sock.setblocking(False)
+        self._loop.call_soon_threadsafe(self._enter, self.factory, sock)
+
+    def _enter(self, factory: Callable[[], Any], sock: socket.socket) -> None:
+        task = self._loop.create_task(self._make(factory, sock))
+        self._coming.add(task)
+        task.add_done_callback(self._coming.discard)
+
+    async def _make(self, factory: Callable[[], Any], sock: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(factory, sock, **self.ssl)
+        except Exception as exc:  # noqa: BLE001 - the user's factory, or a client that fails its TLS handshake
+            sock.close()
+            self._loop.call_exception_handler({"message": "a connection could not be made", "exception": exc})
 
     def close(self) -> None:
         if self._open:

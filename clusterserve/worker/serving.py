@@ -61,6 +61,7 @@ async def serve(
     else:
         entrances = [Entrance(answer, protocol_factory, ssl, first) for answer, _ in had]
         server = FauxServer(loop, entrances, link.serve, closed)
+    server.factory, server.ssl = protocol_factory, ssl
     link.servers.add(server)
     if options.get("start_serving", True):
         await server.start_serving()

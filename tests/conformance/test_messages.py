@@ -511,6 +511,84 @@ def test_M17_a_socket_arrives_with_exactly_its_message(start: Start) -> None:
         rig.goes()
 
 
+@pytest.mark.parametrize("dispatch", ["auto", "connection"])
+@pytest.mark.parametrize("policy", ["rr", "none"])
+def test_M18_a_connection_sent_by_hand_is_served_by_the_workers_http_server(
+    tmp_path: Path, dispatch: str, policy: str
+) -> None:
+    name = f"m18_{dispatch}_{policy}"
+    (tmp_path / f"{name}.py").write_text(
+        PREAMBLE
+        + textwrap.dedent("""
+        @worker.on("message")
+        def serve(message, sockets):
+            worker.serve(sockets[0])
+
+        async def app(scope, receive, send):
+            if scope["type"] == "lifespan":
+                while (await receive())["type"] == "lifespan.startup":
+                    await send({"type": "lifespan.startup.complete"})
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+            body = f"{worker.id} {scope['path']}".encode()
+            headers = [(b"content-length", str(len(body)).encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+        """)
+    )
+    settings = {"policy": policy, "dispatch": dispatch, "bind": "127.0.0.1:0", "app_dir": str(tmp_path)}
+    with (
+        Cluster(f"{name}:app", workers=2, **settings) as cluster,
+        socket.create_server(("127.0.0.1", 0)) as server,
+    ):
+        for id, worker in cluster.workers.items():
+            with socket.create_connection(server.getsockname(), timeout=LONG) as client:
+                connection, _ = server.accept()
+                worker.send("serve it", connection)
+                # Twice, on one connection.
+                for path in ("/one", "/two"):
+                    client.sendall(f"GET {path} HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+                    answer = b""
+                    while not answer.endswith(f"{id} {path}".encode()):
+                        data = client.recv(9999)
+                        assert data, answer
+                        answer += data
+
+
+def test_M18_and_by_any_asyncio_server_of_a_program(start: Start) -> None:
+    script = """
+    async def main():
+        async def answer(reader, writer):
+            writer.write(b"hello " + await reader.readline())
+            writer.close()
+
+        @worker.on_request
+        def serve(message, sockets):
+            worker.serve(sockets[0])
+
+        try:
+            worker.serve(None)
+        except ClusterError as error:
+            worker.send(str(error))
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            worker.send(server.sockets[0].getsockname()[1])
+            await server.serve_forever()
+
+    asyncio.run(main())
+    """
+    with start(script) as rig, socket.create_server(("127.0.0.1", 0)) as server:
+        complaint, port = rig.hears(2)
+        assert complaint == "this worker has no server for a connection"
+        with socket.create_connection(server.getsockname(), timeout=LONG) as client:
+            rig.ask("serve it", server.accept()[0])
+            client.sendall(b"by hand\n")
+            assert client.recv(99) == b"hello by hand\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=LONG) as client:
+            client.sendall(b"by the master\n")
+            assert client.recv(99) == b"hello by the master\n"
+        rig.goes()
+
+
 def test_M19_a_listening_socket_is_used_on_both_sides(start: Start) -> None:
     script = """
     @worker.on_request
