@@ -141,6 +141,7 @@ class Engine:
         #: Who waits for the last worker's end, in a cluster whose program says how many there are.
         self._departures: list[asyncio.Future[None]] = []
         self._ready = False
+        self._hasty, self._repeats = faults.on("disconnect-first"), faults.on("disconnect-again")
         self._generation = 1
         self._changes: list[asyncio.Future[None]] = []
         self._stopping = Stop.NO
@@ -263,7 +264,7 @@ class Engine:
     def disconnect(self, worker: int) -> None:
         """Have a worker finish what it holds and leave.  Nothing happens if it leaves already, or is gone."""
         seat = self.seats.get(worker)
-        if seat is not None and seat.member.current:
+        if seat is not None and (seat.member.current or self._repeats):
             self._perform(Drain(worker, quick=False, interrupt=False, keep=True), self._loop.time())
             self._reconcile()
 
@@ -402,7 +403,7 @@ class Engine:
             self._deadline = None
         if current.deadline is not None:
             self._deadline = self._loop.call_at(current.deadline, self._reconcile)
-        if not self._roster.members:
+        if not self._roster.members or self._hasty:
             departures, self._departures = self._departures, []
             for departure in departures:
                 departure.set_result(None)
@@ -682,6 +683,10 @@ class Engine:
     def served(self) -> bool:
         """Whether any worker ever listened."""
         return self._roster.proven > 0
+
+    def pids(self) -> list[int]:
+        """The processes of the workers that are not dead."""
+        return [seat.process.pid for seat in self.seats.values()]
 
     def healthy(self, within: float) -> bool:
         """Whether some worker serves whose event loop has turned in so many seconds, or none can be expected to."""
