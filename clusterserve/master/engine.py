@@ -711,6 +711,8 @@ class Engine:
         try:
             listener = self.handles.listen(worker, request)
         except BindError as exc:
+            if faults.on("mute-errors"):
+                return
             code = exc.errno or errno.EINVAL
             channel.send(Listened(request.request, 0, code, str(exc), socket.AF_UNSPEC, "", False))
             return
@@ -747,6 +749,10 @@ class Engine:
     def served(self) -> bool:
         """Whether any worker ever listened."""
         return self._roster.proven > 0
+
+    def pids(self) -> list[int]:
+        """The processes of the workers that are not dead."""
+        return [seat.process.pid for seat in self.seats.values()]
 
     def healthy(self, within: float) -> bool:
         """Whether some worker serves whose event loop has turned in so many seconds, or none can be expected to."""
