@@ -21,6 +21,7 @@ from typing import Any, Final, cast
 import uvicorn
 from uvicorn.importer import ImportFromStringError, import_from_string
 
+from .. import faults
 from ..currentworker import CurrentWorker
 from ..errors import BootError
 from ..settings import Settings
@@ -242,6 +243,7 @@ class _Drainer:
         self._draining = draining
         self._link = link
         self._member = member
+        self._gives_back = not faults.on("idle-given-back")
         link.on_drain = self.drain
 
     def drain(self, grace: float, quick: bool, keep: bool) -> None:
@@ -249,6 +251,7 @@ class _Drainer:
 
         `keep`: other workers go on, so idle connections go back to the master instead of being closed.
         """
+        keep = keep and self._gives_back
         self._draining.begin()
         self._member.drains()
         quick = quick or self._member.in_a_hurry
