@@ -16,7 +16,7 @@ def titler() -> Callable[[str], Any] | None:
     try:
         from setproctitle import getproctitle, setproctitle
 
-        # It looks for room at its first use, and not when it is imported.
+        # It looks at the variable when it is first used.
         getproctitle()
     except ImportError:
         return None
