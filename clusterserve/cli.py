@@ -7,6 +7,7 @@ on stderr and exit code 2, before anything has started.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -25,6 +26,9 @@ _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
+    if os.getpid() == 1:
+        # The kernel gives process 1, that of a container, no signal that it does not handle; everybody else dies of it.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 

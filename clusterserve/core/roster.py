@@ -53,11 +53,15 @@ class Member:
     #: When it was told to write its stacks, for being hung.
     aborted: float | None = None
     killed: bool = False
+    #: It may stand at a breakpoint, or wait for its debugger: its silence means nothing.
+    debugged: bool = False
     #: When it was sent a SIGTERM that it is to act upon.
     terminated: float | None = None
     wear: Wear = field(default_factory=Wear)
     #: When it was last heard of, and for how long the master has listened since, in vain.
     heard: float = 0.0
+    #: It has sent a heartbeat: a program does from when it listens, which it may never do.
+    beats: bool = False
     silence: float = 0.0
 
     @property
@@ -150,6 +154,11 @@ class Roster:
         if member.terminated is None:
             member.terminated = now
 
+    def debugging(self, id: int) -> None:
+        """A debugger may attach to worker `id`."""
+        member = self.members[id]
+        member.debugged, member.silence = True, 0.0
+
     def forgiven(self, now: float) -> None:
         """Somebody has ordered a change: what failed before says nothing of what will be."""
         for slot in self.slots.values():
@@ -158,7 +167,7 @@ class Roster:
     def heard(self, id: int, served: int, now: float) -> bool:
         """Worker `id` has sent a heartbeat; whether it is worn."""
         member = self.members[id]
-        member.heard, member.silence = now, 0.0
+        member.heard, member.silence, member.beats = now, 0.0, True
         member.wear.count(served)
         return bool(member.worn(now))
 
@@ -179,7 +188,7 @@ class Roster:
             return False
         overdue = False
         for member in self.members.values():
-            if member.serving:
+            if member.serving and not member.debugged and (member.beats or not self.programs):
                 member.silence += min(now - max(since, member.heard), pace(self.limits.timeout))
                 overdue = overdue or self.hung(member)
         return overdue

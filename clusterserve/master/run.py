@@ -21,6 +21,7 @@ from .engine import Engine
 from .hooks import told_of_events
 from .household import household
 from .notify import Notifier, notifier
+from .orphans import Orphans
 
 logger = logging.getLogger("clusterserve")
 
@@ -96,7 +97,11 @@ async def _serve(
     signals = _Signals(engine, loop, teller.on_reloaded)
     engine.start()
     teller.watch(loop, engine.healthy)
+    orphans = Orphans(loop, engine.pids)
+    if os.getpid() == 1:
+        orphans.start()
     error = await engine.finished
+    orphans.close()
     if error is not None:
         raise error
     logger.info("Stopped, master process %d", os.getpid())

@@ -192,3 +192,48 @@ def test_a_websocket_goes_on_until_it_is_closed(scene: Scene, policy: str) -> No
             assert told.every("disconnect") == []
 
     scene.run(main())
+
+
+BLOCKED = """
+async def answer(reader, writer):
+    await reader.readline()
+    time.sleep(3600)
+
+async def main():
+    async with await asyncio.start_server(answer, "127.0.0.1", 0):
+        await forever()
+asyncio.run(main())
+"""
+
+
+def test_a_program_whose_servers_loop_stands_still_is_replaced(scene: Scene) -> None:
+    async def main() -> None:
+        async with scene.cluster(BLOCKED, timeout=1.0, respawn=True, workers=1) as (cluster, told):
+            (worker,) = cluster.workers.values()
+            (listening,) = await told.until("listening", worker)
+            _, writer = await asyncio.open_connection("127.0.0.1", listening.details[0].port)
+            writer.write(b"hello\n")
+            await told.until("exit", worker)
+            assert told.the("exit", worker).details == (None, signal.SIGABRT)
+            writer.close()
+
+    scene.run(main())
+
+
+def test_one_that_does_not_listen_may_stand_still(scene: Scene) -> None:
+    source = """
+    async def main():
+        (await serve()).close()
+    asyncio.run(main())
+    time.sleep(2.5)
+    say("awake")
+    time.sleep(3600)
+    """
+
+    async def main() -> None:
+        async with scene.cluster(source, timeout=1.0, respawn=True, workers=1) as (cluster, told):
+            (worker,) = cluster.workers.values()
+            await told.when(scene.said, "it has slept")
+            assert not worker.is_dead()
+
+    scene.run(main())
