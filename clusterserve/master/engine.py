@@ -135,7 +135,9 @@ class Engine:
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )
         owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
-        self.handles = Handles(loop, self._dispatcher, policy, Access(settings.socket_mode, *owner))
+        self.handles = Handles(
+            loop, self._dispatcher, policy, Access(settings.socket_mode, *owner), programs=bool(settings.exec)
+        )
         self._roster = Roster(
             Limits(
                 boot=settings.timeout_boot,
@@ -542,7 +544,8 @@ class Engine:
             logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, exc)
             name = WorkerName(member.id, member.slot, 0)
             self._emit(WentWrong(name, exc))
-            self._emit(Exited(name, None, None))
+            if not faults.on("no-exit-of-the-unborn"):
+                self._emit(Exited(name, None, None))
             self._roster.happened(member.id, WorkerEvent.EXITED, now)
             return member.id
         channel = MessageChannel(

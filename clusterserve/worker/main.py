@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Final
 
+from .. import faults
 from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
 from ..current import STDIO_VARIABLE, VARIABLE, become
@@ -122,6 +123,8 @@ def place_descriptors(places: str) -> None:
 
 def die_with(master: int) -> None:
     """Be killed when the process `master` ends, even if this one is busy or blocked (prctl(2), PR_SET_PDEATHSIG)."""
+    if faults.on("no-parent-death-signal"):
+        return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # It may have ended before the call above.
     if os.getppid() != master:
