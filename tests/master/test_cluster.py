@@ -490,3 +490,11 @@ def test_the_hosts_logging_is_left_alone(make: Make, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, logger="clusterserve"), make() as cluster:
         assert f"Listening on {cluster.url}" in caplog.messages
     assert (logger.level, logger.handlers, logger.propagate) == before
+
+
+@pytest.mark.parametrize("name", ["pid", "umask"])
+def test_the_process_is_the_programs_own(name: str) -> None:
+    with pytest.raises(
+        SettingsError, match=rf"^{name} is for run\(\) and the command line: this process is the program's"
+    ):
+        Cluster("a:b", **{name: "7"})
