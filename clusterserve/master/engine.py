@@ -424,16 +424,14 @@ class Engine:
     def _give_up(self, slots: tuple[int, ...]) -> None:
         """What was ordered may never be: let nobody wait for it, and go on trying."""
         failure = self._failure or Failed(self._last_exit, "")
-        reason = (
-            f"workers die again and again before they are of use, in slot {', '.join(map(str, slots))}: "
-            f"{failure.reason}; the cluster goes on trying"
-        )
-        logger.error("Not done yet: %s", reason)
+        where = ", ".join(map(str, slots))
+        reason = f"workers die again and again before they are of use, in slot {where}: {failure.reason}"
+        logger.error("Not done yet: %s; the cluster goes on trying", reason)
         if not self.settled.done():
             self.settled.set_exception(BootError(reason, failure.traceback))
             # Nobody may be waiting: a program of our own goes on with the others.
             self.settled.exception()
-        self._changed(BootError(reason, failure.traceback))
+        self._changed(BootError(f"{reason}; the cluster goes on trying", failure.traceback))
 
     def _close_listeners(self) -> None:
         if self.handles.open:
