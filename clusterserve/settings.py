@@ -167,8 +167,11 @@ class Settings(Launch):
 
     @property
     def borrows(self) -> bool:
-        """Whether workers give connections back: only under a policy, and not if connections are the unit."""
-        return self.dispatch != "connection" and self.policy != "none"
+        """Whether workers give connections back: only under a policy, and not if connections are the unit.
+
+        What a program's servers say to their clients is not ours to know: their connections are theirs to the end.
+        """
+        return self.dispatch != "connection" and self.policy != "none" and not self.exec
 
     @property
     def socket_mode(self) -> int:
