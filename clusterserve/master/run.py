@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import uvloop
 
-from ..core.events import Event
+from ..core.envelope import Kind, declined
+from ..core.events import Event, Messaged
 from ..core.reconcile import Stop
 from ..errors import ClusterError
 from ..logs import configure
@@ -99,7 +100,14 @@ async def _serve(
     teller: Notifier,
     reread: Callable[[], Settings] | None,
 ) -> int:
-    engine = Engine(settings, loop, emit)
+    def told(event: Event) -> None:
+        if not isinstance(event, Messaged):
+            emit(event)
+        elif event.envelope.kind is Kind.REQUEST:
+            # Nobody is here who could; whoever asks must not wait for ever.
+            engine.outbox.post(event.worker.id, declined(event.envelope), [], lambda sent: None)
+
+    engine = Engine(settings, loop, told)
     signals = _Signals(engine, loop, teller.on_reloaded, reread)
     engine.start()
     teller.watch(loop, engine.healthy)
