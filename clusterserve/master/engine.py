@@ -45,7 +45,21 @@ from ..core.events import (
     WorkerName,
 )
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online, Stacks
+from ..core.messages import (
+    Beat,
+    Boot,
+    Closed,
+    Debug,
+    Debugged,
+    Failed,
+    Leave,
+    Listen,
+    Listened,
+    Listening,
+    Message,
+    Online,
+    Stacks,
+)
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Action, Drain, Spawn, Stop, Target, Verdict, plan
 from ..core.roster import Limits, Member, Roster
@@ -81,10 +95,12 @@ class Seat:
     process: WorkerProcess
     channel: MessageChannel
     listening: set[int] = field(default_factory=set)
-    #: The signal that `destroy` has left for it; 0 for none.
-    farewell: int = 0
     #: Where it writes its threads' stacks; -1 until it is online.  Ours to close.
     stacks: int = -1
+    #: The signal that `destroy` has left for it; 0 for none.
+    farewell: int = 0
+    #: Where a debugger can attach, HOST:PORT; empty: nowhere.
+    debugger: str = ""
 
 
 class Engine:
@@ -119,7 +135,9 @@ class Engine:
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )
         owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
-        self.handles = Handles(loop, self._dispatcher, policy, Access(settings.socket_mode, *owner))
+        self.handles = Handles(
+            loop, self._dispatcher, policy, Access(settings.socket_mode, *owner), programs=bool(settings.exec)
+        )
         self._roster = Roster(
             Limits(
                 boot=settings.timeout_boot,
@@ -135,6 +153,8 @@ class Engine:
         )
         self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
         self._stacks = StackCollector(loop)
+        #: Who waits for workers to be ready for their debuggers, and for which workers each.
+        self._debug_orders: dict[asyncio.Future[dict[int, str]], set[int]] = {}
         self._target = Target(settings.workers, manual=not settings.respawn)
         #: What `fork` was given, by slot: replacements inherit it.
         self._environments: dict[int, Environment] = {}
@@ -241,9 +261,49 @@ class Engine:
         """Launch workers as these settings say from now on; what else they say stays as it was."""
         self.settings = settings
 
-    def fork(self, env: Environment = ()) -> int:
+    def start_debugging(self, port: str | int) -> asyncio.Future[dict[int, str]]:
+        """Let debuggers attach to every worker, those to come included, at `port` (as in the setting `debug_port`).
+
+        Done when all that are there have answered or gone, with the addresses.  A worker that has a debugger keeps it.
+        """
+        self.settings = dataclasses.replace(self.settings, debug_port=port)
+        order: asyncio.Future[dict[int, str]] = self._loop.create_future()
+        self._debug_orders[order] = set()
+        for worker, seat in self.seats.items():
+            if seat.member.current and not seat.debugger:
+                self._roster.debugging(worker)
+                self._debug_orders[order].add(worker)
+                seat.channel.send(Debug(port))
+        self._settle_debug_orders()
+        return order
+
+    def debuggers(self) -> dict[int, str]:
+        """Where debuggers can attach, by worker."""
+        return {worker: seat.debugger for worker, seat in self.seats.items() if seat.debugger}
+
+    def _settle_debug_orders(self, answered: int = 0) -> None:
+        for order, waiting in list(self._debug_orders.items()):
+            waiting.discard(answered)
+            if not waiting:
+                del self._debug_orders[order]
+                order.set_result(self.debuggers())
+
+    def _debugged(self, worker: int, message: Debugged) -> None:
+        seat = self.seats[worker]
+        if message.address != seat.debugger:
+            seat.debugger = message.address
+            who = (worker, seat.member.slot, seat.process.pid, message.address)
+            logger.info("Worker %d (slot %d, pid %d) can be debugged at %s", *who)
+            if message.wanted:
+                logger.warning("Worker %d is not at %s: %s", worker, message.wanted, message.why)
+        elif not message.address:
+            logger.error("Worker %d cannot be debugged at %s: %s", worker, message.wanted, message.why)
+        self._settle_debug_orders(worker)
+
+    def fork(self, env: Environment = (), debug_port: int | None = None) -> int:
         """One worker more, now; its id.  Raises `ClusterError` if the cluster is stopping.
 
+        `debug_port` is for this one worker, if the setting is a function.
         In a cluster that respawns, one more is wanted from now on, and a replacement inherits `env`.
         """
         if self._stopping is not Stop.NO or self.finished.done():
@@ -259,7 +319,7 @@ class Engine:
         self._environments[slot] = env
         self._distributor.resize(max(taken | {slot}) + 1)
         with self._as_one():
-            return self._spawn(Spawn(slot, self._target.generation), self._loop.time())
+            return self._spawn(Spawn(slot, self._target.generation), self._loop.time(), debug_port)
 
     def disconnect(self, worker: int) -> None:
         """Have a worker finish what it holds and leave.  Nothing happens if it leaves already, or is gone."""
@@ -472,7 +532,7 @@ class Engine:
             self._tell(seat, WasKilled, action.why)
             seat.process.send_signal(signal.SIGKILL)
 
-    def _spawn(self, action: Spawn, now: float) -> int:
+    def _spawn(self, action: Spawn, now: float, debug_port: int | None = None) -> int:
         """The id of the worker that was started, or could not be."""
         member = self._roster.spawned(action.slot, action.generation, now, self._health.wear())
         self._tell_why(action, member)
@@ -484,7 +544,8 @@ class Engine:
             logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, exc)
             name = WorkerName(member.id, member.slot, 0)
             self._emit(WentWrong(name, exc))
-            self._emit(Exited(name, None, None))
+            if not faults.on("no-exit-of-the-unborn"):
+                self._emit(Exited(name, None, None))
             self._roster.happened(member.id, WorkerEvent.EXITED, now)
             return member.id
         channel = MessageChannel(
@@ -504,7 +565,12 @@ class Engine:
         path = [entry for entry in entries if isinstance(entry, str)]
         if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
             path.insert(0, first)
-        channel.send(Boot(member.id, action.slot, self.settings.to_json(), path, self.settings.to_worker()))
+        launch = self.settings.to_worker()
+        if debug_port is not None:
+            launch["debug_port"] = debug_port
+        if launch["debug_port"] is not None:
+            self._roster.debugging(member.id)
+        channel.send(Boot(member.id, action.slot, self.settings.to_json(), path, launch))
         return member.id
 
     def _tell_why(self, action: Spawn, member: Member) -> None:
@@ -568,6 +634,8 @@ class Engine:
                 self._tell(self.seats[worker], CameOnline)
         elif isinstance(message, Beat):
             self._health.heard(worker, message.served)
+        elif isinstance(message, Debugged):
+            self._debugged(worker, message)
         elif isinstance(message, Stacks):
             self._stacks.answered(worker, message)
         elif isinstance(message, Leave):
@@ -629,6 +697,7 @@ class Engine:
             if seat.stacks >= 0:
                 os.close(seat.stacks)
             del self.seats[worker]
+            self._settle_debug_orders(worker)
             asked = seat.member.drained is not None
             self.handles.leave_all(worker, crashed=not asked)
             self._last_exit = self._last_exit if seat.member.doomed else f"worker {worker} {ended}"

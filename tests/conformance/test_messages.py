@@ -183,22 +183,27 @@ def test_M03_in_an_application_during_its_start_up(tmp_path: Path, monkeypatch: 
         eventually(lambda: heard == ["welcome"], "it came back", within=LONG)
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"cmd": "NODE_CLUSTER", "ack": 0x7FFFFFFF},
-        {"cmd": "NODE_internal", "key": "127.0.0.1:0"},
-        {"cmd": "x NODE_"},
+def test_M04_a_message_that_looks_like_one_of_ours_does_nothing(start: Start) -> None:
+    """In either direction."""
+    messages = [
+        {"ack": 0x7FFFFFFF, "cmd": "NODE_CLUSTER"},
         ["Drain", 0.0, True, False],
         ["Listening", 99],
         ["Online", -1],
-    ],
-)
-def test_M04_M05_a_message_that_looks_like_one_of_ours_is_a_message(start: Start, message: Any) -> None:
+    ]
     with start(ECHO) as rig:
-        rig.worker.send(message)
-        assert rig.hears(1) == [message]
+        for message in messages:
+            rig.worker.send(message)
+        assert rig.hears(4) == messages
         assert rig.worker.state == "online"
+        rig.goes()
+
+
+@pytest.mark.parametrize("command", ["NODE_internal", "NODE_", "a NODE_", "Drain"])
+def test_M05_no_dictionary_is_reserved(start: Start, command: str) -> None:
+    with start(ECHO) as rig:
+        rig.worker.send({"cmd": command})
+        assert rig.hears(1) == [{"cmd": command}]
         rig.goes()
 
 
@@ -697,7 +702,7 @@ def test_M23_the_worker_goes_on_the_first_of_two_sockets(start: Start) -> None:
 # ── requests and broadcast ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_M00_requests_both_ways(start: Start) -> None:
+def test_requests_both_ways(start: Start) -> None:
     script = """
     @worker.on_request
     async def answer(obj):
@@ -713,7 +718,7 @@ def test_M00_requests_both_ways(start: Start) -> None:
             assert each.result(LONG) == {"worker": id, "says": [id, "hello"]}
 
 
-def test_M00_an_exception_is_the_askers_with_its_text(start: Start) -> None:
+def test_an_exception_is_the_askers_with_its_text(start: Start) -> None:
     script = """
     @worker.on_request
     def answer(obj):
@@ -723,7 +728,7 @@ def test_M00_an_exception_is_the_askers_with_its_text(start: Start) -> None:
         rig.ask("bread")
 
 
-def test_M00_nobody_answers_in_time(start: Start) -> None:
+def test_nobody_answers_in_time(start: Start) -> None:
     script = """
     gates = {}
 
@@ -745,7 +750,7 @@ def test_M00_nobody_answers_in_time(start: Start) -> None:
         assert rig.worker.state == "online"
 
 
-def test_M00_a_worker_that_dies_fails_what_it_was_asked(start: Start) -> None:
+def test_a_worker_that_dies_fails_what_it_was_asked(start: Start) -> None:
     script = """
     @worker.on_request
     async def answer(obj):
@@ -762,7 +767,7 @@ def test_M00_a_worker_that_dies_fails_what_it_was_asked(start: Start) -> None:
                 each.result(LONG)
 
 
-def test_M00_broadcast_reaches_every_worker_that_is_connected(start: Start) -> None:
+def test_broadcast_reaches_every_worker_that_is_connected(start: Start) -> None:
     with start(ECHO, workers=3) as rig:
         rig.goes(2)
         assert rig.cluster.broadcast({"all": 1}).result(LONG) == 2
@@ -770,7 +775,7 @@ def test_M00_broadcast_reaches_every_worker_that_is_connected(start: Start) -> N
         assert sorted(rig.heard) == [(1, {"all": 1}), (3, {"all": 1})]
 
 
-def test_M00_no_descriptor_is_left_in_either_process(start: Start) -> None:
+def test_no_descriptor_is_left_in_either_process(start: Start) -> None:
     """Sockets that a handler drops, that nobody listens for, that come at the limit: all are closed."""
     script = """
     import gc, resource
@@ -823,7 +828,7 @@ def test_M07_a_message_of_nearly_the_greatest_size_holds_nobody_up(start: Start)
         assert rig.hears(2)[1] == "behind it"
 
 
-def test_M00_this_process_has_no_more_descriptors_than_before(start: Start) -> None:
+def test_this_process_has_no_more_descriptors_than_before(start: Start) -> None:
     count = len(os.listdir("/proc/self/fd"))
     with start(ECHO) as rig:
         for number in range(20):
