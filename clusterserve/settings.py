@@ -44,6 +44,9 @@ POLICY_VARIABLES: Final = ("CLUSTERSERVE_POLICY", "CLUSTERSERVE_SCHED_POLICY")  
 #: Why `debug_port` cannot be a function here.
 NEEDS_FORK: Final = "a function is asked by each fork(): it needs respawn=False, and no workers besides"
 
+#: What `run` does to its process, and a `Cluster` not to the process of the program that it is part of.
+OF_THE_PROCESS: Final = ("pid", "umask")
+
 _ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
 
 

@@ -43,9 +43,11 @@ class Master:
     def __init__(self) -> None:
         self.result: Callable[[], int] = lambda: 0
         self.settings: Settings | None = None
+        self.reread: Callable[[], Settings] | None = None
 
-    def run_settings(self, settings: Settings, *, exits: bool) -> int:
+    def run_settings(self, settings: Settings, *, exits: bool, reread: Callable[[], Settings]) -> int:
         assert exits
+        self.reread = reread
         self.settings = settings
         return self.result()
 
@@ -693,3 +695,21 @@ def test_start_up_stays_light() -> None:
     source = "import sys; before = set(sys.modules); import clusterserve.cli; "
     done = program("-c", f"{source}print(sorted({heavy} & (set(sys.modules) - before)))")
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_what_is_read_again_is_what_a_start_would_read(
+    parsed: Parsed, master: Master, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment.chdir(tmp_path)
+    (tmp_path / "site").mkdir()
+    file = tmp_path / "site" / "clusterserve.toml"
+    file.write_text("workers = 2\n")
+    assert parsed("a:b", "--chdir", "site").workers == 2
+    assert master.reread is not None
+    file.write_text("workers = 3\n")
+    # A relative directory is relative to where the command was typed, each time.
+    assert master.reread().workers == 3
+    file.write_text("workers = 0\n")
+    with pytest.raises(SettingsError):
+        master.reread()
+    assert Path.cwd() == tmp_path / "site"

@@ -23,7 +23,7 @@ from ..errors import ClusterError, ProtocolError, SettingsError
 from ..launch import LAUNCH_CHECKS, environment, main_script
 from ..messenger import broadcast
 from ..pending import Pending
-from ..settings import NEEDS_FORK, Settings, check_policy
+from ..settings import NEEDS_FORK, OF_THE_PROCESS, Settings, check_policy
 from .engine import Engine
 from .home import Home
 from .streams import Streams
@@ -67,6 +67,9 @@ class Cluster(Emitter):
         if app is None and "exec" not in settings:
             # What the script is called with may still change: it is looked up at the first `setup` or `start`.
             settings["exec"] = ""
+        for name in OF_THE_PROCESS:
+            if settings.get(name) is not None:
+                raise SettingsError(f"{name} is for run() and the command line: this process is the program's own")
         self._settings = Settings.create(app=app, **settings)
         self._workers = Workers(self)
         self._request_handler: Handler | None = None

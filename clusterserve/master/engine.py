@@ -156,6 +156,8 @@ class Engine:
         #: Who waits for workers to be ready for their debuggers, and for which workers each.
         self._debug_orders: dict[asyncio.Future[dict[int, str]], set[int]] = {}
         self._target = Target(settings.workers, manual=not settings.respawn)
+        #: What held before a reload brought other settings, until they are proved.
+        self._before: Settings | None = None
         #: What `fork` was given, by slot: replacements inherit it.
         self._environments: dict[int, Environment] = {}
         #: Who waits for the last worker's end, in a cluster whose program says how many there are.
@@ -260,6 +262,30 @@ class Engine:
     def setup(self, settings: Settings) -> None:
         """Launch workers as these settings say from now on; what else they say stays as it was."""
         self.settings = settings
+
+    def adopt(self, settings: Settings) -> None:
+        """Launch workers as these settings say from now on, `rereading.FIXED` being what it was.
+
+        If none of the next generation can start, what those that stay were launched with holds again.
+        """
+        self._before = self._before or self.settings
+        changed = settings.workers != self.settings.workers
+        self._use(settings)
+        if changed:
+            self.scale(settings.workers)
+
+    def _use(self, settings: Settings) -> None:
+        self.settings = settings
+        self._roster.limits = dataclasses.replace(
+            self._roster.limits,
+            boot=settings.timeout_boot,
+            graceful=settings.timeout_graceful_shutdown,
+            backoff=settings.restart_backoff,
+            backoff_max=settings.restart_backoff_max,
+            min_uptime=settings.min_uptime,
+            surge=settings.reload_surge,
+        )
+        self._health.use(settings)
 
     def start_debugging(self, port: str | int) -> asyncio.Future[dict[int, str]]:
         """Let debuggers attach to every worker, those to come included, at `port` (as in the setting `debug_port`).
@@ -389,22 +415,23 @@ class Engine:
         logger.error("Reload failed, %s; generation %d stays", reason, self._roster.proven)
         error = BootError(reason, failure.traceback)
         self._target = dataclasses.replace(self._target, generation=self._roster.proven)
+        if self._before is not None:
+            self._use(self._before)
+            self._before = None
         self._changed(error)
         self._reconcile()
 
     def _give_up(self, slots: tuple[int, ...]) -> None:
         """What was ordered may never be: let nobody wait for it, and go on trying."""
         failure = self._failure or Failed(self._last_exit, "")
-        reason = (
-            f"workers die again and again before they are of use, in slot {', '.join(map(str, slots))}: "
-            f"{failure.reason}; the cluster goes on trying"
-        )
-        logger.error("Not done yet: %s", reason)
+        where = ", ".join(map(str, slots))
+        reason = f"workers die again and again before they are of use, in slot {where}: {failure.reason}"
+        logger.error("Not done yet: %s; the cluster goes on trying", reason)
         if not self.settled.done():
             self.settled.set_exception(BootError(reason, failure.traceback))
             # Nobody may be waiting: a program of our own goes on with the others.
             self.settled.exception()
-        self._changed(BootError(reason, failure.traceback))
+        self._changed(BootError(f"{reason}; the cluster goes on trying", failure.traceback))
 
     def _close_listeners(self) -> None:
         if self.handles.open:
@@ -473,6 +500,7 @@ class Engine:
                 self._emit(BecameReady())
             if not self.settled.done():
                 self.settled.set_result(None)
+            self._before = None
             self._changed(None)
         elif current.verdict is Verdict.REJECTED:
             self._reject()

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import socket
+import subprocess
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from clusterserve import ChannelClosed, Cluster, Worker
 from tests.conformance.races import races
 from tests.helpers import loops  # noqa: F401 - the first loop of libuv leaves a pipe open
 from tests.helpers.descriptors import no_descriptor_is_left  # noqa: F401 - no test here leaves one
+from tests.helpers.server import ROOT, environment, new_mark, python
 from tests.helpers.waiting import eventually
 
 #: What every worker of these tests begins with, and how one goes on that only has handlers.
@@ -837,3 +839,29 @@ def test_this_process_has_no_more_descriptors_than_before(start: Start) -> None:
             far.close()
         rig.hears(20)
     assert len(os.listdir("/proc/self/fd")) == count
+
+
+def test_the_master_of_the_command_line_answers_no_requests(tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text(
+        PREAMBLE
+        + textwrap.dedent("""
+        worker.send("dropped")
+        try:
+            worker.request("anybody?").result(40)
+        except ClusterError as error:
+            print("told:", error, flush=True)
+        os.kill(os.getppid(), 15)
+        asyncio.run(asyncio.Event().wait())
+        """)
+    )
+    mark, _ = new_mark()
+    done = subprocess.run(
+        python("exec", "--workers", "1", "asks.py"),
+        cwd=tmp_path,
+        env=environment(mark, {"PYTHONPATH": str(ROOT)}, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert "told: nobody answers requests there" in done.stdout, done.stderr
