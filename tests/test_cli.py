@@ -122,6 +122,7 @@ def test_a_reserved_command_behind_an_option(refused: Refused) -> None:
         ("myapp", "'myapp:app'"),
         ("myapp.py", "'myapp:app'"),
         ("./src/myapp.py", "'src.myapp:app'"),
+        ("mysite.asgi", "'mysite.asgi:application'"),
         ("help", "'help:app'"),
         ("runn", "'run'"),
         ("confg", "'config'"),

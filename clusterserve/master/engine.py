@@ -146,8 +146,7 @@ class Engine:
                 backoff_max=settings.restart_backoff_max,
                 min_uptime=settings.min_uptime,
                 surge=settings.reload_surge,
-                # What a program does with its event loop, if it has one, is its own business.
-                timeout=0.0 if settings.exec else settings.timeout,
+                timeout=settings.timeout,
             ),
             programs=bool(settings.exec),
         )

@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 
@@ -55,6 +56,20 @@ def test_X01_http_over_a_unix_socket(scene: Scene) -> None:
             (event,) = told.every("listening")
             assert event.details[0][:3] == (path, -1, -1)
         assert "s" not in os.listdir(scene.path)
+
+    scene.run(main())
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o600])
+def test_X02_the_mode_of_the_socket_file(scene: Scene, mode: int) -> None:
+    (scene.path / "served.py").write_text(APP)
+
+    async def main() -> None:
+        path = str(scene.path / "s")
+        settings = {"app": "served:app", "app_dir": str(scene.path), "respawn": True, "workers": 1, "lifespan": "off"}
+        async with scene.cluster(bind=f"unix:{path}", uds_permissions=f"{mode:o}", **settings):
+            assert stat.S_IMODE(os.stat(path).st_mode) == mode
+            assert await get(path)
 
     scene.run(main())
 
