@@ -672,7 +672,7 @@ def test_the_platform_is_checked_before_anything_starts(
 
 
 def program(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_python_m_clusterserve_is_the_same() -> None:
@@ -685,7 +685,7 @@ def test_python_m_clusterserve_is_the_same() -> None:
 
 def test_an_argument_that_is_not_utf_8_is_refused_in_one_line() -> None:
     argv = [sys.executable.encode(), b"-m", b"clusterserve", b"a:b", b"-w", b"\xff"]
-    done = subprocess.run(argv, capture_output=True, timeout=30, check=False)
+    done = subprocess.run(argv, capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
     assert done.stderr.startswith(b"clusterserve: error: --workers '\\udcff': must be")
 
@@ -714,3 +714,38 @@ def test_what_is_read_again_is_what_a_start_would_read(
     with pytest.raises(SettingsError):
         master.reread()
     assert Path.cwd() == tmp_path / "site"
+
+
+# -- exec --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "program", "args"),
+    [
+        (["pyproject.toml"], "pyproject.toml", ()),
+        (["-w", "3", "--log-level=debug", "pyproject.toml", "-w", "7"], "pyproject.toml", ("-w", "7")),
+        (["-w3", "--no-use-colors", "pyproject.toml", "--", "x"], "pyproject.toml", ("--", "x")),
+        (["--policy", "least", "-m", "package.tool", "-m", "x"], "-m package.tool", ("-m", "x")),
+        (["--", "pyproject.toml", "x"], "pyproject.toml", ("x",)),
+    ],
+)
+def test_exec(argv: list[str], program: str, args: tuple[str, ...], parsed: Parsed) -> None:
+    settings = parsed("exec", *argv)
+    assert (settings.exec, settings.args, settings.app, settings.binds) == (program, args, "", ())
+    assert not settings.borrows
+
+
+def test_exec_overlooks_what_variables_say_for_applications(parsed: Parsed, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("CLUSTERSERVE_APP", "a:b")
+    environment.setenv("CLUSTERSERVE_BIND", ":1")
+    environment.setenv("CLUSTERSERVE_WORKERS", "3")
+    settings = parsed("exec", "pyproject.toml")
+    assert (settings.app, settings.binds, settings.workers) == ("", (), 3)
+
+
+def test_exec_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["exec", "--help"]) == 0
+    help = capsys.readouterr().out
+    assert help.startswith("Usage: clusterserve exec [OPTIONS] {SCRIPT | -m MODULE} [ARGUMENTS]")
+    assert "--policy" in help
+    assert "--bind" not in help
