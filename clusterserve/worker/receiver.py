@@ -36,6 +36,7 @@ _CLOSED: Final = int(Kind.CLOSED)
 _RETURNED: Final = int(Kind.RETURNED)
 _REFUSED: Final = int(Kind.REFUSED)
 _KEPT: Final = int(Kind.KEPT)
+_TAKEN: Final = int(Kind.TAKEN)
 _DROPPED: Final = int(Kind.DROPPED)
 _SILENT: Final = int(Kind.SILENT)
 _LOST: Final = int(Flag.LOST)
@@ -66,11 +67,11 @@ class Receiver:
         #: What the master sees without a message: see `channel.board`.
         self.marks = board.marks
         self.counters = board.counters
-        #: Where HTTP connections wait that are borrowed; None if they are not (`borrow`).
+        #: Where HTTP connections wait; None for servers that are not HTTP (`borrow`).
         self.watch: Watch | None = None
         #: Whether a connection is worth keeping for its next request, now.
         self.keeps = False
-        self._may_keep = False
+        self._may_keep = self._weighs = False
         self._cost = Cost()
         self._board = board
         self._end = end
@@ -82,7 +83,7 @@ class Receiver:
         self._requests = 0
         self._lazy: list[HandedTransport] = []
         self._fresh: dict[int, int] = {}
-        self._open = False
+        self._open = self._weighed = False
         self._turning = False
         self._later_batch = self._postponed = False
         # Under which number those are kept of which the master is about to hear, and who is armed then.
@@ -96,14 +97,17 @@ class Receiver:
         self._blocked: list[bytes] = []
         loop.add_reader(end.fileno(), self._readable)
 
-    def borrow(self, kept: select.epoll, *, keep: bool, head_timeout: float) -> None:
-        """HTTP connections are given back after a request from now on; with `keep` only if that is worth it.
+    def borrow(self, kept: select.epoll | None, *, keep: bool, head_timeout: float) -> None:
+        """HTTP connections wait in a watch of ours from now on, and are given back after a request.
 
-        A request's head may take `head_timeout` seconds (0: for ever).  Owns `kept`, the epoll shared with the master.
+        With `keep` only if that is worth it; without `kept`, the epoll shared with the master, only when this worker
+        leaves.  A request's head may take `head_timeout` seconds (0: for ever).  Owns `kept`.
         """
         self.watch = Watch(self.loop, kept, self)
-        self._may_keep = self.keeps = keep
-        if keep:
+        self.keeps = keep
+        self._may_keep = keep and kept is not None
+        self._weighs = kept is not None
+        if self._may_keep:
             self.loop.call_later(IDLE_LOOK, self._look_for_idle)
         if head_timeout:
             self.loop.call_later(head_timeout / HEAD_LOOKS, self._look_at_heads, head_timeout / HEAD_LOOKS)
@@ -116,7 +120,10 @@ class Receiver:
         self.loop.call_later(pause, self._look_at_heads, pause)
 
     def stop_keeping(self) -> None:
-        """Give every connection back as soon as it is idle, those that are kept now."""
+        """Give every connection back as soon as it is idle, those that are kept for the next request now.
+
+        Those that nobody could take back belong to their protocols, which `shutdown` tells.
+        """
         self._may_keep = self.keeps = False
         for transport in tuple(self.kept.values()):
             transport.give_back_if_kept()
@@ -148,7 +155,7 @@ class Receiver:
                 os.close(fd)
             self._on_lost()
             return False
-        self.begin_turn(0)
+        self.begin_turn(weighed=True)
         arrived, number = len(fds), -1
         for _, family, flag, key, id, _, port, _, client, _, place in offers:
             if flag:
@@ -248,12 +255,17 @@ class Receiver:
 
     # -- turns ----------------------------------------------------------------------------------------------------
 
-    def begin_turn(self, requests: int) -> None:
-        """Something was read, or is about to be; so many requests, of those that are kept, begin with it."""
+    def begin_turn(self, requests: int = 0, *, weighed: bool = False) -> None:
+        """Something was read, or is about to be; so many requests, of those that are kept, begin with it.
+
+        `weighed`: it matters how long this turn holds the loop.
+        """
         self._requests += requests
         if not self._open:
             self._open = True
             self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
+        if weighed and not self._weighed:
+            self._weighed = True
             # In front of the tasks that are about to be created, as `_turned` is behind them: what else the loop has to
             # run in this turn is nobody's cost.
             self._begins()
@@ -270,7 +282,7 @@ class Receiver:
             self._later_batch = True
         else:
             self._turning = True
-            self._spent = self._span()
+            self._spent = self._span() if self._weighed else 0.0
             self.loop.call_soon(self._turned)
 
     def settle_later(self, transport: HandedTransport) -> None:
@@ -278,7 +290,7 @@ class Receiver:
         self._lazy.append(transport)
         # In the midst of a batch its end will see to it.
         if not self._open:
-            self.begin_turn(0)
+            self.begin_turn()
             self.end_batch()
 
     def _turned(self) -> None:
@@ -290,12 +302,12 @@ class Receiver:
             self._requests = 0
             self.loop.call_soon(self._turned)
             return
-        self._open = self._turning = self._postponed = self._later_batch = False
+        self._open = self._weighed = self._turning = self._postponed = self._later_batch = False
         lazy, self._lazy = self._lazy, []
         requests, self._requests = self._requests, 0
         fresh = self._fresh
         held = self._spent + self._span() if requests else 0.0
-        if requests and self.watch is not None:
+        if requests and self._weighs and self.watch is not None:
             self._weigh(self.watch, held, requests)
         for transport in lazy:
             transport.settle()
@@ -342,10 +354,20 @@ class Receiver:
         self.kept.pop(id, None)
         kind = _RETURNED if returned else _CLOSED
         if id in self._fresh:
-            self._fresh[id] |= kind
+            self._fresh[id] = self._fresh[id] & ~_TAKEN | kind
         else:
             self._making.discard(id)
+            if self._answers.get(id) == _TAKEN:
+                # Taken for a moment, of which the master has not heard.
+                del self._answers[id]
             self._later(id, kind)
+
+    def taken(self, id: int) -> None:
+        """A connection is ours alone from now on: it is HTTP no more, and nobody else can do anything for it."""
+        if id in self._fresh:
+            self._fresh[id] |= _TAKEN
+        else:
+            self._later(id, _TAKEN)
 
     def dropped(self, id: int) -> None:
         """Our copy of a connection that the master has taken back is closed."""

@@ -15,7 +15,8 @@ much cheaper than a transport of the loop for every request:
      | `--settle, anything else---------> PENDING -the loop's connection_made-> REAL -connection_lost-> CLOSED
 
 It becomes real when a write did not fit, another protocol took over (an upgrade), or there is no `watch` and it is not
-over after one turn.
+over after one turn.  Where a connection is for one worker (the watch is not shared) it is BUSY between two requests as
+well.
 """
 
 from __future__ import annotations
@@ -134,22 +135,33 @@ class HandedTransport(asyncio.Transport):
                 # As soon as all is flushed.
                 self._returning = self._closing = True
             self.become_real()
-        elif not self._resting:
-            self._phase = Phase.BUSY
-            self._receiver.keep(self._id, self)
-            if self._reading and not self._armed:
-                self._arm(self._watch)
-        elif self._receiver.keeps:
-            self._keep(self._watch)
-        else:
+        elif self._resting and not self._receiver.keeps:
             self._returning = True
             self._finish(None)
+        elif self._resting and self._watch.shared:
+            self._keep(self._watch)
+        else:
+            self._stay(self._watch)
+
+    def _stay(self, watch: Watch) -> None:
+        """Wait for the client, or the application, to say more."""
+        self._phase = Phase.BUSY
+        self._receiver.keep(self._id, self)
+        if self._resting:
+            self._receiver.marks[self._place] = IDLE
+        if self._reading and not self._armed:
+            try:
+                watch.watch(self._fd, self, self._in_busy)
+            except OSError:
+                # No room for its entry: the loop may have more luck, or ends it.
+                self.become_real()
+            else:
+                self._in_busy = self._armed = True
 
     # -- between turns, without the loop --------------------------------------------------------------------------
 
     def _keep(self, watch: Watch) -> None:
         """Wait for the next request where the master can take it back."""
-        self._resting = False
         self._phase = Phase.KEPT
         self._receiver.marks[self._place] = IDLE
         if self._armed:
@@ -159,8 +171,7 @@ class HandedTransport(asyncio.Transport):
             if self._running:
                 self._running = False
                 self._receiver.counters[1] -= 1
-            watch.keep(self._fd, self, self._in_kept)
-            self._in_kept = True
+            self.arm_kept()
         else:
             # Armed when the master has been told: it must know what it may claim.
             self._known = True
@@ -170,8 +181,13 @@ class HandedTransport(asyncio.Transport):
     def arm_kept(self) -> None:
         """The master has been told, or may have disarmed it by mistake."""
         if self._phase is Phase.KEPT and self._watch is not None:
-            self._watch.keep(self._fd, self, self._in_kept)
-            self._in_kept = True
+            try:
+                self._watch.keep(self._fd, self, self._in_kept)
+            except OSError:
+                # No room for its entry: the master can wait for it.
+                self.give_back()
+            else:
+                self._in_kept = True
 
     def claimed(self) -> None:
         """The next request is here, and nobody else's."""
@@ -183,34 +199,43 @@ class HandedTransport(asyncio.Transport):
         self._receiver.counters[1] += 1
         self._receiver.marks[self._place] = READING
         self._wake()
-        # Unless there was nothing after all.
-        self._resting = True
-        if self._read():
-            self._resting = False
+        self._read()
 
     def readable(self) -> None:
-        """The client says more, or leaves, in the midst of a request."""
-        self._armed = False
+        """The client says more, or leaves."""
+        watch = self._watch
+        assert watch is not None
+        if watch.shared:
+            self._armed = False
         # A turn that ends it may be on its way: what is to be read then is for whoever has it next.
-        if self._phase is Phase.BUSY and self._reading:
-            self._wake()
-            self._read()
+        if self._phase is Phase.BUSY:
+            if self._reading:
+                if self._resting:
+                    # Before it is read, as the board wants it.
+                    self._receiver.marks[self._place] = READING
+                self._wake()
+                self._read()
+            elif self._armed:
+                watch.pause(self._fd)
+                self._armed = False
 
-    def _read(self) -> bool:
-        """Read once and tell the protocol; False if there was nothing."""
+    def _read(self) -> None:
+        """Read once and tell the protocol."""
         try:
             data = os.read(self._fd, CHUNK)
         except BlockingIOError:
-            return False
+            # There was nothing after all.
+            return
         except OSError as exc:
             self._error = exc
-            return True
+            return
         protocol: Any = self._protocol
+        resting, self._resting = self._resting, False
         try:
             if data:
                 protocol.data_received(data)
-                return True
-            if self._resting:
+                return
+            if resting:
                 # Between two requests the client has left: nothing was asked that a dead worker would owe an answer.
                 self._receiver.marks[self._place] = IDLE
             if protocol.eof_received():
@@ -220,11 +245,6 @@ class HandedTransport(asyncio.Transport):
         except Exception as exc:  # noqa: BLE001 - the user's protocol; as a loop's transport does
             self._receiver.fault(exc, "protocol")
             self.abort()
-        return True
-
-    def _arm(self, watch: Watch) -> None:
-        watch.watch(self._fd, self, self._in_busy)
-        self._in_busy = self._armed = True
 
     def _wake(self) -> None:
         """Back to the lazy life, if it waits outside of it: what happens now is settled at the end of the turn."""
@@ -234,8 +254,10 @@ class HandedTransport(asyncio.Transport):
 
     def rest(self) -> None:
         """The response is complete and nothing beyond its request was read: keep the connection, or give it back."""
-        if self._watch is None or self._phase is Phase.PENDING or self._phase is Phase.REAL:
-            self.give_back()
+        watch = self._watch
+        if watch is None or self._phase is Phase.PENDING or self._phase is Phase.REAL:
+            if watch is None or watch.shared or not self._receiver.keeps:
+                self.give_back()
         else:
             self._resting = True
             self._wake()
@@ -299,6 +321,11 @@ class HandedTransport(asyncio.Transport):
         if sent:
             pieces[0] = pieces[0][sent:]
 
+    def _take(self) -> None:
+        """Nobody else can do anything for it any more; said after the last mark, whose place is another's then."""
+        if self._watch is not None:
+            self._receiver.taken(self._id)
+
     def _finish(self, error: Exception | None) -> None:
         self._phase = Phase.CLOSED
         self._closing = True
@@ -321,6 +348,8 @@ class HandedTransport(asyncio.Transport):
         self._leave_watch()
         self._receiver.marks[self._place] = UNKNOWN
         self._receiver.keep(self._id, self)
+        if self._upgraded:
+            self._take()
         # All three are asked from the kernel: asyncio sets TCP_NODELAY only on a socket whose `proto` says TCP.
         sock = socket.socket(fileno=self._fd)
         loop = self._receiver.loop
@@ -414,7 +443,7 @@ class HandedTransport(asyncio.Transport):
             return
         self._phase = Phase.CLOSED
         self._closing = True
-        self._receiver.ended(self._id, returned=self._returning and error is None)
+        self._receiver.ended(self._id, returned=self._returning and error is None and not self._upgraded)
         if self._made:
             self._protocol.connection_lost(error)
 
@@ -479,7 +508,7 @@ class HandedTransport(asyncio.Transport):
     def resume_reading(self) -> None:
         self._reading = True
         if self._phase is Phase.BUSY and not self._armed and self._watch is not None:
-            self._arm(self._watch)
+            self._stay(self._watch)
 
     def is_reading(self) -> bool:
         return self._reading and not self.is_closing()
@@ -500,7 +529,10 @@ class HandedTransport(asyncio.Transport):
         return self._protocol
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self._upgraded = True
+        if not self._upgraded:
+            self._upgraded = True
+            if self._phase is Phase.PENDING or self._phase is Phase.REAL:
+                self._take()
         self._wake()
         self._protocol = protocol
         if self._real is not None:

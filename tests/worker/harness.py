@@ -59,6 +59,11 @@ class Handed:
         return any(kind & Kind.RETURNED for kind in self.answers)
 
     @property
+    def silent(self) -> bool:
+        """Given back to be watched: nobody has said a word."""
+        return any(kind & Kind.SILENT for kind in self.answers)
+
+    @property
     def acked(self) -> bool:
         return any(kind & Kind.ACK for kind in self.answers)
 
@@ -256,7 +261,7 @@ class Master:
         for handed in self.connections.values():
             handed.client.close()
         offered = [self.connections[id] for id in sorted(self.offered)]
-        while not all(handed.closed or handed.returned for handed in offered):
+        while not all(handed.closed or handed.returned or handed.silent for handed in offered):
             self.receiver.cut()
             while self.read():
                 pass
@@ -283,7 +288,8 @@ class Master:
 #: What a worker may say of a connection in the course of its life.
 _LIVES = (
     [Kind.ACK, Kind.CLOSED], [Kind.ACK | Kind.CLOSED], [Kind.CLOSED], [Kind.REFUSED],
-    [Kind.ACK, Kind.RETURNED], [Kind.ACK | Kind.RETURNED], [Kind.RETURNED],
+    [Kind.ACK, Kind.RETURNED], [Kind.ACK | Kind.RETURNED], [Kind.RETURNED], [Kind.ACK | Kind.SILENT],
+    [Kind.ACK, Kind.TAKEN, Kind.CLOSED], [Kind.ACK | Kind.TAKEN, Kind.CLOSED],
 )  # fmt: skip
 
 
