@@ -147,9 +147,7 @@ class Distributor:
         """The cluster has `slots` slots from now on; for the policies that care, also those that are still to come."""
         self._slots = slots
         for handle in self.handles.values():
-            resize = getattr(handle.policy, "resize", None)
-            if resize is not None:
-                resize(slots)
+            handle.resize(slots)
 
     def add_worker(self, id: int, slot: int, capacity: int | None = None) -> Worker:
         """A worker exists; it gets nothing before it is attached to a handle."""

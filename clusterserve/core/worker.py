@@ -90,9 +90,7 @@ class Worker:
             and not self.stuck
             and not self.resting
             and len(self.unacked) < self.window
-            and (
-                self.capacity is None or len(self.unacked) + len(self.borrowed) + len(self.taken) < self.capacity
-            )
+            and (self.capacity is None or len(self.unacked) + len(self.borrowed) + len(self.taken) < self.capacity)
         )
 
     def __repr__(self) -> str:

@@ -128,10 +128,13 @@ class HandedTransport(asyncio.Transport):
             return
         if not self._abort and self._pieces:
             self._flush()
+        if self._paused and not self._pieces:
+            # The client has made room before the loop got to know of it.
+            self._resume()
         if self._abort or self._error is not None or (self._closing and not self._pieces):
             self._finish(self._error)
         elif self._watch is None or self._pieces or self._upgraded or self._eof:
-            if self._resting:
+            if self._resting and (self._watch is None or self._watch.shared or not self._receiver.keeps):
                 # As soon as all is flushed.
                 self._returning = self._closing = True
             self.become_real()
@@ -264,6 +267,9 @@ class HandedTransport(asyncio.Transport):
             if self._pieces and not self._abort:
                 # The client need not wait for what else the loop has to run before this turn ends.
                 self._flush()
+                if not self._pieces and self._error is None:
+                    # Nor need it fear for its next request, should this worker die meanwhile.
+                    self._receiver.marks[self._place] = IDLE
 
     def grow_old(self) -> None:
         """Called from time to time: what has had no request since the last time goes back to the master."""

@@ -379,9 +379,7 @@ class TestShutdown:
         assert (await response(handed))[1] == b"waited"
         await returned(handed)
 
-    async def test_for_good(
-        self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]
-    ) -> None:
+    async def test_for_good(self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]) -> None:
         handed = master.hand(GET)
         await response(handed)
         made[0].shutdown()
