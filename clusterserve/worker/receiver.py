@@ -13,7 +13,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
-from resource import RUSAGE_THREAD, getrusage
+from resource import RUSAGE_THREAD, getrusage, struct_rusage
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 #: A turn shorter than this (seconds) is taken at its word: asking the kernel is not worth it.
 _DOUBTFUL: Final = 0.0005
+
+#: For so many turns after a longer one the kernel is asked.
+EXACT: Final = 256
 
 _ACK: Final = int(Kind.ACK)
 _CLOSED: Final = int(Kind.CLOSED)
@@ -78,7 +81,8 @@ class Receiver:
         self._on_lost = on_lost
         self._began = 0.0
         self._spent = 0.0
-        self._usage = getrusage(RUSAGE_THREAD)
+        self._usage: struct_rusage | None = None
+        self._exact = EXACT
         # Of this turn: how many requests began, the lazy transports to settle, and the answers so far.
         self._requests = 0
         self._lazy: list[HandedTransport] = []
@@ -266,13 +270,16 @@ class Receiver:
             self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
         if weighed and not self._weighed:
             self._weighed = True
+            if self._exact:
+                self._exact -= 1
             # In front of the tasks that are about to be created, as `_turned` is behind them: what else the loop has to
             # run in this turn is nobody's cost.
             self._begins()
             self.loop.call_soon(self._begins)
 
     def _begins(self) -> None:
-        self._usage = getrusage(RUSAGE_THREAD)
+        # A system call, a twentieth of a cheap request: only as long as some turn has been doubtful lately.
+        self._usage = getrusage(RUSAGE_THREAD) if self._exact else None
         self._began = perf_counter()
 
     def end_batch(self) -> None:
@@ -337,10 +344,15 @@ class Receiver:
         took = perf_counter() - self._began
         if took < _DOUBTFUL:
             return took
+        self._exact = EXACT
+        before = self._usage
+        if before is None:
+            # Out of the blue: whether it worked or waited is known of the next ones.
+            return _DOUBTFUL
         usage = getrusage(RUSAGE_THREAD)
-        if usage.ru_nvcsw != self._usage.ru_nvcsw:
+        if usage.ru_nvcsw != before.ru_nvcsw:
             return took
-        return usage.ru_utime + usage.ru_stime - self._usage.ru_utime - self._usage.ru_stime
+        return usage.ru_utime + usage.ru_stime - before.ru_utime - before.ru_stime
 
     def made(self, id: int) -> None:
         """A connection has its protocol: if its client need not speak first, acknowledged one turn later."""
