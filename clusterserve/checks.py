@@ -79,6 +79,16 @@ def seconds(*, above_zero: bool = False) -> Callable[[str, object], float]:
     return check
 
 
+def octal(setting: str, value: object) -> int:
+    """A file mode or a umask: a text is octal, as chmod has it; a number is what it is, as in `0o022`."""
+    mode = value
+    if isinstance(value, str) and re.fullmatch(r"(0o)?[0-7]{1,5}", value.strip()):
+        mode = int(value, 8)
+    if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode <= 0o777:
+        raise SettingValueError(setting, value, "must be an octal number from 0 to 777")
+    return mode
+
+
 _MULTIPLES = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+import os
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from .currentworker import CurrentWorker
 
 #: What makes a process a worker: the descriptors of its message channel, connection channel, board and kept epoll, and
 #: the master's pid.  Removed at start-up, so that what the application starts is not taken for one.
 VARIABLE: Final = "CLUSTERSERVE_WORKER"
 
+#: Which descriptors a worker is to put where before anything else, "4:70,5:71".
+STDIO_VARIABLE: Final = "CLUSTERSERVE_STDIO"
+
 #: The worker's slot, for the application and what it starts.
 SLOT_VARIABLE: Final = "CLUSTERSERVE_WORKER_SLOT"
-
-
-@dataclass(frozen=True)
-class CurrentWorker:
-    """This process as a worker: `id` (1, 2, 3 …, never reused), `slot` (0 … N-1, inherited by replacements), `pid`."""
-
-    id: int
-    slot: int
-    pid: int
-
 
 _current: CurrentWorker | None = None
 
@@ -34,3 +30,10 @@ def become(worker: CurrentWorker) -> None:
     """Called once, by a worker's start-up."""
     global _current
     _current = worker
+    # What the program forks is no worker, and has none of the threads that make one.
+    os.register_at_fork(after_in_child=_resign)
+
+
+def _resign() -> None:
+    global _current
+    _current = None

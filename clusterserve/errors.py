@@ -49,5 +49,9 @@ class ProtocolError(ClusterError):
     """The other end of a channel sent what it must not.  Costs that worker, nobody else."""
 
 
+class ChannelClosed(ClusterError):  # noqa: N818 - an event, and its name in Node (ERR_IPC_CHANNEL_CLOSED)
+    """A message, or a request, to a worker or a master that is gone or going."""
+
+
 class PolicyError(ClusterError):
     """A scheduling policy chose a worker that cannot take the connection."""

@@ -1,12 +1,11 @@
 """The options of the command line, as data: how they are written, which setting they give, what the help says.
 
-Next to them the options of uvicorn, gunicorn and of versions to come, each of which must end with a line that says so:
-an option that is ignored in silence is the worst of all.
+Those of uvicorn and gunicorn that are not among them are in peers.py.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, NoReturn
+from typing import Final, Literal, NamedTuple, NoReturn
 
 from clusterserve.checks import near_match
 from clusterserve.errors import SettingsError
@@ -49,23 +48,46 @@ def _value(flags: str, metavar: str, help: str, setting: str = "") -> Spec:
 
 
 GROUPS: dict[str, tuple[Spec, ...]] = {
+    "Configuration": (
+        _value(
+            "--config -c",
+            "FILE",
+            "Read settings from this TOML file.  [default: clusterserve.toml, or tool.clusterserve of pyproject.toml]",
+        ),
+        _flag("--check-config", "Load everything, the application too, say what is wrong, and exit."),
+        _flag("--print-config", "Print every setting and where it comes from, and exit; as the command config does."),
+    ),
     "Application": (
         _value("--app-dir --pythonpath", "DIR", "Look for APP in this directory first.  [default: .]"),
+        _value("--chdir", "DIR", "Change to this directory first."),
         _flag("--factory", "APP is a function without arguments that returns the application."),
         _value("--interface", "[auto|asgi3|asgi2]", "The interface APP speaks."),
+        _value("--env -e", "NAME=VALUE", "Set this variable for the application; repeatable.")._replace(kind="many"),
         _value("--env-file", "FILE", "Set variables from this file, unless they are set already."),
+        _value(
+            "--worker-class -k",
+            "NAME",
+            "Taken for gunicorn's command lines: uvicorn.workers.UvicornWorker, uvicorn_worker.UvicornWorker or asgi; "
+            "the workers are always uvicorn's.",
+        ),
     ),
     "Binding": (
         _value(
             "--bind -b",
             "ADDRESS",
-            "Listen here; repeatable. HOST:PORT, [IPV6]:PORT, :PORT, unix:PATH, unix:@NAME or fd://N; port 0 takes a "
+            "Listen here; repeatable. HOST:PORT, [IPV6]:PORT, :PORT, unix:PATH, unix:@NAME, fd://N or fd://NAME (a "
+            "socket from systemd); port 0 takes a "
             "free one and says which.  [default: 127.0.0.1:8000]",
         )._replace(kind="many"),
         _value("--host", "HOST", "Listen on this host, instead of --bind.  [default: 127.0.0.1]"),
         _value("--port", "PORT", "Listen on this port, instead of --bind.  [default: $PORT on all hosts, or 8000]"),
         _value("--uds", "PATH", "Listen on this unix socket, instead of --bind."),
         _value("--fd", "N", "Listen on this inherited descriptor, instead of --bind."),
+        _value(
+            "--uds-permissions",
+            "MODE",
+            "The mode of the files of unix sockets, as in 660.  [default: 666, less the bits of --umask]",
+        ),
         _value("--backlog", "N", "Connections the kernel holds until they are accepted."),
     ),
     "Cluster": (
@@ -101,6 +123,7 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--hooks", "MODULE", "Call this module's functions on_fork, on_exit, on_ready … (docs/hooks.md)."),
         _value("--restart-backoff", "SECONDS", "Wait before a dead worker is replaced; doubles while they keep dying."),
         _value("--restart-backoff-max", "SECONDS", "The longest such wait."),
+        _value("--min-uptime", "SECONDS", "A worker that served for this long was healthy: then the wait starts over."),
         _value("--reload-surge", "N", "Replacements that may start at once while the workers they replace serve on."),
     ),
     "Workers' health": (
@@ -169,9 +192,30 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
     ),
     "Logging": (
         _value("--log-level", "[critical|error|warning|info|debug|trace]", "How much to say.  [default: info]"),
-        _value("--log-config", "FILE", "A configuration of Python's logging as made for uvicorn: .ini, .json, .yaml."),
-        _pair("--access-log", "Log every request."),
+        _value(
+            "--log-config --log-config-json",
+            "FILE",
+            "A configuration of Python's logging as made for uvicorn: .ini, .json, .yaml.",
+        ),
+        _pair("--access-log", "Log every request, on stdout."),
+        _value("--access-logfile", "-", "Taken for gunicorn's command lines: the access log is on stdout, which is -."),
+        _value("--error-logfile --log-file", "-", "Likewise: everything else is on stderr, which is -."),
         _pair("--use-colors", "Colour the log.  [default: on a terminal]"),
+    ),
+    "Process": (
+        _value(
+            "--user -u", "USER", "Let the workers run as this user, a name or a number; the master stays root.", "uid"
+        ),
+        _value("--group -g", "GROUP", "Let the workers run in this group.", "gid"),
+        _flag("--initgroups", "Taken for gunicorn's command lines: the user's other groups are always theirs too."),
+        _value("--umask -m", "MODE", "The umask of the master and the workers, in octal.  [default: as it is]"),
+        _value("--pid -p --pid-file", "FILE", "Write the master's process id to this file, and remove it at the end."),
+        _value(
+            "--name -n --process-name",
+            "TEXT",
+            "What ps and top show in the titles of the processes, if setproctitle is installed.  [default: APP]",
+        ),
+        _flag("--capture-output", "What the application prints goes to stderr, where the log is."),
     ),
     "Other": (
         _flag("--version -v", "Say which version this is."),
@@ -182,59 +226,18 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
 SPECS = tuple(spec for group in GROUPS.values() for spec in group)
 COMMANDS = ("run", "exec", "config", "ctl", "top")
 
-# Known to users of uvicorn, gunicorn, granian and hypercorn, or ours in a later version.
-_LATER = """
---access-log-exclude --access-log-format --access-logfile --access-logformat --backpressure --ca-certs
---capture-output --casefold-http-method --cert-reqs --certfile --chdir --check-config --ciphers --config
---control-socket --control-socket-mode --debug-port --debug-wait --dirty-app --dirty-graceful-timeout
---dirty-threads --dirty-timeout --dirty-workers --disable-redirect-access-to-syslog --do-handshake-on-connect
---dogstatsd-tags --enable-backlog-metric --enable-stdio-inheritance --env --error-logfile --forwarder-headers
---group --header-map --http-protocols --http2 --http2-cleartext --http2-initial-window-size
---http2-max-concurrent-streams --http2-max-frame-size --http2-max-header-list-size --initgroups --keyfile
---limit-concurrency --limit-request-field_size
---limit-request-fields --limit-request-line --log-config-json --log-file --log-format --log-syslog
---log-syslog-facility --log-syslog-prefix --log-syslog-to --logger-class
---max-restarts --max-workers --metrics --metrics-address --metrics-bind --metrics-port --min-uptime --name
---no-control-socket --no-sendfile --no-ssl-reload --on-worker-exit-code --paste --paste-global --paster
---permit-obsolete-folding --permit-unconventional-http-method --permit-unconventional-http-version --pid
---pid-file --preload --print-config --process-name --profile --protocol --proxy-allow-from --proxy-protocol
---reload --reload-delay --reload-dir --reload-engine --reload-exclude --reload-extra-file --reload-include
---reuse-port --shutdown-delay --spew --ssl-ca-certs
---ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile --ssl-keyfile-password --ssl-reload --ssl-version
---statsd-host --statsd-prefix --strip-header-spaces --suppress-ragged-eofs --threads
---timeout-request-body --uds-permissions
---umask --user --uwsgi-allow-from --worker-connections --worker-tmp-dir
--c -e -g -m -n -u -R
-"""
-LATER = frozenset(_LATER.split())
+#: What is said to this one start of the program, and nowhere but on its command line.
+ONCE: Final = frozenset({"help", "version", "check_config", "print_config"})
 
-# Where something here does the same, or advice beats "not available".
-INSTEAD = {
-    "--asgi-disconnect-grace-period": "--asgi-disconnect-grace-period has no counterpart in uvicorn's workers",
-    "--asgi-lifespan": "--asgi-lifespan is called --lifespan here",
-    "--asgi-loop": "--asgi-loop is called --loop here",
-    "--http-parser": "--http-parser is called --http here",
-    "--websocket-max-message-size": "--websocket-max-message-size is called --ws-max-size here",
-    "--worker-class": "--worker-class is not available in this version: the workers are uvicorn's, leave it out",
-    "-k": "-k is not available in this version: the workers are uvicorn's, leave it out",
-    "--daemon": "--daemon is not available: leave the background to systemd or another supervisor",
-    "-D": "-D is not available: leave the background to systemd or another supervisor",
-    "-p": "-p, gunicorn's pid file, is not available in this version; a port is given with --port or --bind",
-}
+#: What the command line does by itself, before there are `Settings`.
+OURS: Final = frozenset({"config", "chdir", "env", *ONCE})
 
 
 def refuse_command(word: str) -> NoReturn:
+    if word == "exec":
+        raise SettingsError("'exec' comes before its options")
     if word in COMMANDS:
         raise SettingsError(f"{word!r} is reserved and not available in this version")
     hint = word.removesuffix(".py").strip("./").replace("/", ".")
     near = near_match(word, COMMANDS, 0.75) or (f"; did you mean '{hint}:app'?" if hint else "")
     raise SettingsError(f"no such command {word!r}{near}")
-
-
-def refuse_option(name: str) -> NoReturn:
-    if name in INSTEAD:
-        raise SettingsError(INSTEAD[name])
-    if name in LATER:
-        raise SettingsError(f"{name} is not available in this version")
-    known = [flag for spec in SPECS for flag in spec.flags]
-    raise SettingsError(f"no such option {name}{near_match(name, [*known, *LATER, *INSTEAD], 0.7)}")

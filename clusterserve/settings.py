@@ -1,16 +1,18 @@
 """`Settings`: everything a cluster is told, checked once, frozen for its life.
 
 `Settings.create` is the one door: the command line and `Cluster(app, **settings)` both come through it.  Defaults that
-the environment may move (WEB_CONCURRENCY, PORT, CLUSTERSERVE_POLICY, FORWARDED_ALLOW_IPS) are looked up here, and a
-blank variable is as good as none.
+the environment may move (WEB_CONCURRENCY, PORT, LISTEN_FDS, CLUSTERSERVE_POLICY, FORWARDED_ALLOW_IPS) are looked up
+here, and a blank variable is as good as none.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from clusterserve.activation import addresses, passed
 from clusterserve.binds import ANY_HOST, DEFAULT_PORT, Bind, parse_all
 from clusterserve.checks import (
     Check,
@@ -23,6 +25,7 @@ from clusterserve.checks import (
     is_import,
     module,
     near_match,
+    octal,
     optional,
     seconds,
     size,
@@ -31,6 +34,7 @@ from clusterserve.checks import (
     whole,
 )
 from clusterserve.errors import SettingsError
+from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch
 
 __all__ = ["POLICIES", "Bind", "SettingValueError", "Settings"]
 
@@ -41,21 +45,23 @@ _ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Launch):
     """What to serve, where, with how many workers and how.  Build it with `create`, which checks."""
 
-    app: str
+    app: str  # empty: workers run a program, `exec`
     app_dir: str | None = None  # None: the program that embeds us has its own sys.path in order
     factory: bool = False
     interface: str = "auto"
 
     binds: tuple[Bind, ...] = (Bind("tcp", host="127.0.0.1", port=DEFAULT_PORT),)
     backlog: int = 2048
+    uds_permissions: int | None = None  # None: as uvicorn, whoever may reach the directory may connect
 
     policy: str = "rr"
     dispatch: str = "auto"
     workers: int = 1
     workers_source: str = ""  # why that many, for the start-up line
+    respawn: bool = True  # False: how many workers there are is the program's business
     max_pending: int = 2048
     hooks: str | None = None
 
@@ -67,6 +73,7 @@ class Settings:
     timeout_request: float = 0.0
     restart_backoff: float = 0.1
     restart_backoff_max: float = 15.0
+    min_uptime: float = 1.0
     reload_surge: int = 1
 
     timeout: float = 30.0
@@ -102,6 +109,12 @@ class Settings:
     access_log: bool = True
     use_colors: bool | None = None
     env_file: str | None = None
+    capture_output: bool = False
+
+    # Of the process, so of `run` and the command line only.
+    pid: str | None = None
+    umask: int | None = None
+    name: str | None = None
 
     @classmethod
     def create(cls, **values: object) -> Settings:
@@ -116,10 +129,20 @@ class Settings:
         checked: dict[str, Any] = {
             name: _CHECKS[name](name, value) for name, value in values.items() if name in _CHECKS
         }
-        checked["app"], called = _app(values.get("app"))
-        checked["factory"] = called or checked.get("factory", False)
-        checked["binds"] = _binds({name: values[name] for name in _ADDRESSES if values.get(name) is not None})
-        checked["workers"], source = _workers(values.get("workers"))
+        if "exec" not in checked:
+            checked["app"], called = _app(values.get("app"))
+            checked["factory"] = called or checked.get("factory", False)
+        elif values.get("app") is not None:
+            raise SettingsError("app and exec exclude each other: workers serve an application or run a program")
+        else:
+            checked["app"] = ""
+        addresses = {name: values[name] for name in _ADDRESSES if values.get(name) is not None}
+        # A program says itself where it listens.
+        checked["binds"] = _binds(addresses) if addresses or checked["app"] else ()
+        if checked.get("respawn") is False and values.get("workers") is None:
+            checked["workers"], source = 0, ""
+        else:
+            checked["workers"], source = _workers(values.get("workers"))
         checked["workers_source"] = checked.get("workers_source") or source
         checked["policy"] = _policy(values.get("policy"))
         if checked.get("forwarded_allow_ips") is None:
@@ -138,9 +161,23 @@ class Settings:
         """Whether workers give connections back: only under a policy, and not if connections are the unit."""
         return self.dispatch != "connection" and self.policy != "none"
 
+    @property
+    def socket_mode(self) -> int:
+        """The mode of the files of unix sockets."""
+        if self.uds_permissions is not None:
+            return self.uds_permissions
+        return 0o666 & ~(self.umask or 0)
+
+    @property
+    def title(self) -> str:
+        """What it is called where its processes are listed."""
+        return self.name or self.app or self.exec
+
     def to_json(self) -> dict[str, object]:
-        """The settings in JSON's own types.  `from_json` gives back an equal object."""
-        values: dict[str, object] = {field.name: getattr(self, field.name) for field in fields(self)}
+        """The settings in JSON's own types, without those of `Launch`.  `from_json` gives back what equals the rest."""
+        values: dict[str, object] = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in LAUNCH_NAMES
+        }
         values["binds"] = [str(bind) for bind in self.binds]
         values["headers"] = [list(header) for header in self.headers]
         return values
@@ -156,10 +193,13 @@ class Settings:
 
 # What may be given to `create` for every field whose meaning is its own, whoever gives it.
 _CHECKS: Final[dict[str, Check]] = {
+    **LAUNCH_CHECKS,
+    "respawn": flag,
     "app_dir": optional(directory),
     "factory": flag,
     "interface": choice("auto", "asgi3", "asgi2", later=("wsgi",)),
     "backlog": whole(0),
+    "uds_permissions": optional(octal),
     "dispatch": choice("auto", "connection", "request"),
     "workers_source": text,
     "max_pending": whole(1),
@@ -173,6 +213,7 @@ _CHECKS: Final[dict[str, Check]] = {
     # From zero, doubling would never leave zero: a dying app would be respawned in a busy loop.
     "restart_backoff": seconds(above_zero=True),
     "restart_backoff_max": seconds(above_zero=True),
+    "min_uptime": seconds(),
     "reload_surge": whole(1),
     "timeout": seconds(),
     "limit_max_requests": whole(0),
@@ -204,6 +245,10 @@ _CHECKS: Final[dict[str, Check]] = {
     "access_log": flag,
     "use_colors": optional(flag),
     "env_file": optional(file),
+    "capture_output": flag,
+    "pid": optional(text),
+    "umask": optional(octal),
+    "name": optional(text),
 }
 _KEYWORDS: Final = (*_CHECKS, "app", "workers", "policy", *_ADDRESSES)
 
@@ -231,8 +276,10 @@ def _binds(given: dict[str, object]) -> tuple[Bind, ...]:
     names = list(given)
     if len(names) > 1 and names != ["host", "port"]:
         raise SettingsError(f"{names[0]} and {names[1]} exclude each other: give bind, or uds, or fd, or host and port")
+    if not given and (sockets := passed()):
+        return tuple(Bind("fd", fd=fd) for fd in sockets)
     if "bind" in given:
-        return parse_all(given["bind"])
+        return parse_all(_named(given["bind"]))
     if "uds" in given:
         return (Bind("unix", path=text("uds", given["uds"])),)
     if "fd" in given:
@@ -244,6 +291,13 @@ def _binds(given: dict[str, object]) -> tuple[Bind, ...]:
         # gunicorn's rule: who says PORT is a platform that connects from outside.
         host = host if "host" in given else ANY_HOST
     return (Bind("tcp", host=host, port=whole(0, 65535)(source, port)),)
+
+
+def _named(value: object) -> object:
+    """The same addresses, with the sockets that were passed to us by number and not by name."""
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    items = list(value) if isinstance(value, Iterable) and several else [value]
+    return [each for item in items for each in (addresses(item) if isinstance(item, str) else [item])]
 
 
 def _workers(value: object) -> tuple[int, str]:
@@ -262,9 +316,19 @@ def _workers(value: object) -> tuple[int, str]:
 def _policy(value: object) -> str:
     source = "policy"
     if value is None:
-        found = {name: _variable(name) for name in POLICY_VARIABLES if _variable(name)}
-        if len(set(found.values())) > 1:
-            both = " and ".join(f"{name}={policy}" for name, policy in found.items())
-            raise SettingsError(f"{both} contradict each other: unset one of them")
-        source, value = next(iter(found.items()), (source, "rr"))
+        source, value = policy_variable() or (source, "rr")
+    return check_policy(value, source)
+
+
+def check_policy(value: object, source: str = "policy") -> str:
+    """The name of a policy, if it is one."""
     return choice(*POLICIES, imports=True)(source, value)
+
+
+def policy_variable() -> tuple[str, str] | None:
+    """The variable that names a policy, and the policy; raises `SettingsError` if two name different ones."""
+    found = {name: _variable(name) for name in POLICY_VARIABLES if _variable(name)}
+    if len(set(found.values())) > 1:
+        both = " and ".join(f"{name}={policy}" for name, policy in found.items())
+        raise SettingsError(f"{both} contradict each other: unset one of them")
+    return next(iter(found.items()), None)

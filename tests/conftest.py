@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -26,6 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "needs_tool(name): needs a program of .ci/packages; without it the test is listed as not run, "
         "and fails where CI=true",
     )
+    config.addinivalue_line(
+        "markers",
+        "needs_module(name): needs a package of the extra `test`; else as with a missing program",
+    )
     config.stash[_NOT_RUN] = {}
 
 
@@ -34,6 +39,9 @@ def _missing_tool(item: pytest.Item) -> str | None:
         for tool in mark.args:
             if shutil.which(tool) is None:
                 return str(tool)
+    for mark in item.iter_markers("needs_module"):
+        if importlib.util.find_spec(mark.args[0]) is None:
+            return str(mark.args[0])
     return None
 
 
@@ -51,12 +59,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     tool = _missing_tool(item)
     if tool is not None:
-        pytest.fail(f"{tool} is not installed, and with CI=true every tool must be (.ci/packages)", pytrace=False)
+        pytest.fail(
+            f"{tool} is not installed, and with CI=true everything must be (see .ci/packages)",
+            pytrace=False,
+        )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for nodeid, tool in config.stash[_NOT_RUN].items():
-        terminalreporter.write_line(f"NOT RUN {nodeid} - needs the program {tool}", yellow=True)
+        terminalreporter.write_line(f"NOT RUN {nodeid} - needs {tool}", yellow=True)
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from types import ModuleType
 
 import pytest
 import uvicorn
-from uvicorn.main import main as uvicorn_command
 
 import clusterserve
 from clusterserve import cli, cpus
 from clusterserve.checks import MAX_SECONDS
 from clusterserve.errors import BindError, BootError, ClusterError, SettingsError
-from clusterserve.options import INSTEAD, LATER, SPECS
+from clusterserve.options import SPECS
+from clusterserve.peers import NOT_TAKEN
 from clusterserve.settings import Settings
 
 
@@ -103,7 +103,7 @@ def test_run_is_implied(argv: list[str], parsed: Parsed) -> None:
     assert parsed(*argv).app == "a:b"
 
 
-@pytest.mark.parametrize("word", ["exec", "config", "ctl", "top"])
+@pytest.mark.parametrize("word", ["ctl", "top"])
 @pytest.mark.parametrize("rest", [[], ["a:b"], ["--unknown", "x"], ["--help"]])
 def test_reserved_commands(word: str, rest: list[str], refused: Refused) -> None:
     assert refused(word, *rest) == f"'{word}' is reserved and not available in this version"
@@ -111,6 +111,7 @@ def test_reserved_commands(word: str, rest: list[str], refused: Refused) -> None
 
 def test_a_reserved_command_behind_an_option(refused: Refused) -> None:
     assert refused("--workers", "2", "top") == "'top' is reserved and not available in this version"
+    assert refused("--workers", "2", "exec", "x.py") == "'exec' comes before its options"
 
 
 @pytest.mark.parametrize(
@@ -213,8 +214,20 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--log-config": (str(file), "log_config", str(file)),
         "--no-access-log": (None, "access_log", False),
         "--no-use-colors": (None, "use_colors", False),
+        "--uds-permissions": ("660", "uds_permissions", 0o660),
+        "--min-uptime": ("2", "min_uptime", 2.0),
+        "--user": ("0", "uid", 0),
+        "--group": ("root", "gid", 0),
+        "--umask": ("027", "umask", 0o027),
+        "--pid": ("/x", "pid", "/x"),
+        "--name": ("shop", "name", "shop"),
+        "--capture-output": (None, "capture_output", True),
     }
-    elsewhere = {"--bind", "--host", "--port", "--uds", "--fd", "--header", "--version", "--help"}
+    elsewhere = {"--bind", "--host", "--port", "--uds", "--fd", "--header", "--version", "--help"} | {
+        # Of the command line alone: tests/test_sources.py, tests/test_peers.py.
+        *("--config", "--check-config", "--print-config", "--chdir", "--env"),
+        *("--worker-class", "--access-logfile", "--error-logfile", "--initgroups"),
+    }
     assert {flag.replace("--no-", "--") for flag in options} == {spec.name for spec in SPECS} - elsewhere
 
     argv = [text for flag, (value, _, _) in options.items() for text in (flag, value) if text is not None]
@@ -320,6 +333,9 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
         (["--ws-per-message-deflate", "2"], "--ws-per-message-deflate 2: must be true or false"),
         (["--restart-backoff", "20"], "--restart-backoff 20.0: must not be above restart_backoff_max, which is 15"),
         (["--workers-max-rss", "lots"], f"--workers-max-rss lots: {SIZE}"),
+        (["-m", "18"], "--umask 18: must be an octal number from 0 to 777"),
+        (["--user", "no-such-user"], "--user no-such-user: there is no such user"),
+        (["-g", "no-such-group"], "--group no-such-group: there is no such group"),
         (["-t", "-1"], f"--timeout -1: must be a number of seconds from 0 to {MAX_SECONDS}"),
         (["--reload-surge", "0"], "--reload-surge 0: must be a whole number of at least 1"),
         (["--restart-backoff-max", ".01"], "restart_backoff=0.1: must not be above restart_backoff_max, which is 0.01"),
@@ -336,23 +352,10 @@ def test_a_bad_option_is_named_with_its_value(argv: list[str], message: str, ref
     assert refused("a:b", *argv) == message
 
 
-@pytest.mark.parametrize("flag", sorted(LATER))
-def test_options_of_later_versions_and_of_others_are_never_ignored(flag: str, refused: Refused) -> None:
-    assert refused("a:b", flag, "1") == f"{flag} is not available in this version"
-
-
-@pytest.mark.parametrize("flag", sorted(INSTEAD))
-def test_options_with_a_better_answer(flag: str, refused: Refused) -> None:
-    assert refused("a:b", flag, "1") == INSTEAD[flag]
-    assert INSTEAD[flag].startswith(flag)
-
-
-def test_every_option_of_uvicorn_is_taken_or_refused_by_name() -> None:
-    theirs = {flag for param in uvicorn_command.params for flag in param.opts if flag.startswith("-")}
-    ours = {flag for spec in SPECS for flag in spec.flags}
-    assert theirs <= ours | LATER | INSTEAD.keys()
-    assert not ours & (LATER | INSTEAD.keys())
-    assert not LATER & INSTEAD.keys()
+@pytest.mark.parametrize("flag", sorted(NOT_TAKEN))
+def test_options_of_others_and_of_later_versions_are_never_ignored(flag: str, refused: Refused) -> None:
+    assert refused("a:b", flag, "1") == NOT_TAKEN[flag]
+    assert NOT_TAKEN[flag].startswith(flag)
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -360,9 +363,10 @@ def test_help_is_complete_and_grouped(flag: str, capsys: pytest.CaptureFixture[s
     assert cli.run([flag]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("Usage: clusterserve [run] MODULE:ATTRIBUTE [OPTIONS]\n")
+    assert out.startswith("Usage: clusterserve [run|config] MODULE:ATTRIBUTE [OPTIONS]\n")
     titles = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
     expected = [
+        "Configuration",
         "Application",
         "Binding",
         "Cluster",
@@ -371,6 +375,7 @@ def test_help_is_complete_and_grouped(flag: str, capsys: pytest.CaptureFixture[s
         "WebSocket",
         "Proxies",
         "Logging",
+        "Process",
         "Other",
     ]
     assert titles == [f"{title}:" for title in expected]
@@ -436,6 +441,11 @@ def test_blank_variables_are_as_good_as_none(parsed: Parsed, environment: pytest
     [
         ({"CLUSTERSERVE_WORKERS": "0"}, f"CLUSTERSERVE_WORKERS=0: {COUNT}"),
         ({"WEB_CONCURRENCY": "x"}, f"WEB_CONCURRENCY='x': {COUNT}"),
+        # What Kubernetes sets for a service of our name.
+        (
+            {"CLUSTERSERVE_PORT_80_TCP": "tcp://10.0.0.1:80", "CLUSTERSERVE_SERVICE_HOST": "10.0.0.1", "PORT": "x"},
+            "PORT='x': must be a whole number from 0 to 65535",
+        ),
         ({"PORT": "x"}, "PORT='x': must be a whole number from 0 to 65535"),
         # What Kubernetes sets for a service of our name.
         (
@@ -444,7 +454,7 @@ def test_blank_variables_are_as_good_as_none(parsed: Parsed, environment: pytest
         ),
         ({"CLUSTERSERVE_BIND": ":1 :x"}, "CLUSTERSERVE_BIND=:x: the port must be a whole number from 0 to 65535"),
         ({"CLUSTERSERVE_FACTORY": "maybe"}, "CLUSTERSERVE_FACTORY=maybe: must be true or false"),
-        ({"CLUSTERSERVE_POLICY": "lest"}, f"CLUSTERSERVE_POLICY='lest': {POLICY}; did you mean 'least'?"),
+        ({"CLUSTERSERVE_POLICY": "lest"}, f"CLUSTERSERVE_POLICY=lest: {POLICY}; did you mean 'least'?"),
         (
             {"CLUSTERSERVE_POLICY": "rr", "CLUSTERSERVE_SCHED_POLICY": "none"},
             "CLUSTERSERVE_POLICY=rr and CLUSTERSERVE_SCHED_POLICY=none contradict each other: unset one of them",
@@ -454,17 +464,17 @@ def test_blank_variables_are_as_good_as_none(parsed: Parsed, environment: pytest
             f"CLUSTERSERVE_UDS and CLUSTERSERVE_HOST {EXCLUDE}",
         ),
         ({"CLUSTERSERVE_ENV_FILE": "no-such"}, "CLUSTERSERVE_ENV_FILE=no-such: there is no such file"),
-        ({"CLUSTERSERVE_RELOAD": "1"}, "CLUSTERSERVE_RELOAD is set, but --reload is not available in this version"),
+        ({"CLUSTERSERVE_RELOAD": "1"}, f"CLUSTERSERVE_RELOAD is set, but {NOT_TAKEN['--reload']}"),
         (
-            {"CLUSTERSERVE_WORKER_CLASS": "asgi"},
-            "CLUSTERSERVE_WORKER_CLASS is set, but --worker-class is not available in this version",
+            {"CLUSTERSERVE_WOKERS": "4"},
+            "CLUSTERSERVE_WOKERS is set, but there is no such option; did you mean 'CLUSTERSERVE_WORKERS'?",
         ),
         ({"CLUSTERSERVE_CMD_ARGS": "-w 0"}, f"CLUSTERSERVE_CMD_ARGS --workers 0: {COUNT}"),
         ({"CLUSTERSERVE_CMD_ARGS": "--x"}, "in CLUSTERSERVE_CMD_ARGS: no such option --x"),
         ({"CLUSTERSERVE_CMD_ARGS": "--uds '"}, "in CLUSTERSERVE_CMD_ARGS: No closing quotation"),
         (
             {"CLUSTERSERVE_CMD_ARGS": "--version"},
-            "in CLUSTERSERVE_CMD_ARGS: --help and --version belong on the command line",
+            "in CLUSTERSERVE_CMD_ARGS: --check-config, --print-config, --version and --help belong on the command line",
         ),
         (
             {"CLUSTERSERVE_CMD_ARGS": "--fd 3 --uds x"},
@@ -487,9 +497,12 @@ def test_a_variable_that_is_outranked_does_no_harm(parsed: Parsed, environment: 
     assert (settings.workers, settings.policy, str(settings.binds[0])) == (1, "hash", "127.0.0.1:1")
 
 
-def test_the_order_of_the_sources(parsed: Parsed, environment: pytest.MonkeyPatch) -> None:
+def test_the_order_of_the_sources(parsed: Parsed, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.chdir(tmp_path)
     found = [parsed("a:b").workers]
-    environment.setenv("WEB_CONCURRENCY", "2")
+    environment.setenv("WEB_CONCURRENCY", "1")
+    found.append(parsed("a:b").workers)
+    (tmp_path / "clusterserve.toml").write_text("workers = 2\n")
     found.append(parsed("a:b").workers)
     environment.setenv("CLUSTERSERVE_WORKERS", "3")
     found.append(parsed("a:b").workers)
@@ -497,7 +510,7 @@ def test_the_order_of_the_sources(parsed: Parsed, environment: pytest.MonkeyPatc
     found.append(parsed("a:b").workers)
     found.append(parsed("a:b", "--workers", "5").workers)
     found.append(parsed("a:b", "--workers", "auto").workers)
-    assert found == [6, 2, 3, 4, 5, 6]
+    assert found == [6, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -658,8 +671,8 @@ def program(*argv: str) -> subprocess.CompletedProcess[str]:
 def test_python_m_clusterserve_is_the_same() -> None:
     done = program("-m", "clusterserve", "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, cli.version() + "\n", "")
-    done = program("-m", "clusterserve", "exec")
-    line = "clusterserve: error: 'exec' is reserved and not available in this version\n"
+    done = program("-m", "clusterserve", "top")
+    line = "clusterserve: error: 'top' is reserved and not available in this version\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 

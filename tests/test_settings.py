@@ -18,6 +18,7 @@ from clusterserve import cpus, settings
 from clusterserve.binds import Bind
 from clusterserve.checks import MAX_SECONDS
 from clusterserve.errors import SettingsError
+from clusterserve.launch import LAUNCH_NAMES
 from clusterserve.settings import Settings
 
 
@@ -519,4 +520,24 @@ def test_from_json_does_not_ask_the_environment_again(monkeypatch: pytest.Monkey
 
 
 def test_to_json_holds_every_field() -> None:
-    assert set(create().to_json()) == {field.name for field in dataclasses.fields(Settings)}
+    rest = {field.name for field in dataclasses.fields(Settings)} - {*LAUNCH_NAMES}
+    assert set(create().to_json()) == rest
+
+
+# -- modes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "mode"), [("022", 0o22), ("0o22", 0o22), ("22", 0o22), (18, 18), ("777", 0o777)])
+def test_a_mode_in_text_is_octal(value: object, mode: int) -> None:
+    assert create(umask=value).umask == mode
+
+
+@pytest.mark.parametrize("value", ["18", "1000", "-1", "", "rw", 512, -1, True, 1.0])
+def test_what_is_no_mode(value: object) -> None:
+    assert refused(umask=value) == f"umask={value!r}: must be an octal number from 0 to 777"
+
+
+def test_the_mode_of_socket_files() -> None:
+    assert create().socket_mode == 0o666
+    assert create(umask="027").socket_mode == 0o640
+    assert create(umask="027", uds_permissions="666").socket_mode == 0o666

@@ -7,20 +7,20 @@ import os
 from typing import Any
 
 from benchmarks.apps.hello import app
-from clusterserve.worker.server import FauxServer
+from clusterserve.worker.server import Entrance
 
 __all__ = ["app"]
 
-_made = FauxServer.__init__
+_made = Entrance.__init__
 
 
-def _never_lazy(self: FauxServer, *arguments: Any, **options: Any) -> None:
+def _never_lazy(self: Entrance, *arguments: Any, **options: Any) -> None:
     _made(self, *arguments, **options)
-    # A server whose client need not speak first gets a transport of the loop's at once.
+    # One whose client need not speak first gets a transport of the loop's at once.
     self.client_speaks_first = False
 
 
 if os.environ["BENCHMARKS_WITHOUT"] == "lazy":
-    FauxServer.__init__ = _never_lazy  # type: ignore[method-assign]
+    Entrance.__init__ = _never_lazy  # type: ignore[method-assign]
 elif os.environ["BENCHMARKS_WITHOUT"] == "freeze":
     gc.freeze = lambda: None

@@ -447,8 +447,11 @@ class Distributor:
             elif worker.stalled and now >= worker.retry:
                 worker.stalled = False
                 worker.suspect = True
-        # What was offered ahead belongs to whoever is free first, and that is somebody else.
-        late = [worker for worker in late if worker.narrow or self._replaceable(worker, worker.unacked)]
+        # What was offered ahead belongs to whoever is free first, and that is somebody else.  But whoever drains is the
+        # last that could have it: nothing is offered any more.
+        late = [
+            worker for worker in late if (worker.narrow and worker.open) or self._replaceable(worker, worker.unacked)
+        ]
         for worker in late:
             worker.retry = now + (REQUEST_RETRY if self.narrows else RETRY)
         return late

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
+from .address import Address
+from .envelope import Envelope, Riders
+
 
 @dataclass(frozen=True)
 class WorkerName:
@@ -41,11 +44,11 @@ class CameOnline:
 
 @dataclass(frozen=True)
 class StartedListening:
-    """A worker serves `address` ("http://127.0.0.1:8000", "unix:PATH"); told once for each address."""
+    """A worker serves `address`, as text "http://127.0.0.1:8000" or "unix:PATH"; told once for each address."""
 
     name: ClassVar = "listening"
     worker: WorkerName
-    address: str
+    address: Address
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,16 @@ class Disconnected:
 
 
 @dataclass(frozen=True)
+class Messaged:
+    """A message of a worker's program has come: only the program that has the cluster hears of it, no hooks do."""
+
+    name: ClassVar = "message"
+    worker: WorkerName
+    envelope: Envelope
+    riders: Riders
+
+
+@dataclass(frozen=True)
 class Exited:
     """A worker process has ended, by `code` or by `signal`; both are None if somebody else has waited for it."""
 
@@ -81,6 +94,15 @@ class Exited:
     worker: WorkerName
     code: int | None
     signal: int | None
+
+
+@dataclass(frozen=True)
+class WentWrong:
+    """A worker process could not be started, for which its `exit` event follows: nobody else is harmed."""
+
+    name: ClassVar = "error"
+    worker: WorkerName
+    error: OSError
 
 
 @dataclass(frozen=True)
@@ -120,24 +142,15 @@ class Stopped:
     name: ClassVar = "stopped"
 
 
-Event = (
-    Forked
-    | CameOnline
-    | StartedListening
-    | StartedDraining
-    | WasKilled
-    | Disconnected
-    | Exited
-    | BecameReady
-    | StartedReload
-    | Scaled
-    | StartedShutdown
-    | Stopped
+AboutWorker = (
+    Forked | CameOnline | StartedListening | StartedDraining | WasKilled | Messaged | Disconnected | Exited | WentWrong
 )
 
+Event = AboutWorker | BecameReady | StartedReload | Scaled | StartedShutdown | Stopped
+
 _KINDS: Final[tuple[type[Event], ...]] = (
-    Forked, CameOnline, StartedListening, StartedDraining, WasKilled, Disconnected, Exited, BecameReady, StartedReload,
-    Scaled, StartedShutdown, Stopped,
+    Forked, CameOnline, StartedListening, StartedDraining, WasKilled, Disconnected, Exited, WentWrong, BecameReady,
+    StartedReload,    Scaled, StartedShutdown, Stopped,
 )  # fmt: skip
 
 #: The names of all events, and the arguments that come with each.

@@ -1,5 +1,7 @@
 """The message channel's frames: a fixed header, then JSON.  One frozen dataclass per message.
 
+Frames of another kind than 0 are the program's own messages (`core.envelope`) and are never looked into here.
+
 Facts are named in the past tense, commands in the imperative.  What arrives from the other end is data: an unknown or
 malformed frame raises `ProtocolError`, which costs that worker and nobody else.
 """
@@ -12,12 +14,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from struct import Struct
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from ..errors import ProtocolError
 
 #: The longest body of a frame of ours, in bytes.  The longest real one is a traceback.
 MAX_BODY: Final = 1 << 20
+
+#: The longest body of a frame of the program's: a piece of a message, and its number.
+MAX_USER_FRAME: Final = (1 << 16) + 8
 
 # body length, kind (0: a message of this module), descriptors that ride with the frame
 _HEADER: Final = Struct("<IBB")
@@ -33,11 +38,16 @@ class Boot:
     settings: dict[str, Any]
     #: The master's sys.path, so that what imports there imports here; empty to leave the worker's own.
     path: list[str]
+    #: How this worker was launched: exec (empty: serve the application), args, serialization …
+    launch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Online:
-    """The worker is up and about to import the application."""
+    """The worker is up and about to import the application, or to run its program.
+
+    A descriptor rides along: the file to which it writes its threads' stacks when it gets SIGPWR.
+    """
 
     pid: int
 
@@ -46,18 +56,25 @@ class Online:
 class Listen:
     """The worker wants to listen.  `request` comes back with the answer.
 
-    `bind` is the address as text and `index` counts this worker's requests for that same text, so that two servers on
-    port 0 are two listeners, each common to all workers (Node: address:port:fd:index).  `client_speaks_first` allows
-    the master to wait for bytes before it hands a connection over: only HTTP servers of ours set it.  `pinned` asks for
-    a listener of `--bind`; without it, the same text is another listener.
+    `bind` is the address as text: with a numeric host, resolved by the worker.  Port 0 means the first listener on such
+    a port that this worker is not on yet, so that a worker's second server on port 0 is a second listener, and each is
+    common to all workers.  `client_speaks_first` allows the master to wait for bytes before it hands a connection over:
+    only HTTP servers of ours set it.  `pinned` asks for a listener of `--bind`.
     """
 
     request: int
     bind: str
-    index: int
     backlog: int
     client_speaks_first: bool
     pinned: bool
+    #: A datagram socket instead of a stream's: it is shared, whatever the policy.
+    datagram: bool = False
+    #: IPv6 without IPv4.
+    v6only: bool = False
+    reuse_address: bool = True
+    keep_alive: bool = False
+    #: For every worker that listens there: the first one's counts.  See `clusterserve.listening`.
+    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,10 @@ class Listened:
     #: What getsockname() says: [host, port, ...] or the path.
     sockname: list[Any] | str
     shared: bool
+    #: The largest that any worker asked for so far.
+    backlog: int = 0
+    #: The first worker's.
+    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +125,19 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class ShowStacks:
+    """Master to worker: tell where your tasks stand."""
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """The answer.  `threads` names threads by their numbers, in hexadecimal; `tasks` is a text of many lines."""
+
+    threads: dict[str, Any]
+    tasks: str
+
+
+@dataclass(frozen=True)
 class Leave:
     """The worker was asked to go (SIGTERM), and asks to be drained: the master decides when."""
 
@@ -120,11 +154,9 @@ class Drain:
     keep: bool
 
 
-Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain
+Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain | ShowStacks | Stacks
 
-_KINDS: Final = MappingProxyType(
-    {kind.__name__: kind for kind in (Boot, Online, Listen, Listened, Listening, Closed, Failed, Beat, Leave, Drain)}
-)
+_KINDS: Final = MappingProxyType({kind.__name__: kind for kind in get_args(Message)})
 _JSON_TYPES: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     {"int": int, "float": (int, float), "str": str, "bool": bool, "dict[str, Any]": dict,
      "list[Any] | str": (list, str)}
@@ -136,7 +168,12 @@ def encode(message: Message, descriptors: int = 0) -> bytes:
     body = json.dumps([type(message).__name__, *dataclasses.astuple(message)], separators=(",", ":")).encode()
     if len(body) > MAX_BODY:
         raise ProtocolError(f"a {type(message).__name__} message of {len(body)} bytes is over the limit of {MAX_BODY}")
-    return _HEADER.pack(len(body), 0, descriptors) + body
+    return frame(body, 0, descriptors)
+
+
+def frame(body: bytes | memoryview, kind: int, descriptors: int = 0) -> bytes:
+    """A header and its body."""
+    return b"".join((_HEADER.pack(len(body), kind, descriptors), body))
 
 
 def decode(body: bytes) -> Message:
@@ -174,16 +211,23 @@ class Decoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, int]]:
-        """The frames completed by `data`.  Raises `ProtocolError` on a header that cannot be: the stream is lost."""
+        """The frames completed by `data`, where none but ours can be."""
+        return ((body, descriptors) for _, body, descriptors in self.frames(data, users=False))
+
+    def frames(self, data: bytes, *, users: bool = True) -> Iterator[tuple[int, bytes, int]]:
+        """The frames completed by `data`: (kind, body, descriptors); the program's own only if there may be `users`.
+
+        Raises `ProtocolError` on a header that cannot be: the stream is lost.
+        """
         buffer = self._buffer
         buffer += data
         while len(buffer) >= HEADER_SIZE:
             length, kind, descriptors = _HEADER.unpack_from(buffer)
-            if kind or length > MAX_BODY:
+            if length > (MAX_USER_FRAME if kind else MAX_BODY) or (kind and not users):
                 raise ProtocolError(f"a frame of kind {kind} and {length} bytes cannot be")
             end = HEADER_SIZE + length
             if len(buffer) < end:
                 return
-            body = bytes(buffer[HEADER_SIZE:end])
+            body = bytes(memoryview(buffer)[HEADER_SIZE:end])
             del buffer[:end]
-            yield body, descriptors
+            yield kind, body, descriptors

@@ -40,11 +40,15 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted: `count` workers of `generation`, or none and how fast."""
+    """What is wanted: `count` workers of `generation`, or none and how fast.
+
+    `manual`: how many there are is somebody else's business: nobody is started, replaced or sent away.
+    """
 
     count: int
     generation: int = 1
     stop: Stop = Stop.NO
+    manual: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def plan(target: Target, roster: Roster, now: float) -> Plan:
     """The steps from what is there to what is wanted."""
     if target.stop is not Stop.NO:
         wanted = list(_stop(target, roster))
+    elif target.manual:
+        wanted = []
     else:
         wanted = [*_start(target, roster, now), *_retire(target, roster, now)]
     wanted += _kill(roster)
@@ -157,7 +163,7 @@ def _retire(target: Target, roster: Roster, now: float) -> _Due:
     # The best of each slot: a fresh one of the wanted generation, else the newest.
     best: dict[int, Member] = {}
     for member in roster.members.values():
-        if member.state is WorkerState.LISTENING:
+        if member.serving:
             known = best.get(member.slot)
             if known is None or not _fresh(known, target, now):
                 best[member.slot] = member
@@ -181,7 +187,7 @@ def _abandoned(member: Member, target: Target, roster: Roster) -> bool:
     """
     if member.generation == target.generation or member.listening is not None:
         return False
-    return not roster.proven or any(other.state is WorkerState.LISTENING for other in roster.members.values())
+    return not roster.proven or any(other.serving for other in roster.members.values())
 
 
 def _rejected(target: Target, roster: Roster) -> bool:
@@ -202,9 +208,12 @@ def _kill(roster: Roster) -> _Due:
         elif member.drained is not None:
             grace = limits.quick if member.quick else limits.graceful
             yield member.drained + grace, Kill(member.id, f"it did not finish within {grace:g} s")
+        elif member.terminated is not None:
+            yield member.terminated + limits.graceful, Kill(member.id, "it does not act on SIGTERM")
         elif member.listening is None and limits.boot:
-            yield member.spawned + limits.boot, Kill(member.id, f"it did not listen within {limits.boot:g} s")
-        elif member.state is WorkerState.LISTENING and roster.hung(member):
+            what = "come up" if roster.programs else "listen"
+            yield member.spawned + limits.boot, Kill(member.id, f"it did not {what} within {limits.boot:g} s")
+        elif member.serving and roster.hung(member):
             yield 0.0, Abort(member.id, f"its event loop has not turned for {limits.timeout:g} s")
 
 
@@ -212,13 +221,15 @@ def _verdict(target: Target, roster: Roster, actions: tuple[Action, ...]) -> Ver
     members = roster.members.values()
     if target.stop is not Stop.NO:
         return Verdict.RUNNING if members else Verdict.STOPPED
+    if target.manual:
+        return Verdict.SETTLED
     if not members and not roster.proven and target.count and not any(isinstance(action, Spawn) for action in actions):
         return Verdict.FAILED
     if _rejected(target, roster):
         # Why it failed is known for certain when it is dead.
         dying = any(member.generation == target.generation and member.disconnected is not None for member in members)
         return Verdict.RUNNING if dying else Verdict.REJECTED
-    listening = [member for member in members if member.state is WorkerState.LISTENING]
+    listening = [member for member in members if member.serving]
     settled = (
         len(listening) == len(members) == target.count
         and all(member.generation == target.generation for member in members)
@@ -229,12 +240,10 @@ def _verdict(target: Target, roster: Roster, actions: tuple[Action, ...]) -> Ver
 
 def _stuck(target: Target, roster: Roster) -> tuple[int, ...]:
     """The wanted slots without a worker of the wanted generation in which one after the other fails."""
-    if target.stop is not Stop.NO or not roster.proven:
+    if target.stop is not Stop.NO or target.manual or not roster.proven:
         return ()
     served = {
-        member.slot
-        for member in roster.members.values()
-        if member.state is WorkerState.LISTENING and member.generation == target.generation
+        member.slot for member in roster.members.values() if member.serving and member.generation == target.generation
     }
     return tuple(
         number

@@ -44,6 +44,7 @@ class Member:
     generation: int
     spawned: float
     state: WorkerState = WorkerState.NONE
+    #: When it came to be of use: it listened, or was up, if workers are programs that may never listen.
     listening: float | None = None
     #: When it was told to drain (again), and whether quickly.
     drained: float | None = None
@@ -52,6 +53,8 @@ class Member:
     #: When it was told to write its stacks, for being hung.
     aborted: float | None = None
     killed: bool = False
+    #: When it was sent a SIGTERM that it is to act upon.
+    terminated: float | None = None
     wear: Wear = field(default_factory=Wear)
     #: When it was last heard of, and for how long the master has listened since, in vain.
     heard: float = 0.0
@@ -61,6 +64,11 @@ class Member:
     def current(self) -> bool:
         """Neither leaving nor gone."""
         return self.state in (WorkerState.NONE, WorkerState.ONLINE, WorkerState.LISTENING)
+
+    @property
+    def serving(self) -> bool:
+        """It is of use, and not leaving."""
+        return self.listening is not None and self.current
 
     @property
     def doomed(self) -> bool:
@@ -85,6 +93,8 @@ class Roster:
     """Every worker that is not dead, and the slots.  Changed only by facts."""
 
     limits: Limits
+    #: Workers run programs, of which nobody knows whether they will ever listen: who is up is of use.
+    programs: bool = False
     members: dict[int, Member] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
     #: Whether any worker ever listened, and the newest generation of which one did.
@@ -109,7 +119,8 @@ class Roster:
         if current and event in (WorkerEvent.DISCONNECTED, WorkerEvent.EXITED):
             # Unasked, and counted when it stops serving: the channel's end and the exit are one failure.
             self._failed(member, now)
-        if event is WorkerEvent.LISTENING and member.state is WorkerState.LISTENING and member.listening is None:
+        useful = event is WorkerEvent.LISTENING or (self.programs and event is WorkerEvent.ONLINE)
+        if useful and member.current and member.listening is None:
             member.listening = member.heard = now
             self.proven = max(self.proven, member.generation)
         elif event is WorkerEvent.DISCONNECTED:
@@ -132,6 +143,12 @@ class Roster:
     def killed(self, id: int) -> None:
         """Worker `id` was sent SIGKILL."""
         self.members[id].killed = True
+
+    def terminated(self, id: int, now: float) -> None:
+        """Worker `id` was sent SIGTERM, on which it should ask to be drained; a busy one does not hear it."""
+        member = self.members[id]
+        if member.terminated is None:
+            member.terminated = now
 
     def forgiven(self, now: float) -> None:
         """Somebody has ordered a change: what failed before says nothing of what will be."""
@@ -162,7 +179,7 @@ class Roster:
             return False
         overdue = False
         for member in self.members.values():
-            if member.state is WorkerState.LISTENING:
+            if member.serving:
                 member.silence += min(now - max(since, member.heard), pace(self.limits.timeout))
                 overdue = overdue or self.hung(member)
         return overdue
@@ -171,6 +188,16 @@ class Roster:
         """Whether its loop has stood still for `timeout`.  It may have turned until just before the next heartbeat."""
         timeout = self.limits.timeout
         return bool(timeout) and member.silence >= timeout + pace(timeout)
+
+    def responsive(self, within: float, now: float) -> bool:
+        """Whether any worker listens and was heard of within so many seconds, a heartbeat's delay aside."""
+        timeout = self.limits.timeout
+        return any(
+            member.state is WorkerState.LISTENING
+            and not member.doomed
+            and (not timeout or now - member.heard <= within + pace(timeout))
+            for member in self.members.values()
+        )
 
     def count(self, state: WorkerState) -> int:
         """How many workers are in `state`."""

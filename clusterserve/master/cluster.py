@@ -4,72 +4,87 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Final
 
-import uvloop
-
+from ..checks import near_match
 from ..core.distributor import Statistics
-from ..core.events import Event
-from ..core.reconcile import Stop
-from ..errors import ClusterError, SettingsError
-from ..settings import Settings
+from ..core.envelope import Envelope
+from ..core.events import EVENTS, AboutWorker, BecameReady, Disconnected, Event, Exited, Forked, Messaged, arguments
+from ..current import current_worker
+from ..emitter import Emitter, H, Handler
+from ..errors import ClusterError, ProtocolError, SettingsError
+from ..launch import LAUNCH_CHECKS, environment, main_script
+from ..messenger import broadcast
+from ..pending import Pending
+from ..settings import Settings, check_policy
 from .engine import Engine
-from .hooks import told_of_events
+from .home import Home
+from .streams import Streams
+from .thread import EngineThread
+from .worker import WORKER_EVENTS, Worker
+from .workers import Workers
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """A worker as it was when asked: `state` is none, online, listening, draining, disconnected or dead."""
-
-    id: int
-    slot: int
-    pid: int
-    state: str
+CLUSTER_EVENTS: Final = ("setup", "message", *EVENTS)
 
 
-class Cluster:
+class Cluster(Emitter):
     """A cluster that runs beside your program, from `start` (or `with`, or `async with`) to `stop`.
 
         with Cluster("package.module:app", workers=2, bind="127.0.0.1:0") as cluster:
             httpx.get(cluster.url)
 
+    Workers serve the application `app`, or run a program, `exec` ("script.py" or "-m package.module"); without either
+    they run the script that runs now, which asks `clusterserve.is_worker` (Node).  The other `settings` are those of
+    the command line, with underscores, and of `setup`.  Raises `SettingsError` at once for what cannot be, and
+    `ClusterError` in a worker.
+
     The engine has a thread and an event loop of its own; yours, your signal handlers and your child processes are left
-    alone.  Any thread may start it, also one that ends before the cluster does.  `settings` are those of the command
-    line, with underscores.  Raises `SettingsError` at once for what cannot be.
+    alone.  Any thread may start it, also one that ends before the cluster does.
+
+    Handlers (`on`, `once`, `wait_for`) run on your event loop with `async with`, and else on one thread of ours, in the
+    order in which things happened.  There they must not wait for later events, save in a coroutine.
     """
 
-    def __init__(self, app: str, **settings: Any) -> None:
-        if not isinstance(app, str):
+    def __init__(self, app: str | None = None, **settings: Any) -> None:
+        worker = current_worker()
+        if worker is not None:
+            raise ClusterError(f"this process is worker {worker.id}: only the master has a Cluster")
+        super().__init__(CLUSTER_EVENTS)
+        if app is not None and not isinstance(app, str):
             raise SettingsError(
                 f"an application is given as an import string like 'package.module:app', not as {type(app).__name__}: "
                 "each worker imports it afresh"
             )
+        if app is None and "exec" not in settings:
+            # What the script is called with may still change: it is looked up at the first `setup` or `start`.
+            settings["exec"] = ""
         self._settings = Settings.create(app=app, **settings)
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._engine: Engine | None = None
-        self._ordered = Stop.NO
-        self._starting = threading.Lock()
-        self._ended: concurrent.futures.Future[None] = _promise()
+        self._workers = Workers(self)
+        self._request_handler: Handler | None = None
+        self._place: Home | None = None
+        self._thread = EngineThread(self._emitted)
+        self._started: Pending[None] = Pending()
+        #: Those of `setup` calls before there was anybody to tell.
+        self._early: list[Settings] = []
 
     # -- life -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start, and return when every worker listens.
+        """Start, and return when every worker serves and every handler has heard of it.
 
-        Raises `BindError` if an address cannot be had, `BootError` (with the worker's own traceback) if the application
-        cannot be loaded or started, `ClusterError` if it was started before.
+        With `respawn=False`, when the addresses of `bind` are open.  Raises `BindError` if an address cannot be had,
+        `BootError` (with the worker's own traceback) if the application cannot be loaded or started, or the workers of
+        one slot die again and again; `ClusterError` if it was started before.
         """
-        started = self._begin()
+        self._thread.claim()
         try:
-            started.result()
+            self._begin(None)
+            self._started.result()
         except BaseException:
             # A Ctrl-C as well: `with` does not stop what did not start.
             self.stop(quick=True)
@@ -80,9 +95,10 @@ class Cluster:
 
         `quick` cuts them.  Does nothing if it does not run.
         """
-        self._order_stop(quick)
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.order_stop(quick)
+        self._thread.join()
+        if self._place is not None:
+            self._place.finish()
 
     def __enter__(self) -> Cluster:
         self.start()
@@ -94,9 +110,10 @@ class Cluster:
         self.stop()
 
     async def __aenter__(self) -> Cluster:
-        started = self._begin()
+        self._thread.claim()
         try:
-            await asyncio.wrap_future(started)
+            self._begin(asyncio.get_running_loop())
+            await self._started
         except BaseException:
             await self._leave(quick=True)
             raise
@@ -109,65 +126,258 @@ class Cluster:
 
     async def _leave(self, quick: bool) -> None:
         """Stop, and wait until nothing is left; who is cancelled meanwhile is in a hurry."""
-        self._order_stop(quick)
+        self._thread.order_stop(quick)
+        if not self._thread.is_started:
+            return
         try:
-            await asyncio.wrap_future(self._ended)
+            await self._thread.ended
         except asyncio.CancelledError:
-            self._order_stop(quick=True)
-            await asyncio.wrap_future(self._ended)
+            self._thread.order_stop(quick=True)
+            await self._thread.ended
             raise
         finally:
-            if self._thread is not None and self._ended.done():
+            if self._thread.ended.done():
                 self._thread.join()
 
+    def _begin(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._fill_defaults()
+        home = self._place = Home(loop)
+        home.start()
+        self.settle(home.loop)
+        self._workers.home = home.loop
+        for settings in self._early:
+            home.post(self.emit, "setup", settings)
+        # A success is told by `ready`, at home.
+        self._thread.settled.add_done_callback(self._failed)
+        self._thread.start(self._settings)
+
+    def _failed(self, settled: concurrent.futures.Future[None]) -> None:
+        error = settled.exception()
+        if error is not None:
+            self._started.set_exception(error)
+
+    # -- how workers are launched ---------------------------------------------------------------------------------
+
+    def setup(self, **settings: Any) -> None:
+        """Change how later workers are launched; those that are there stay as they are.
+
+        Takes `exec`, `args`, `cwd`, `env`, `uid`, `gid`, `silent`, `stdio`, `interpreter` and `serialization`, and
+        leaves what is not named.  Each call, an empty one too, tells `setup` with the settings as they are then.
+        """
+        for name in settings:
+            if name not in LAUNCH_CHECKS:
+                raise SettingsError(f"setup cannot change {name!r}{near_match(name, LAUNCH_CHECKS)}")
+        if settings.get("exec") and self._settings.app:
+            raise SettingsError("app and exec exclude each other: workers serve an application or run a program")
+        checked: dict[str, Any] = {name: LAUNCH_CHECKS[name](name, value) for name, value in settings.items()}
+        self._settings = new = dataclasses.replace(self._settings, **checked)
+        self._fill_defaults()
+        if self._place is None:
+            self._early.append(self._settings)
+        else:
+            new = self._settings
+            self._thread.post(lambda engine: engine.setup(new))
+            self._place.post(self.emit, "setup", new)
+
+    def _fill_defaults(self) -> None:
+        if not self._settings.app and not self._settings.exec:
+            script = main_script()
+            self._settings = dataclasses.replace(
+                self._settings, exec=script["exec"], args=self._settings.args or script["args"]
+            )
+
+    @property
+    def scheduling_policy(self) -> str:
+        """`SCHED_RR`, `SCHED_LEAST`, `SCHED_HASH`, `SCHED_NONE` or "package.module:Class".
+
+        May be changed until the cluster starts; after that raises `ClusterError`.
+        """
+        return self._settings.policy
+
+    @scheduling_policy.setter
+    def scheduling_policy(self, policy: str) -> None:
+        if self._thread.is_started:
+            raise ClusterError(f"the scheduling policy stays {self._settings.policy!r} once the cluster has started")
+        self._settings = dataclasses.replace(self._settings, policy=check_policy(policy))
+
     # -- change ---------------------------------------------------------------------------------------------------
+
+    def fork(self, env: Mapping[str, str] | None = None) -> Worker:
+        """Start one worker more, with these variables besides what it inherits.
+
+        With `respawn` (the default) one more is wanted from now on, and replacements inherit `env` as well.  One whose
+        process cannot be started tells `error`, with the OSError, and `exit`.  Raises `ClusterError` if the cluster
+        does not run, or is stopping.
+        """
+        variables = environment("env", env or {})
+        worker = self._thread.ask(lambda engine: self._workers.forked(lambda: engine.fork(variables)))
+        self._workers.enter(worker)
+        return worker
+
+    def disconnect(self) -> Pending[None]:
+        """Have every worker finish what it holds and leave; done when all are dead.
+
+        The cluster can `fork` again then; a cluster that respawns is scaled to none.
+        """
+        return self._change(Engine.disconnect_all)
 
     def scale(self, workers: int) -> None:
         """Have `workers` workers, and return when it is so.
 
         Raises `BootError` if workers die again and again before they are of use: the cluster goes on trying to have as
-        many as it was told.  Raises `ClusterError` if it does not run.
+        many as it was told.  Raises `ClusterError` if it does not run, or if the number is the program's business.
         """
         if workers < 1:
             raise SettingsError(f"a cluster has at least 1 worker, not {workers}")
-        self._change(lambda engine: engine.scale(workers))
+        self._change_and_wait(lambda engine: engine.scale(workers))
 
     def reload(self) -> None:
         """Replace every worker by a fresh one, one at a time, and return when it is done.
 
         Raises `BootError` if a replacement cannot start: the old workers go on then.
         """
-        self._change(Engine.reload)
+        self._change_and_wait(Engine.reload)
 
-    def _change(self, order: Callable[[Engine], asyncio.Future[None]]) -> None:
-        done: concurrent.futures.Future[None] = _promise()
+    def _change_and_wait(self, order: Callable[[Engine], asyncio.Future[None]]) -> None:
+        # On the home loop no event can be waited for.
+        here = self._place is not None and self._place.is_here
+        self._change(order, at_home=not here).result()
 
-        def finished(change: asyncio.Future[None]) -> None:
-            error = change.exception()
+    def _change(self, order: Callable[[Engine], asyncio.Future[None]], *, at_home: bool = True) -> Pending[None]:
+        """`at_home`: done when the handlers have heard of everything that belongs to it."""
+        done: Pending[None] = Pending()
+
+        def settle(error: BaseException | None) -> None:
+            if done.done():
+                return
             if error is None:
                 done.set_result(None)
             else:
                 done.set_exception(error)
 
-        self._ask(lambda engine: order(engine).add_done_callback(finished))
-        # The loop may end without having come to it.
-        either: list[concurrent.futures.Future[Any]] = [done, self._ended]
-        concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
-        if not done.done():
-            raise ClusterError("the cluster does not run")
-        done.result()
+        def over(error: BaseException | None) -> None:
+            if at_home and self._place is not None:
+                self._place.post(settle, error)
+            else:
+                settle(error)
+
+        def obey(engine: Engine) -> None:
+            try:
+                order(engine).add_done_callback(lambda change: over(change.exception()))
+            except ClusterError as exc:
+                over(exc)
+
+        if self._thread.post(obey):
+            # The loop may end without having come to it.
+            self._thread.ended.add_done_callback(lambda ended: over(ClusterError("the cluster does not run")))
+        else:
+            over(ClusterError("the cluster does not run"))
+        return done
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def broadcast(self, obj: Any, *sockets: Any, keep_open: bool | None = None) -> Pending[int]:
+        """Send a message to every worker that is connected; the result is for how many of them the kernel has it.
+
+        It is encoded once.  Sockets are as in `Worker.send`; each worker gets copies.
+        """
+        return broadcast(self._workers.values(), obj, sockets, keep_open)
+
+    def on_request(self, handler: H | None = None) -> Any:
+        """Answer the workers' requests with what `handler(worker, obj)`, or `handler(worker, obj, sockets)`, returns.
+
+        Without a handler, a decorator; otherwise as `Worker.on_request`, which goes before it for that one worker.
+        """
+        if handler is None:
+            return self.on_request
+        if not callable(handler):
+            raise TypeError(f"a handler of requests is a function, not {handler!r}")
+        self._request_handler = handler
+        return handler
+
+    @property
+    def request_handler(self) -> Handler | None:
+        """For `Worker`: who answers requests."""
+        return self._request_handler
+
+    def post_to(self, worker: int, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
+        """For `Worker`."""
+        engine = self._thread.engine
+        if engine is not None:
+            engine.outbox.post(worker, envelope, descriptors, done)
+            return
+        for fd in descriptors:
+            os.close(fd)
+        done(False)
+
+    def misbehaved(self, worker: int, error: ProtocolError) -> None:
+        """For `Worker`."""
+        self._thread.post(lambda engine: engine.misbehaved(worker, error))
+
+    # -- what a `Worker` orders -----------------------------------------------------------------------------------
+
+    def disconnect_worker(self, worker: int) -> None:
+        """For `Worker`."""
+        self._thread.post(lambda engine: engine.disconnect(worker))
+
+    def destroy_worker(self, worker: int, number: int) -> None:
+        """For `Worker`."""
+        self._thread.post(lambda engine: engine.destroy(worker, number))
+
+    def signal_worker(self, worker: int, number: int) -> None:
+        """For `Worker`."""
+        self._thread.post(lambda engine: engine.send_signal(worker, number))
+
+    def streams_of(self, worker: int) -> Streams | None:
+        """For `Workers`, on the engine's thread."""
+        engine = self._thread.engine
+        return None if engine is None else engine.seats[worker].process.streams
+
+    # -- telling --------------------------------------------------------------------------------------------------
+
+    def _emitted(self, event: Event) -> None:
+        """On the engine's thread."""
+        assert self._place is not None
+        engine = self._thread.engine
+        pickled = engine is not None and engine.settings.serialization == "pickle"
+        worker = self._workers.about(event, pickled) if isinstance(event, AboutWorker) else None
+        self._place.post(self._tell, event, worker)
+
+    def _tell(self, event: Event, worker: Worker | None) -> None:
+        """On the home loop."""
+        assert self._place is not None
+        if isinstance(event, AboutWorker) and worker is not None:
+            self._workers.tell(worker, event)
+            if isinstance(event, Messaged):
+                if self._place.is_open:
+                    worker.received(event.envelope, event.riders)
+                return
+            if isinstance(event, Disconnected | Exited):
+                worker.channel_closed()
+        # A program's loop may be closed before the cluster ends: then nobody is left to be told.
+        if self._place.is_open:
+            details = arguments(event)
+            if worker is not None:
+                details = (worker, *details[1:])
+                if isinstance(event, Forked):
+                    sys.audit("clusterserve.fork", worker.id, worker.slot, worker.pid)
+                if event.name in WORKER_EVENTS:
+                    worker.emit(event.name, *details[1:])
+            self.emit(event.name, *details)
+        if isinstance(event, BecameReady) and not self._started.done():
+            self._started.set_result(None)
 
     # -- looking in -----------------------------------------------------------------------------------------------
 
     @property
     def settings(self) -> Settings:
-        """What it was made with; frozen, itself and what it holds."""
+        """What it was made with, and `setup` has changed; frozen, itself and what it holds."""
         return self._settings
 
     @property
     def urls(self) -> list[str]:
         """Where each bind is reached from this machine; "unix:PATH" for a unix socket."""
-        return self._ask(lambda engine: [listener.url for listener in engine.handles if listener.pinned])
+        return self._thread.ask(lambda engine: [listener.url for listener in engine.handles if listener.pinned])
 
     @property
     def url(self) -> str:
@@ -175,106 +385,15 @@ class Cluster:
         return self.urls[0]
 
     @property
-    def workers(self) -> list[WorkerInfo]:
-        """Every worker that is not dead, oldest first."""
-        return [WorkerInfo(id, slot, pid, state.value) for id, slot, pid, state in self._ask(Engine.states)]
+    def workers(self) -> Mapping[int, Worker]:
+        """The workers by id, oldest first, from `fork` until each is dead.  Live: as far as handlers have been told."""
+        return self._workers
 
     def statistics(self) -> Statistics:
         """Connections by state and by worker, now."""
-        return self._ask(Engine.statistics)
+        return self._thread.ask(Engine.statistics)
 
     def __repr__(self) -> str:
-        state = "new" if self._thread is None else "stopped" if self._ended.done() else "running"
-        return f"<Cluster {self.settings.app!r} {state}>"
-
-    # -- the engine's thread --------------------------------------------------------------------------------------
-
-    def _begin(self) -> concurrent.futures.Future[None]:
-        with self._starting:
-            if self._thread is not None:
-                raise ClusterError("a Cluster starts once; make a new one")
-            started: concurrent.futures.Future[None] = _promise()
-            # A thread of its own also for the workers' sake: the kernel kills them when the thread that spawned them
-            # ends.
-            thread = threading.Thread(target=self._run, args=(started,), name="clusterserve", daemon=True)
-            thread.start()
-            self._thread = thread
-        return started
-
-    def _run(self, started: concurrent.futures.Future[None]) -> None:
-        """The thread.  An end is reported when all is closed: whoever hears of it finds nothing left."""
-        failure: Exception | None = None
-        try:
-            with told_of_events(self.settings) as emit:
-                loop = uvloop.new_event_loop()
-                try:
-                    loop.run_until_complete(self._serve(loop, emit, started))
-                finally:
-                    self._engine = None
-                    loop.close()
-        except Exception as exc:  # noqa: BLE001 - whatever it is, somebody waits to hear of it
-            failure = exc
-        told = started.done()
-        if not told:
-            started.set_exception(failure or ClusterError("it was stopped before it had started"))
-        self._ended.set_result(None)
-        if told and failure is not None:
-            raise failure
-
-    async def _serve(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        emit: Callable[[Event], None],
-        started: concurrent.futures.Future[None],
-    ) -> None:
-        engine = Engine(self.settings, loop, emit)
-        engine.start()
-        self._loop, self._engine = loop, engine
-        self._obey()
-        either: list[asyncio.Future[Any]] = [engine.settled, engine.finished]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if engine.settled.done():
-            started.set_result(None)
-        error = await engine.finished
-        if error is not None:
-            raise error
-
-    def _order_stop(self, quick: bool) -> None:
-        """Have the engine stop, as soon as there is one."""
-        if self._thread is None:
-            return
-        if quick or self._ordered is Stop.NO:
-            self._ordered = Stop.QUICK if quick else Stop.GRACEFUL
-        if self._loop is not None:
-            # A closed loop has ended by itself.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._obey)
-
-    def _obey(self) -> None:
-        if self._engine is not None:
-            self._engine.stop(self._ordered)
-
-    def _ask(self, question: Callable[[Engine], T]) -> T:
-        """Ask the engine on its own loop."""
-        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-        def ask() -> None:
-            if self._engine is not None:
-                answer.set_result(question(self._engine))
-
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(ask)
-                # The loop may end without having come to it.
-                either: list[concurrent.futures.Future[Any]] = [answer, self._ended]
-                concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClusterError("the cluster does not run")
-        return answer.result()
-
-
-def _promise() -> concurrent.futures.Future[Any]:
-    """A future that cannot be cancelled: who awaits it may be, and the engine's thread sets it all the same."""
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()
-    return future
+        state = "running" if self._thread.is_started else "new"
+        what = self.settings.app or self.settings.exec
+        return f"<Cluster {what!r} {'stopped' if self._thread.ended.done() else state}>"

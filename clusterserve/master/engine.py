@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import itertools
 import logging
 import os
 import signal
@@ -20,9 +21,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..channel.message import MessageChannel
+from .. import faults
+from ..channel.message import MessageChannel, Riders
 from ..core.connection import IllegalStep
 from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
+from ..core.envelope import Envelope
 from ..core.events import (
     BecameReady,
     CameOnline,
@@ -30,6 +33,7 @@ from ..core.events import (
     Event,
     Exited,
     Forked,
+    Messaged,
     Scaled,
     StartedDraining,
     StartedListening,
@@ -37,10 +41,11 @@ from ..core.events import (
     StartedShutdown,
     Stopped,
     WasKilled,
+    WentWrong,
     WorkerName,
 )
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online
+from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online, Stacks
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Action, Drain, Spawn, Stop, Target, Verdict, plan
 from ..core.roster import Limits, Member, Roster
@@ -49,14 +54,23 @@ from ..settings import Settings
 from .dispatcher import Dispatcher
 from .handles import Handles
 from .health import Health
+from .listeners import Access
+from .outbox import Outbox
 from .policies import policy_factory
 from .process import Exit, WorkerProcess
+from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
 
 #: Between SIGTERM and the closing of the listeners (seconds): clients whose handshake is done, but whose first bytes
 #: are still under way, are not in the backlog yet that TCP_DEFER_ACCEPT keeps.
 LISTENER_LINGER = 0.05
+
+#: What a worker that was told to disconnect, and then to die, has to end by itself in between (seconds).
+FAREWELL = 0.5
+
+#: Variables for a worker, as pairs.
+Environment = tuple[tuple[str, str], ...]
 
 
 @dataclass
@@ -67,6 +81,10 @@ class Seat:
     process: WorkerProcess
     channel: MessageChannel
     listening: set[int] = field(default_factory=set)
+    #: The signal that `destroy` has left for it; 0 for none.
+    farewell: int = 0
+    #: Where it writes its threads' stacks; -1 until it is online.  Ours to close.
+    stacks: int = -1
 
 
 class Engine:
@@ -86,7 +104,9 @@ class Engine:
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
         self._loop = loop
-        policy = policy_factory(settings.policy, slots=settings.workers, long_lived=not settings.borrows)
+        #: What the program sends to workers.
+        self.outbox = Outbox(loop, self._channel)
+        policy = policy_factory(settings.policy, slots=max(1, settings.workers), long_lived=not settings.borrows)
         patience = REQUEST_PATIENCE if settings.borrows else PATIENCE
         self._distributor = Distributor(
             patience,
@@ -98,19 +118,30 @@ class Engine:
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )
-        self.handles = Handles(loop, self._dispatcher, policy)
+        owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
+        self.handles = Handles(loop, self._dispatcher, policy, Access(settings.socket_mode, *owner))
         self._roster = Roster(
             Limits(
                 boot=settings.timeout_boot,
                 graceful=settings.timeout_graceful_shutdown,
                 backoff=settings.restart_backoff,
                 backoff_max=settings.restart_backoff_max,
+                min_uptime=settings.min_uptime,
                 surge=settings.reload_surge,
-                timeout=settings.timeout,
-            )
+                # What a program does with its event loop, if it has one, is its own business.
+                timeout=0.0 if settings.exec else settings.timeout,
+            ),
+            programs=bool(settings.exec),
         )
         self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
-        self._target = Target(settings.workers)
+        self._stacks = StackCollector(loop)
+        self._target = Target(settings.workers, manual=not settings.respawn)
+        #: What `fork` was given, by slot: replacements inherit it.
+        self._environments: dict[int, Environment] = {}
+        #: Who waits for the last worker's end, in a cluster whose program says how many there are.
+        self._departures: list[asyncio.Future[None]] = []
+        self._ready = False
+        self._hasty, self._repeats = faults.on("disconnect-first"), faults.on("disconnect-again")
         self._generation = 1
         self._changes: list[asyncio.Future[None]] = []
         self._stopping = Stop.NO
@@ -135,8 +166,9 @@ class Engine:
             logger.info("Listening on %s", listener.address)
         count, reason = self.settings.workers, self.settings.workers_source
         logger.info(
-            "Serving %s with %d worker%s%s, policy %s, dispatch %s, master process %d",
-            self.settings.app,
+            "%s %s with %d worker%s%s, policy %s, dispatch %s, master process %d",
+            "Running" if self.settings.exec else "Serving",
+            self.settings.exec or self.settings.app,
             count,
             "" if count == 1 else "s",
             f" ({reason})" if reason else "",
@@ -145,7 +177,10 @@ class Engine:
             os.getpid(),
         )
         self._health.start()
-        self._reconcile()
+        # Before it is ready, so that who hears of that finds them.
+        with self._as_one():
+            for _ in range(count if self._target.manual else 0):
+                self.fork()
 
     def stop(self, how: Stop) -> None:
         """Stop the cluster: GRACEFUL serves what was accepted, QUICK does not.  May be called again, to hurry."""
@@ -167,7 +202,11 @@ class Engine:
             self._loop.call_at(self._stop_deadline, self._stop_workers)
 
     def scale(self, count: int) -> asyncio.Future[None]:
-        """Have `count` workers from now on.  Done when it is so; fails with `BootError` as `reload` does."""
+        """Have `count` workers from now on.  Done when it is so; fails with `BootError` as `reload` does.
+
+        Raises `ClusterError`, as `reload` does, if the number of workers is the program's business.
+        """
+        self._must_not_be_manual("scale")
         if count != self._target.count and self._stopping is Stop.NO:
             logger.info("Scaling from %d to %d workers", self._target.count, count)
             self._emit(Scaled(count, self._target.count))
@@ -180,11 +219,12 @@ class Engine:
         self.scale(max(1, self._target.count + difference))
 
     def reload(self) -> asyncio.Future[None]:
-        """Replace every worker by a fresh one, `reload_surge` at a time, each when its replacement listens.
+        """Replace every worker by a fresh one, `reload_surge` at a time, each when its replacement serves.
 
         Done when the last has left; fails with `BootError` if a replacement cannot start, and the old ones stay.  Once
         one could, and another fails again and again, it is tried for ever, but whoever waits here hears of it.
         """
+        self._must_not_be_manual("reload")
         if self._stopping is Stop.NO:
             self._generation += 1
             logger.info("Reloading: generation %d replaces %d", self._generation, self._target.generation)
@@ -192,6 +232,73 @@ class Engine:
             self._failure = None
             self._target = dataclasses.replace(self._target, generation=self._generation)
         return self._change()
+
+    def _must_not_be_manual(self, what: str) -> None:
+        if self._target.manual:
+            raise ClusterError(f"cannot {what}: with respawn=False workers come and go by fork and disconnect only")
+
+    def setup(self, settings: Settings) -> None:
+        """Launch workers as these settings say from now on; what else they say stays as it was."""
+        self.settings = settings
+
+    def fork(self, env: Environment = ()) -> int:
+        """One worker more, now; its id.  Raises `ClusterError` if the cluster is stopping.
+
+        In a cluster that respawns, one more is wanted from now on, and a replacement inherits `env`.
+        """
+        if self._stopping is not Stop.NO or self.finished.done():
+            raise ClusterError("cannot fork: the cluster is stopping")
+        if self._target.manual:
+            taken = {member.slot for member in self._roster.members.values()}
+            slot = next(number for number in itertools.count() if number not in taken)
+        else:
+            slot = self._target.count
+            self._emit(Scaled(slot + 1, slot))
+            self._target = dataclasses.replace(self._target, count=slot + 1)
+            taken = set(range(slot))
+        self._environments[slot] = env
+        self._distributor.resize(max(taken | {slot}) + 1)
+        with self._as_one():
+            return self._spawn(Spawn(slot, self._target.generation), self._loop.time())
+
+    def disconnect(self, worker: int) -> None:
+        """Have a worker finish what it holds and leave.  Nothing happens if it leaves already, or is gone."""
+        seat = self.seats.get(worker)
+        if seat is not None and (seat.member.current or self._repeats):
+            self._perform(Drain(worker, quick=False, interrupt=False, keep=True), self._loop.time())
+            self._reconcile()
+
+    def destroy(self, worker: int, number: int) -> None:
+        """`disconnect`, and once its channel is closed and it has not ended by itself, a signal."""
+        self.disconnect(worker)
+        seat = self.seats.get(worker)
+        if seat is not None:
+            seat.farewell = number
+            if seat.member.state is WorkerState.DISCONNECTED:
+                self._bid_farewell(seat)
+
+    def _bid_farewell(self, seat: Seat) -> None:
+        self._loop.call_later(FAREWELL, seat.process.send_signal, seat.farewell)
+
+    def send_signal(self, worker: int, number: int) -> None:
+        """Deliver a signal to a worker's process.  Nothing happens if it is gone."""
+        seat = self.seats.get(worker)
+        if seat is not None:
+            seat.process.send_signal(number)
+            if number == signal.SIGTERM and not self._roster.programs:
+                self._roster.terminated(worker, self._loop.time())
+                self._reconcile()
+
+    def disconnect_all(self) -> asyncio.Future[None]:
+        """Have every worker leave; done when the last is dead.  The cluster goes on, and can fork again."""
+        if not self._target.manual:
+            return self.scale(0)
+        departure: asyncio.Future[None] = self._loop.create_future()
+        self._departures.append(departure)
+        for worker in tuple(self.seats):
+            self.disconnect(worker)
+        self._reconcile()
+        return departure
 
     def _change(self) -> asyncio.Future[None]:
         change: asyncio.Future[None] = self._loop.create_future()
@@ -233,6 +340,10 @@ class Engine:
             f"{failure.reason}; the cluster goes on trying"
         )
         logger.error("Not done yet: %s", reason)
+        if not self.settled.done():
+            self.settled.set_exception(BootError(reason, failure.traceback))
+            # Nobody may be waiting: a program of our own goes on with the others.
+            self.settled.exception()
         self._changed(BootError(reason, failure.traceback))
 
     def _close_listeners(self) -> None:
@@ -256,13 +367,16 @@ class Engine:
 
     def _close(self) -> None:
         self._health.close()
+        self._stacks.close()
         self.handles.close()
         self._dispatcher.close()
+        self.outbox.close()
         if self._deadline is not None:
             self._deadline.cancel()
 
     def _finish(self, error: BootError | None) -> None:
         if not self.finished.done():
+            self._changes += self._departures
             self._changed(ClusterError("the cluster has stopped"))
             self._close()
             self._emit(Stopped())
@@ -289,10 +403,16 @@ class Engine:
             self._deadline = None
         if current.deadline is not None:
             self._deadline = self._loop.call_at(current.deadline, self._reconcile)
+        if not self._roster.members or self._hasty:
+            departures, self._departures = self._departures, []
+            for departure in departures:
+                departure.set_result(None)
         if current.verdict is Verdict.SETTLED:
+            if not self._ready:
+                self._ready = True
+                self._emit(BecameReady())
             if not self.settled.done():
                 self.settled.set_result(None)
-                self._emit(BecameReady())
             self._changed(None)
         elif current.verdict is Verdict.REJECTED:
             self._reject()
@@ -305,7 +425,7 @@ class Engine:
         elif current.verdict is Verdict.STOPPED:
             untold = self._untold
             self._finish(None if untold is None else BootError(untold.reason, untold.traceback))
-        elif current.stuck and self._changes:
+        elif current.stuck and (self._changes or not self.settled.done()):
             self._give_up(current.stuck)
 
     @contextlib.contextmanager
@@ -331,7 +451,9 @@ class Engine:
             self._dispatcher.distributor.drain_worker(action.worker)
             limits = self._roster.limits
             grace = limits.quick if action.quick else limits.graceful
-            seat.channel.send(DrainMessage(grace, action.quick, action.keep))
+            # Behind the program's messages, so that they arrive; an order to hurry goes first.
+            send = seat.channel.send if action.quick else seat.channel.send_in_line
+            send(DrainMessage(grace, action.quick, action.keep))
             if action.interrupt:
                 seat.process.send_signal(signal.SIGTERM)
         elif isinstance(action, Abort):
@@ -350,18 +472,27 @@ class Engine:
             self._tell(seat, WasKilled, action.why)
             seat.process.send_signal(signal.SIGKILL)
 
-    def _spawn(self, action: Spawn, now: float) -> None:
+    def _spawn(self, action: Spawn, now: float) -> int:
+        """The id of the worker that was started, or could not be."""
         member = self._roster.spawned(action.slot, action.generation, now, self._health.wear())
         self._tell_why(action, member)
         try:
-            process = WorkerProcess(action.slot, self._loop, partial(self._exited, member.id))
+            env = self._environments.get(action.slot, ())
+            process = WorkerProcess(action.slot, self._loop, partial(self._exited, member.id), self.settings, env)
         except OSError as exc:
             self._last_exit = f"worker {member.id} could not be spawned: {exc}"
             logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, exc)
+            name = WorkerName(member.id, member.slot, 0)
+            self._emit(WentWrong(name, exc))
+            self._emit(Exited(name, None, None))
             self._roster.happened(member.id, WorkerEvent.EXITED, now)
-            return
+            return member.id
         channel = MessageChannel(
-            self._loop, process.messages, partial(self._on_message, member.id), partial(self._on_closed, member.id)
+            self._loop,
+            process.messages,
+            partial(self._on_message, member.id),
+            partial(self._on_closed, member.id),
+            partial(self._on_envelope, member.id),
         )
         seat = self.seats[member.id] = Seat(member, process, channel)
         self._tell(seat, Forked)
@@ -373,7 +504,8 @@ class Engine:
         path = [entry for entry in entries if isinstance(entry, str)]
         if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
             path.insert(0, first)
-        channel.send(Boot(member.id, action.slot, self.settings.to_json(), path))
+        channel.send(Boot(member.id, action.slot, self.settings.to_json(), path, self.settings.to_worker()))
+        return member.id
 
     def _tell_why(self, action: Spawn, member: Member) -> None:
         if action.worn:
@@ -387,6 +519,20 @@ class Engine:
                 member.id,
                 self._roster.rejected,
             )
+
+    # -- messages of the program --------------------------------------------------------------------------------------
+
+    def _channel(self, worker: int) -> MessageChannel | None:
+        seat = self.seats.get(worker)
+        return None if seat is None else seat.channel
+
+    def _on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None:
+        self._tell(self.seats[worker], Messaged, envelope, riders)
+
+    def misbehaved(self, worker: int, error: ProtocolError) -> None:
+        """What came of a worker's program could not be read, and no honest sender sends that."""
+        if worker in self.seats:
+            self._broke_protocol(worker, error)
 
     # -- facts about workers --------------------------------------------------------------------------------------
 
@@ -406,6 +552,8 @@ class Engine:
             raise ProtocolError(str(exc)) from None
 
     def _on_message(self, worker: int, message: Message, descriptors: list[int]) -> None:
+        if isinstance(message, Online) and descriptors and self.seats[worker].stacks < 0:
+            self.seats[worker].stacks = descriptors.pop(0)
         for fd in descriptors:
             os.close(fd)
         if isinstance(message, Listen):
@@ -415,11 +563,13 @@ class Engine:
         elif isinstance(message, Closed):
             self.handles.leave(worker, message.listener, crashed=False)
         elif isinstance(message, Online):
-            self._says(worker, WorkerEvent.ONLINE)
-            if self.seats[worker].member.current:
+            with self._as_one():
+                self._says(worker, WorkerEvent.ONLINE)
                 self._tell(self.seats[worker], CameOnline)
         elif isinstance(message, Beat):
             self._health.heard(worker, message.served)
+        elif isinstance(message, Stacks):
+            self._stacks.answered(worker, message)
         elif isinstance(message, Leave):
             self._leave(worker)
         elif isinstance(message, Failed):
@@ -438,7 +588,7 @@ class Engine:
     def _failed(self, worker: int, message: Failed) -> None:
         if self._failure is None:
             self._failure = message
-        if self._roster.proven:
+        if self._roster.proven or self._target.manual:
             # The cluster serves already: this one's story would not be told otherwise.
             logger.error("Worker %d: %s\n%s", worker, message.reason, message.traceback.rstrip())
 
@@ -447,7 +597,10 @@ class Engine:
             self._broke_protocol(worker, error)
         # Its process may live on for a while, but it is not ours to rely on any more.
         self._distributor.drain_worker(worker)
-        self._tell(self.seats[worker], Disconnected)
+        seat = self.seats[worker]
+        self._tell(seat, Disconnected)
+        if seat.farewell:
+            self._bid_farewell(seat)
         self._happened(worker, WorkerEvent.DISCONNECTED)
 
     def _broke_protocol(self, worker: int, error: ProtocolError) -> None:
@@ -472,11 +625,15 @@ class Engine:
                 self._tell(seat, Disconnected)
             self._tell(seat, Exited, ended.code, ended.signal)
             self._dispatcher.remove_worker(worker, hung=seat.member.aborted is not None)
+            self._stacks.gone(worker)
+            if seat.stacks >= 0:
+                os.close(seat.stacks)
             del self.seats[worker]
             asked = seat.member.drained is not None
             self.handles.leave_all(worker, crashed=not asked)
             self._last_exit = self._last_exit if seat.member.doomed else f"worker {worker} {ended}"
-            level = logging.ERROR if self._roster.proven and not asked else logging.DEBUG
+            known = self._roster.proven or self._target.manual
+            level = logging.ERROR if known and not asked else logging.DEBUG
             logger.log(level, "Worker %d (slot %d, pid %d) %s", worker, seat.member.slot, seat.process.pid, ended)
             self._happened(worker, WorkerEvent.EXITED)
 
@@ -491,9 +648,10 @@ class Engine:
             code = exc.errno or errno.EINVAL
             channel.send(Listened(request.request, 0, code, str(exc), socket.AF_UNSPEC, "", False))
             return
-        shared = self.handles.shared
+        shared = self.handles.is_shared(listener.datagram)
+        answer = Listened(request.request, listener.key, 0, "", listener.family, listener.sockname, shared)
         channel.send(
-            Listened(request.request, listener.key, 0, "", listener.family, listener.sockname, shared),
+            dataclasses.replace(answer, backlog=listener.backlog, data=listener.data),
             [listener.sock.fileno()] if shared else [],
         )
 
@@ -504,17 +662,32 @@ class Engine:
             seat.listening.add(key)
             if seat.member.current:
                 self._tell(seat, StartedListening, self.handles.address(key))
-            if self.handles.pinned <= seat.listening and seat.member.listening is None:
+            if seat.member.state is WorkerState.LISTENING:
+                return
+            if self._roster.programs or self.handles.pinned <= seat.listening:
                 if seat.member.current:
                     logger.info("Worker %d (slot %d, pid %d) is listening", worker, seat.member.slot, seat.process.pid)
                 self._says(worker, WorkerEvent.LISTENING)
 
     # -- looking in -----------------------------------------------------------------------------------------------
 
+    def show_stacks(self) -> None:
+        """Log what every thread and every task of every worker does, a block per worker, within about a second."""
+        for id, seat in self.seats.items():
+            who = f"Worker {id} (slot {seat.member.slot}, pid {seat.process.pid})"
+            self._stacks.ask(id, who, seat.stacks, seat.channel.send, seat.process.send_signal)
+
     @property
     def served(self) -> bool:
         """Whether any worker ever listened."""
         return self._roster.proven > 0
+
+    def healthy(self, within: float) -> bool:
+        """Whether some worker serves whose event loop has turned in so many seconds, or none can be expected to."""
+        if not self.served or self._stopping is not Stop.NO:
+            # Starting and stopping have limits of their own.
+            return True
+        return self._roster.responsive(within, self._loop.time())
 
     def statistics(self) -> Statistics:
         """Connections by state and by worker, now."""

@@ -1,42 +1,69 @@
-"""The cluster's listeners by name, and which worker is on which: Node's RoundRobinHandle and SharedHandle.
+"""The cluster's listeners, and which worker is on which: Node's RoundRobinHandle and SharedHandle.
 
-A handle is known by the address as it was asked for, whether it is a `--bind`, and a count: a worker's second server
-on port 0 is a second listener, the same for all workers.  Under a policy the master accepts and the distributor has a
-handle of the same key; under `none` (`shared`) the workers get the listening socket itself.
+A listener is known by the address that is really bound, whatever a worker has called it.  Port 0 is a name of its own:
+a worker's second server on it is a second listener, the same for all workers, and the port it has become stays the
+cluster's as long as the master lives.  Under a policy the master accepts and the distributor has a handle of the same
+key; under `none` (`shared`), and for UDP, the workers get the socket itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import errno
-from collections import Counter
+import logging
+import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Any, Final, NamedTuple
 
+from .. import faults
 from ..binds import Bind
 from ..checks import MAX_INT
+from ..core.address import Address
+from ..core.endpoint import Endpoint
 from ..core.messages import Listen
 from ..core.policies import Policy
 from ..errors import BindError, ProtocolError, SettingsError
 from .dispatcher import Dispatcher
-from .listeners import Listener, open_listener
+from .listeners import Access, Listener, open_listener
+from .opening import ANY, any_host
+
+logger = logging.getLogger("clusterserve")
 
 #: How long a listener that no worker is left on is kept for the next one, if the last crashed (seconds).
 ORPHAN_TIME: Final = 30.0
+
+
+class _Free(NamedTuple):
+    """Port 0, as a name: which of the listeners on such a port."""
+
+    transport: str
+    host: str
+    v6only: bool
+    number: int
 
 
 class Handles:
     """Owns the listeners.  `make_policy` gives each its own policy object; None: the workers accept."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, dispatcher: Dispatcher, make_policy: Callable[[], Policy] | None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        dispatcher: Dispatcher,
+        make_policy: Callable[[], Policy] | None,
+        access: Access = Access(),  # noqa: B008 - frozen
     ) -> None:
         self._loop = loop
         self._dispatcher = dispatcher
         self._distributor = dispatcher.distributor
         self._make_policy = make_policy
+        self._access = access
         self._listeners: dict[int, Listener] = {}
-        self._names: dict[tuple[str, bool, int], int] = {}
+        # What port 0 has become; and the ports that nobody listens on now, bound so that nobody takes them.
+        self._ports: dict[_Free, int] = {}
+        self._kept: dict[Endpoint, socket.socket] = {}
         self._orphans: dict[int, asyncio.TimerHandle] = {}
         self._keys = 0
         self._closed = False
@@ -59,16 +86,19 @@ class Handles:
         """The keys of the listeners that live as long as the master."""
         return {key for key, listener in self._listeners.items() if listener.pinned}
 
-    def address(self, key: int) -> str:
-        """What this listener listens on, for the log."""
-        return self._listeners[key].address
+    def address(self, key: int) -> Address:
+        """What this listener listens on."""
+        listener = self._listeners[key]
+        if isinstance(listener.sockname, str):
+            return Address(listener.sockname)
+        host, port = listener.sockname[:2]
+        version = 6 if listener.family == socket.AF_INET6 else 4
+        return Address(str(host), int(str(port)), f"udp{version}" if listener.datagram else version)
 
     def open_pinned(self, binds: Iterable[Bind], backlog: int) -> list[Listener]:
         """Open the listeners of `--bind`; raises `BindError`, and `close` closes those that were opened before."""
-        seen: Counter[str] = Counter()
         for bind in binds:
-            self._open(bind, seen[str(bind)], backlog, pinned=True)
-            seen[str(bind)] += 1
+            self._open(bind, backlog, pinned=True)
         return list(self)
 
     def listen(self, worker: int, request: Listen) -> Listener:
@@ -77,34 +107,130 @@ class Handles:
         Raises `BindError`, and the next try starts clean; `ProtocolError` for a `--bind` that never was.
         """
         bind, backlog = _parse(request.bind), min(request.backlog, MAX_INT)
-        key = self._names.get((str(bind), request.pinned, request.index))
-        if key is None and request.pinned:
-            raise ProtocolError(f"it asks for a listener on {request.bind}, which is no --bind")
-        if key is None:
-            listener = self._open(bind, request.index, backlog, pinned=False)
+        if bind.host == ANY and not request.pinned:
+            bind, request = Bind("tcp", host=any_host(), port=bind.port), dataclasses.replace(request, v6only=False)
+        if self._closed and (self.is_shared(request.datagram) or not request.pinned):
+            raise _stopping(request.bind)
+        if request.pinned:
+            listener = self._pinned(worker, bind, request)
+        elif bind.kind == "tcp" and not bind.port:
+            listener = self._on_a_free_port(worker, bind, request)
         else:
-            listener = self._listeners[key]
-            if self.shared and not listener.is_open:
-                raise _stopping(request.bind)
-            if backlog > listener.backlog:
-                listener.listen(backlog)
+            listener = self._on(worker, bind, request)
+        if backlog > listener.backlog:
+            listener.listen(backlog)
+        if not listener.workers and not listener.data:
+            listener.data = request.data
         listener.workers.add(worker)
         orphan = self._orphans.pop(listener.key, None)
         if orphan is not None:
             orphan.cancel()
-        if self._make_policy is not None and listener.key not in self._distributor.handles:
+        if self._make_policy is not None and not listener.datagram and listener.key not in self._distributor.handles:
             first = request.client_speaks_first
             self._distributor.add_handle(listener.key, self._make_policy(), client_speaks_first=first)
             if listener.is_open:
                 self._dispatcher.add_listener(listener, client_speaks_first=first)
         return listener
 
+    def _pinned(self, worker: int, bind: Bind, request: Listen) -> Listener:
+        """The listener of `--bind` that this text names; of several on port 0 the first that the worker is not on."""
+        found = [each for each in self if each.pinned and each.bind == bind and worker not in each.workers]
+        if not found:
+            raise ProtocolError(f"it asks for a listener on {request.bind}, which is no --bind, or which it has")
+        handle = self._distributor.handles.get(found[0].key)
+        if handle is not None and handle.client_speaks_first != request.client_speaks_first:
+            raise BindError(
+                errno.EINVAL,
+                f"cannot listen on {bind}: another worker serves it with TLS or another protocol; "
+                "all workers serve an address in the same way",
+                str(bind),
+            )
+        return found[0]
+
+    def _on_a_free_port(self, worker: int, bind: Bind, request: Listen) -> Listener:
+        transport = "udp" if request.datagram else "tcp"
+        number = 0
+        while True:
+            name = _Free(transport, bind.host, request.v6only, number)
+            port = self._ports.get(name)
+            if port is None:
+                return self._open_free(name, bind, request)
+            was = Bind("tcp", host=bind.host, port=port)
+            known = self._find(was, request)
+            if known is None:
+                try:
+                    return self._open(was, request.backlog, pinned=False, request=request)
+                except BindError as exc:
+                    if exc.errno != errno.EADDRINUSE:
+                        raise
+                    logger.warning("Another program has taken port %d; for port 0, workers get another", port)
+                    return self._open_free(name, bind, request)
+            if worker not in known.workers:
+                return self._join(worker, known, bind, request)
+            number += 1
+
+    def _open_free(self, name: _Free, bind: Bind, request: Listen) -> Listener:
+        listener = self._open(bind, request.backlog, pinned=False, request=request)
+        assert listener.endpoint is not None
+        self._ports[name] = listener.endpoint.port
+        return listener
+
+    def _on(self, worker: int, bind: Bind, request: Listen) -> Listener:
+        known = self._find(bind, request)
+        if known is None:
+            return self._open(bind, request.backlog, pinned=False, request=request)
+        return self._join(worker, known, bind, request)
+
+    def _join(self, worker: int, listener: Listener, bind: Bind, request: Listen) -> Listener:
+        """One more worker for a listener that is there.  Raises `BindError` if they do not want the same."""
+        if worker in listener.workers:
+            raise _in_use(bind, f"this worker listens there already{_called(listener, bind)}")
+        if listener.pinned:
+            raise _in_use(bind, f"it is the cluster's --bind {listener.bind}")
+        for option in ("reuse_address", "keep_alive"):
+            if listener.bind.kind == "tcp" and getattr(listener, option) != getattr(request, option):
+                raise BindError(
+                    errno.EINVAL,
+                    f"cannot listen on {bind}: another worker listens there with {option}={getattr(listener, option)}; "
+                    "give all the same options",
+                    str(bind),
+                )
+        return listener
+
+    def _find(self, bind: Bind, request: Listen) -> Listener | None:
+        """Who listens there already, whatever it was called."""
+        if bind.kind == "fd":
+            return self._find_inherited(bind.fd)
+        if bind.kind == "unix":
+            return next((each for each in self if each.bind == bind or _same_file(each, bind.path)), None)
+        asked = _endpoint(bind, request)
+        if faults.on("literal-addresses"):
+            return next((each for each in self if each.bind == bind and each.endpoint == asked), None)
+        return next((each for each in self if each.endpoint is not None and each.endpoint.serves(asked)), None)
+
+    def _find_inherited(self, fd: int) -> Listener | None:
+        try:
+            asked = os.fstat(fd)
+        except OSError:
+            return None
+        for each in self:
+            if each.is_open and os.path.samestat(asked, os.fstat(each.sock.fileno())):
+                return each
+        return None
+
+    def is_shared(self, datagram: bool) -> bool:
+        """Whether workers get the sockets of this kind themselves."""
+        return datagram or self.shared
+
     def attach(self, worker: int, key: int) -> None:
         """The worker's server on listener `key` is in place.  Raises `ProtocolError` if it never asked for it."""
         listener = self._listeners.get(key)
         if listener is None or worker not in listener.workers:
             raise ProtocolError(f"it says it listens on listener {key}, which it did not ask for")
-        if not self.shared:
+        if self.is_shared(listener.datagram):
+            # The worker's own server has said what it thinks the backlog is.
+            listener.listen(listener.backlog)
+        else:
             self._dispatcher.attach(worker, key)
 
     def leave(self, worker: int, key: int, *, crashed: bool) -> None:
@@ -132,15 +258,36 @@ class Handles:
         for listener in self:
             self._dispatcher.remove_listener(listener)
             listener.close()
+        for kept in self._kept.values():
+            kept.close()
+        self._kept.clear()
 
-    def _open(self, bind: Bind, index: int, backlog: int, *, pinned: bool) -> Listener:
+    def _open(self, bind: Bind, backlog: int, *, pinned: bool, request: Listen | None = None) -> Listener:
         if self._closed:
             raise _stopping(str(bind))
+        options: dict[str, Any] = {"access": self._access}
+        if request is not None:
+            for name in ("datagram", "v6only", "reuse_address", "keep_alive"):
+                options[name] = getattr(request, name)
+            kept = self._kept.pop(_endpoint(bind, request), None)
+            if kept is not None:
+                kept.close()
+        try:
+            listener = open_listener(self._keys + 1, bind, min(backlog, MAX_INT), pinned=pinned, **options)
+        except BindError as exc:
+            raise self._explain(exc, bind, request) from None
         self._keys += 1
-        listener = open_listener(self._keys, bind, backlog, pinned=pinned)
         self._listeners[listener.key] = listener
-        self._names[str(bind), pinned, index] = listener.key
         return listener
+
+    def _explain(self, error: BindError, bind: Bind, request: Listen | None) -> BindError:
+        """If it is ourselves who stand in the way, say so."""
+        if error.errno == errno.EADDRINUSE and request is not None and bind.kind == "tcp":
+            asked = _endpoint(bind, request)
+            for each in self:
+                if each.endpoint is not None and each.endpoint.clashes(asked):
+                    return _in_use(bind, f"this cluster listens on {each.endpoint}; all workers must ask for the same")
+        return error
 
     def _release(self, key: int) -> None:
         listener = self._listeners.pop(key)
@@ -149,7 +296,34 @@ class Handles:
         if key in self._distributor.handles:
             self._dispatcher.forget(key)
         listener.close()
-        self._names = {name: number for name, number in self._names.items() if number != key}
+        self._keep_port(listener)
+
+    def _keep_port(self, listener: Listener) -> None:
+        """Let nobody take what port 0 has become, although nobody listens there now."""
+        endpoint = listener.endpoint
+        was_free = any(
+            (name.transport, name.host, port, name.v6only) == dataclasses.astuple(endpoint)
+            for name, port in self._ports.items()
+            if endpoint is not None
+        )
+        if endpoint is None or self._closed or listener.datagram or not was_free:
+            # A UDP socket that nobody reads would collect what is sent to it.
+            return
+        try:
+            sock = socket.socket(listener.family, socket.SOCK_STREAM)
+        except OSError:
+            # Out of descriptors: not for this.
+            return
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if listener.family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, endpoint.v6only)
+            sock.bind((endpoint.host, endpoint.port))
+        except OSError:
+            # Somebody was quicker: whoever asks for it again will hear of it.
+            sock.close()
+        else:
+            self._kept[endpoint] = sock
 
 
 def _parse(text: str) -> Bind:
@@ -162,3 +336,27 @@ def _parse(text: str) -> Bind:
 
 def _stopping(address: str) -> BindError:
     return BindError(errno.ESHUTDOWN, f"cannot listen on {address}: the cluster is stopping", address)
+
+
+def _endpoint(bind: Bind, request: Listen) -> Endpoint:
+    """What it will be once it is bound."""
+    v6only = request.v6only and ":" in bind.host
+    return Endpoint("udp" if request.datagram else "tcp", bind.host, bind.port, v6only)
+
+
+def _same_file(listener: Listener, path: str) -> bool:
+    """Whether `path` is another name of its socket file."""
+    if listener.file is None:
+        return False
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return (found.st_dev, found.st_ino) == listener.file[1:]
+    return False
+
+
+def _called(listener: Listener, bind: Bind) -> str:
+    return "" if listener.bind == bind else f", as {listener.endpoint or listener.bind}"
+
+
+def _in_use(bind: Bind, why: str) -> BindError:
+    return BindError(errno.EADDRINUSE, f"cannot listen on {bind}: address already in use: {why}", str(bind))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from ..core.heartbeat import pace
-from ..core.lifecycle import WorkerState
 from ..core.roster import Roster
 from ..core.wear import Wear
 from ..settings import Settings
@@ -80,7 +79,7 @@ class Health:
         self._again(self._weigh, self._settings.rss_sample_interval)
         worn = False
         for worker, pid in self._pids():
-            if self._roster.members[worker].state is WorkerState.LISTENING:
+            if self._roster.members[worker].serving:
                 worn = self._roster.weighed(worker, resident(pid), self._loop.time()) or worn
         if worn:
             self._changed()

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from ..checks import near_match
-from ..core.events import EVENTS, Event
+from ..core.events import EVENTS, Event, Messaged
 from ..errors import SettingsError
 from ..settings import Settings
 from .events import EventThread, Listeners
@@ -57,8 +57,13 @@ def told_of_events(settings: Settings) -> Iterator[Callable[[Event], None]]:
     name = settings.hooks
     thread = EventThread(lambda: load_hooks(name))
     thread.start()
+
+    def emit(event: Event) -> None:
+        if not isinstance(event, Messaged):
+            thread.emit(event)
+
     try:
-        yield thread.emit
+        yield emit
     finally:
         thread.finish()
 

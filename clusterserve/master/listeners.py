@@ -11,17 +11,24 @@ import contextlib
 import errno
 import os
 import socket
-import stat
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..binds import Bind
+from ..core.endpoint import Endpoint
 from ..errors import BindError
+from .opening import open_socket
 
 #: How long TCP_DEFER_ACCEPT holds a silent client back (seconds; the kernel rounds up to its retransmissions).
 DEFER: int = 1
 
-#: As uvicorn's: whoever may reach the directory may connect.
-UNIX_MODE = 0o666
+
+class Access(NamedTuple):
+    """Who may connect to a unix socket: the mode of its file (uvicorn's), and its owner, -1 for whoever we are."""
+
+    mode: int = 0o666
+    uid: int = -1
+    gid: int = -1
 
 
 @dataclass
@@ -35,17 +42,29 @@ class Listener:
     backlog: int
     #: Path, device and inode of the socket file, if we made one.
     file: tuple[str, int, int] | None = None
+    reuse_address: bool = True
+    keep_alive: bool = False
     #: Workers that asked for it.
     workers: set[int] = field(default_factory=set)
+    #: What the first of them sent for all.
+    data: str = ""
 
     def __post_init__(self) -> None:
         # Remembered: while a cluster stops, its listeners are closed and its last workers may still be starting.
         self.family = self.sock.family
+        self.datagram = self.sock.type == socket.SOCK_DGRAM
         name = self.sock.getsockname()
         #: What getsockname() says, as JSON can carry it: [host, port, …], or a path, "@" first if it is abstract.
         self.sockname: list[object] | str
+        #: What is really bound; None for a unix socket.
+        self.endpoint: Endpoint | None = None
         if isinstance(name, tuple):
             self.sockname = list(name)
+            v6only = self.family == socket.AF_INET6 and self.sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+            self.endpoint = Endpoint("udp" if self.datagram else "tcp", name[0], name[1], bool(v6only))
+        elif self.bind.kind == "unix" and not self.bind.path.startswith("@"):
+            # A long path is not bound by its own name.
+            self.sockname = self.bind.path
         else:
             self.sockname = name if isinstance(name, str) else "@" + os.fsdecode(name[1:])
 
@@ -68,12 +87,13 @@ class Listener:
             return f"unix:{self.sockname}"
         host = str(self.sockname[0])
         host = instead.get(host, host)
-        return f"http://[{host}]:{self.sockname[1]}" if ":" in host else f"http://{host}:{self.sockname[1]}"
+        scheme = "udp" if self.datagram else "http"
+        return f"{scheme}://[{host}]:{self.sockname[1]}" if ":" in host else f"{scheme}://{host}:{self.sockname[1]}"
 
     def listen(self, backlog: int) -> None:
         """Listen with the largest backlog anyone asked for."""
         self.backlog = max(backlog, self.backlog)
-        if self.is_open:
+        if self.is_open and not self.datagram:
             self.sock.listen(self.backlog)
 
     def defer(self, on: bool) -> bool:
@@ -95,15 +115,21 @@ class Listener:
                     os.unlink(path)
 
 
-def open_listener(key: int, bind: Bind, backlog: int, *, pinned: bool) -> Listener:
-    """Open what `bind` names and listen; raises `BindError`."""
+def open_listener(
+    key: int,
+    bind: Bind,
+    backlog: int,
+    *,
+    pinned: bool,
+    datagram: bool = False,
+    v6only: bool = False,
+    reuse_address: bool = True,
+    keep_alive: bool = False,
+    access: Access = Access(),  # noqa: B008 - frozen
+) -> Listener:
+    """Open what `bind` names and listen; raises `BindError`.  `datagram`: UDP."""
     try:
-        if bind.kind == "tcp":
-            sock = _open_tcp(bind)
-        elif bind.kind == "unix":
-            sock = _open_unix(bind)
-        else:
-            sock = _open_inherited(bind)
+        sock = open_socket(bind, datagram=datagram, v6only=v6only, reuse_address=reuse_address)
     except OSError as exc:
         raise _explain(exc, bind) from None
     file = None
@@ -113,89 +139,20 @@ def open_listener(key: int, bind: Bind, backlog: int, *, pinned: bool) -> Listen
             made = os.stat(bind.path)
             # The program that embeds us may be in another directory when it stops.
             file = (os.path.abspath(bind.path), made.st_dev, made.st_ino)
-            os.chmod(bind.path, UNIX_MODE)
-        if sock.family != socket.AF_UNIX:
-            # Accepted sockets inherit it: no system call for each of them.
+            if (access.uid, access.gid) != (-1, -1):
+                os.chown(bind.path, access.uid, access.gid)
+            os.chmod(bind.path, access.mode)
+        if sock.family != socket.AF_UNIX and not datagram:
+            # Accepted sockets inherit both: no system call for each of them.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener = Listener(key, bind, sock, pinned, backlog, file)
+            if keep_alive:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener = Listener(key, bind, sock, pinned, backlog, file, reuse_address, keep_alive)
         listener.listen(backlog)
     except OSError as exc:
         Listener(key, bind, sock, pinned, backlog, file).close()
         raise _explain(exc, bind) from None
     return listener
-
-
-def _open_tcp(bind: Bind) -> socket.socket:
-    # As uvicorn: a name means IPv4 where it has that, so that `localhost` is one address.
-    family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
-    try:
-        found = socket.getaddrinfo(bind.host, bind.port, family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    except UnicodeError:
-        raise socket.gaierror(socket.EAI_NONAME, "not the name of a host") from None
-    except socket.gaierror:
-        found = socket.getaddrinfo(bind.host, bind.port, socket.AF_UNSPEC, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    family, kind, proto, _, address = found[0]
-    # `proto` is spelled out: asyncio sets TCP_NODELAY only on sockets that say TCP.
-    sock = socket.socket(family, kind, proto)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind(address)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _open_unix(bind: Bind) -> socket.socket:
-    path = bind.path
-    if path.startswith("@"):
-        address: str | bytes = b"\0" + os.fsencode(path[1:])
-    else:
-        _remove_stale(path)
-        address = path
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.bind(address)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket file nobody listens on.  Raises OSError(EADDRINUSE) for one that is in use, or no socket."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EEXIST, "a file that is no socket is in the way")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            # Its backlog is full: somebody is there.
-            pass
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-
-
-def _open_inherited(bind: Bind) -> socket.socket:
-    if not stat.S_ISSOCK(os.fstat(bind.fd).st_mode):
-        raise OSError(errno.ENOTSOCK, "it is not a socket")
-    sock = socket.socket(fileno=os.dup(bind.fd))
-    try:
-        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise OSError(errno.EINVAL, "it is not a listening socket")
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def _explain(exc: OSError, bind: Bind) -> BindError:

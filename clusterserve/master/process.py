@@ -10,19 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pwd
 import select
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ..channel.board import Board
 from ..channel.connection import MasterEnd, connection_channel
-from ..current import SLOT_VARIABLE, VARIABLE
+from ..current import SLOT_VARIABLE, STDIO_VARIABLE, VARIABLE
+from ..launch import Launch
+from .streams import Streams
 
 _ENTRY: Final = str(Path(__file__).parents[1] / "worker" / "__main__.py")
 
@@ -44,21 +47,48 @@ class Exit:
         return "ended in an unknown way: another part of this program waits for all children"
 
 
+def _identity(launch: Launch) -> dict[str, Any]:
+    """Popen's options for `uid` and `gid`.
+
+    Only root changes them, and then leaves nothing of root's: without a `gid` the user's own group is taken.
+    """
+    if launch.uid is None and launch.gid is None:
+        return {}
+    options: dict[str, Any] = {"user": launch.uid, "group": launch.gid}
+    if os.geteuid() == 0:
+        options["extra_groups"] = []
+        # One that no account has is as good.
+        with contextlib.suppress(KeyError):
+            account = pwd.getpwuid(os.geteuid() if launch.uid is None else launch.uid)
+            group = account.pw_gid if launch.gid is None else launch.gid
+            options.update(group=group, extra_groups=os.getgrouplist(account.pw_name, group))
+    return {name: value for name, value in options.items() if value is not None}
+
+
 class WorkerProcess:
     """A running worker process.
 
     Owns its pidfd and, until somebody takes them, the master's ends of its channels, its board, and the epoll of the
-    connections that it keeps.
+    connections that it keeps.  `streams` are for whoever wants them.
     """
 
-    def __init__(self, slot: int, loop: asyncio.AbstractEventLoop, on_exit: Callable[[Exit], None]) -> None:
-        """Spawn it; raises OSError if that is impossible.
+    def __init__(
+        self,
+        slot: int,
+        loop: asyncio.AbstractEventLoop,
+        on_exit: Callable[[Exit], None],
+        launch: Launch = Launch(),  # noqa: B008 - frozen
+        env: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Spawn it, with `env` besides what `launch` says; raises OSError if that is impossible.
 
         Must be called by a thread that lives as long as the worker shall: the parent-death signal follows the thread.
         """
         # The same interpreter options as ours (-O, -W, -X …): what multiprocessing and the test runner of CPython use.
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        with contextlib.ExitStack() as undo:
+        streams = Streams(launch)
+        with contextlib.ExitStack() as undo, contextlib.closing(streams):
+            undo.callback(streams.abandon)
             self.messages, their_messages = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             undo.callback(self.messages.close)
             # Their end is closed here; not that of the other channel, which keeps a copy for `recall`.
@@ -70,19 +100,42 @@ class WorkerProcess:
                 undo.callback(self.board.close)
                 self.kept = select.epoll()
                 undo.callback(self.kept.close)
-                descriptors = (
+                channels = (
                     their_messages.fileno(), their_connections.fileno(), self.board.fd, self.kept.fileno(),
                 )  # fmt: skip
+                lifted: list[int] = []
+                if streams.extra:
+                    # The numbers that `stdio` gives away may be the channels'.
+                    for fd in channels:
+                        lifted.append(streams.lift(fd))
+                        undo.callback(os.close, lifted[-1])
+                descriptors = lifted or channels
+                # Ours last: nobody but a worker is one.
                 environment = {
                     **os.environ,
+                    **dict(launch.env),
+                    **dict(env),
                     VARIABLE: ",".join(map(str, (*descriptors, os.getpid()))),
                     SLOT_VARIABLE: str(slot),
+                    STDIO_VARIABLE: ",".join(f"{number}:{fd}" for number, fd in streams.extra.items()),
                 }
-                self._popen = subprocess.Popen([sys.executable, *flags, _ENTRY], env=environment, pass_fds=descriptors)
+                # The program's words mean nothing to our entry file: they are there for who reads `ps`.
+                words = [launch.exec, *launch.args] if launch.exec else []
+                self._popen = subprocess.Popen(
+                    [sys.executable, *flags, *launch.interpreter, _ENTRY, *words],
+                    env=environment,
+                    pass_fds=(*descriptors, *streams.extra.values()),
+                    cwd=launch.cwd,
+                    **streams.standard,
+                    **_identity(launch),
+                )
                 undo.callback(self._popen.wait)
                 undo.callback(self._popen.kill)
             self._pidfd = os.pidfd_open(self._popen.pid)
             undo.pop_all()
+            for fd in lifted:
+                os.close(fd)
+        self.streams = streams
         self.pid = self._popen.pid
         self._loop = loop
         self._on_exit = on_exit

@@ -19,6 +19,8 @@ from ..logs import configure
 from ..settings import Settings
 from .engine import Engine
 from .hooks import told_of_events
+from .household import household
+from .notify import Notifier, notifier
 
 logger = logging.getLogger("clusterserve")
 
@@ -27,10 +29,11 @@ FORCED_INT: Final = 130
 FORCED_QUIT: Final = 131
 
 #: Understood, but not yet acted upon.  None of them may end the master while workers live.
-_LATER: Final = ("SIGUSR1", "SIGUSR2", "SIGPWR", "SIGWINCH")
+_LATER: Final = ("SIGUSR1", "SIGUSR2", "SIGWINCH")
 
 _HEARD: Final = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTTIN", "SIGTTOU", *_LATER)
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTTIN", "SIGTTOU", "SIGPWR", *_LATER)
 )
 
 
@@ -57,8 +60,14 @@ def run_settings(settings: Settings, *, exits: bool = False) -> int:
     with _handlers_put_back(ignore=exits):
         try:
             # Its end may take a moment: the loop still has the signals then, and makes nothing of them.
-            with told_of_events(settings) as emit:
-                return loop.run_until_complete(_serve(settings, loop, emit))
+            with household(settings) as keep, notifier(settings, loop) as teller, told_of_events(settings) as hooks:
+
+                def emit(event: Event) -> None:
+                    keep(event)
+                    teller.on_event(event)
+                    hooks(event)
+
+                return loop.run_until_complete(_serve(settings, loop, emit, teller))
         finally:
             # The loop leaves the default behind for every signal it has handled, which for most of them is death.
             signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
@@ -80,10 +89,13 @@ def _handlers_put_back(*, ignore: bool) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-async def _serve(settings: Settings, loop: asyncio.AbstractEventLoop, emit: Callable[[Event], None]) -> int:
+async def _serve(
+    settings: Settings, loop: asyncio.AbstractEventLoop, emit: Callable[[Event], None], teller: Notifier
+) -> int:
     engine = Engine(settings, loop, emit)
-    signals = _Signals(engine, loop)
+    signals = _Signals(engine, loop, teller.on_reloaded)
     engine.start()
+    teller.watch(loop, engine.healthy)
     error = await engine.finished
     if error is not None:
         raise error
@@ -98,8 +110,14 @@ async def _serve(settings: Settings, loop: asyncio.AbstractEventLoop, emit: Call
 class _Signals:
     """What each signal means (docs/settings.md, "Signals"), and the exit code that follows from them."""
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        reloaded: Callable[[asyncio.Future[None]], None] = lambda change: None,
+    ) -> None:
         self._engine = engine
+        self._reloaded = reloaded
         self._interrupted = False
         self.code = 0
         #: The signal that ended it.
@@ -107,9 +125,10 @@ class _Signals:
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
-        loop.add_signal_handler(signal.SIGHUP, engine.reload)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         loop.add_signal_handler(signal.SIGTTIN, engine.scale_by, 1)
         loop.add_signal_handler(signal.SIGTTOU, engine.scale_by, -1)
+        loop.add_signal_handler(signal.SIGPWR, engine.show_stacks)
         for name in _LATER:
             loop.add_signal_handler(getattr(signal, name), self._later, name)
 
@@ -127,6 +146,9 @@ class _Signals:
     def _quit(self, code: int) -> None:
         self.code = self.code or code
         self._engine.stop(Stop.QUICK)
+
+    def _reload(self) -> None:
+        self._engine.reload().add_done_callback(self._reloaded)
 
     def _later(self, name: str) -> None:
         if name != "SIGWINCH":

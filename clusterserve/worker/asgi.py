@@ -10,26 +10,32 @@ uvicorn's `Server` runs as it is.  What is relied upon beyond its documented API
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import signal
-import traceback
 from socket import socket
 from typing import Any, Final, cast
 
 import uvicorn
 from uvicorn.importer import ImportFromStringError, import_from_string
 
+from .. import faults
+from ..currentworker import CurrentWorker
 from ..errors import BootError
 from ..settings import Settings
+from ..tracebacks import of_application
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
 from .link import Link
 from .loop import cluster_loop
+from .membership import Membership
+from .output import stdout_for_logs
 from .protocols import Borrowing, borrowing_protocol
 from .server import BindSocket
+from .title import Title
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -64,28 +70,37 @@ _LIFESPAN_SHARE: Final = 1.0
 _UNTIMED: Final = 0.2
 
 
-def serve(settings: Settings, link: Link) -> None:
-    """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started."""
+def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -> None:
+    """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started.
+
+    `worker` has its handlers on the application's loop, and is told what becomes of it.
+    """
     borrowing = Borrowing(after_response=settings.borrows)
-    config = _config(settings, link, borrowing)
+    member = Membership(link, worker or CurrentWorker(0, 0, os.getpid()))
+    with stdout_for_logs() if settings.capture_output else contextlib.nullcontext():
+        config = _config(settings, link, borrowing, member)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
+    title = Title(settings, lambda: _load(server))
     heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
     draining = Draining(server.server_state.tasks)
     logger.addFilter(draining)
     deadline = Deadline(server.server_state.tasks, settings.timeout_request) if settings.timeout_request else None
     if deadline is not None:
         logger.addFilter(deadline)
-    _Drainer(server, link, borrowing, draining)
+    _Drainer(server, link, borrowing, draining, member)
     expected = len(settings.binds)
 
     def listening() -> None:
         nonlocal expected
         expected -= 1
+        member.listens()
         if not expected:
             boot.release()
+            member.started()
             heart.start(asyncio.get_running_loop())
+            title.start(asyncio.get_running_loop())
             draining.watch(asyncio.get_running_loop())
             if deadline is not None:
                 deadline.watch(asyncio.get_running_loop())
@@ -102,6 +117,7 @@ def serve(settings: Settings, link: Link) -> None:
         # What exists now lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
+        server.shutdown = member.says_goodbye(server.shutdown)  # type: ignore[method-assign]
         server.run(sockets=[cast("socket", BindSocket(bind)) for bind in settings.binds])
     except ModuleNotFoundError as exc:
         if config.app is not settings.app or not _names(settings.app, exc.name):
@@ -125,6 +141,12 @@ def serve(settings: Settings, link: Link) -> None:
         raise
 
 
+def _load(server: uvicorn.Server) -> str:
+    """What it does at this moment, for its title."""
+    requests, connections = len(server.server_state.tasks), len(server.server_state.connections)
+    return f"{'draining' if server.should_exit else 'listening'}, {requests} requests, {connections} connections"
+
+
 def _names(app: str, module: str | None) -> bool:
     """Whether it is the application itself, or its package, that is missing, and not what it imports."""
     name = app.partition(":")[0]
@@ -132,10 +154,10 @@ def _names(app: str, module: str | None) -> bool:
 
 
 def _could_not_load(app: str, boot: _BootLog, exc: Exception) -> BootError:
-    return BootError(f"the application {app!r} could not be loaded", boot.text() + _traceback(exc))
+    return BootError(f"the application {app!r} could not be loaded", boot.text() + of_application(exc))
 
 
-def _config(settings: Settings, link: Link, borrowing: Borrowing) -> uvicorn.Config:
+def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Membership) -> uvicorn.Config:
     options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
@@ -148,6 +170,7 @@ def _config(settings: Settings, link: Link, borrowing: Borrowing) -> uvicorn.Con
     def factory() -> asyncio.AbstractEventLoop:
         loop = loop_class()
         link.attach(loop)
+        member.begin(loop)
         if handed:
             link.receiver.borrow(
                 link.kept if settings.borrows else None,
@@ -177,16 +200,6 @@ def _loop_class(name: str) -> type[Any]:
     if not isinstance(found, type) or not issubclass(found, asyncio.AbstractEventLoop):
         raise BootError(f"--loop {name!r} is no event loop class; name one, as in 'uvloop:Loop'")
     return found
-
-
-def _traceback(exc: BaseException) -> str:
-    """The traceback as the application's author knows it: from the first frame that is neither ours nor uvicorn's."""
-    frame = exc.__traceback__
-    while frame is not None and frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "clusterserve", "uvicorn", "importlib",
-    ):  # fmt: skip
-        frame = frame.tb_next
-    return "".join(traceback.format_exception(type(exc), exc, frame or exc.__traceback__))
 
 
 class _BootLog(logging.Filter):
@@ -226,11 +239,15 @@ class _BootLog(logging.Filter):
 class _Drainer:
     """Does what the master's Drain asks, with uvicorn's own means."""
 
-    def __init__(self, server: uvicorn.Server, link: Link, borrowing: Borrowing, draining: Draining) -> None:
+    def __init__(
+        self, server: uvicorn.Server, link: Link, borrowing: Borrowing, draining: Draining, member: Membership
+    ) -> None:
         self._server = server
         self._borrowing = borrowing
         self._draining = draining
         self._link = link
+        self._member = member
+        self._gives_back = not faults.on("idle-given-back")
         link.on_drain = self.drain
 
     def drain(self, grace: float, quick: bool, keep: bool) -> None:
@@ -238,7 +255,10 @@ class _Drainer:
 
         `keep`: other workers go on, so idle connections go back to the master instead of being closed.
         """
+        keep = keep and self._gives_back
         self._draining.begin()
+        self._member.drains()
+        quick = quick or self._member.in_a_hurry
         self._borrowing.after_response = keep
         left = 0.0 if quick else max(0.0, grace - _UNTIMED - min(_LIFESPAN_SHARE, grace / 5))
         # Read by uvicorn when it begins to wait; a second, quick order comes while it waits and ends what it waits for.

@@ -14,10 +14,12 @@ from typing import Final
 
 from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
-from ..current import VARIABLE, CurrentWorker, become
+from ..current import STDIO_VARIABLE, VARIABLE, become
+from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
 from .link import MASTER_GONE, Link
+from .stacks import answer_signal
 
 #: What a worker exits with when its application cannot be loaded or started (uvicorn's STARTUP_FAILURE).
 BOOT_FAILURE: Final = 3
@@ -31,6 +33,7 @@ _MASTERS: Final = ("SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN
 
 def main() -> int:
     """Run as a worker until told to finish; returns the exit code."""
+    place_descriptors(os.environ.pop(STDIO_VARIABLE, ""))
     messages, connections, board, kept, master = (int(number) for number in os.environ.pop(VARIABLE).split(","))
     die_with(master)
     for name in _MASTERS:
@@ -48,20 +51,47 @@ def main() -> int:
         # The package may have been upgraded under a running master, and this process is the first of the new version.
         _send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
         return BOOT_FAILURE
-    become(CurrentWorker(boot.worker, boot.slot, os.getpid()))
+    pickled = boot.launch.get("serialization") == "pickle"
+    worker = CurrentWorker(boot.worker, boot.slot, os.getpid(), pickled=pickled)
+    become(worker)
+    link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
+    told = answer_signal()
+    if boot.launch.get("exec"):
+        return _run(boot, channel, link, worker, told)
     if boot.path:
         sys.path[:] = boot.path
-    _send(channel, Online(os.getpid()))
+    _send(channel, Online(os.getpid()), told)
     # Importing uvicorn takes most of the start-up: not before the master knows that we live.
     from .asgi import serve
 
     try:
-        link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
-        serve(Settings.from_json(boot.settings), link)
+        serve(Settings.from_json(boot.settings), link, worker)
     except BootError as exc:
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
     return 0
+
+
+def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, told: int) -> int:
+    """Run a program instead of serving an application."""
+    from .main_module import MainModule
+    from .program import Program
+
+    try:
+        module = MainModule(boot.launch["exec"], boot.launch["args"])
+    except BootError as exc:
+        _send(channel, Failed(exc.args[0], exc.traceback))
+        return BOOT_FAILURE
+    _send(channel, Online(os.getpid()), told)
+    return Program(module, link, worker).run()
+
+
+def place_descriptors(places: str) -> None:
+    """Put descriptors where the program wants them ("4:70,5:71"), where nothing else is."""
+    for place in filter(None, places.split(",")):
+        number, fd = map(int, place.split(":"))
+        os.dup2(fd, number)
+        os.close(fd)
 
 
 def die_with(master: int) -> None:
@@ -99,10 +129,13 @@ def _exactly(channel: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def _send(channel: socket.socket, message: Message) -> None:
+def _send(channel: socket.socket, message: Message, *descriptors: int) -> None:
     """Before or after the loop's time: block until it is sent.  If the master is gone, nobody needs it."""
     channel.setblocking(True)
+    frame = encode(message, len(descriptors))
     try:
-        channel.sendall(encode(message))
+        # They ride with the first byte.
+        sent = socket.send_fds(channel, [frame], descriptors)
+        channel.sendall(frame[sent:])
     except (BrokenPipeError, ConnectionResetError):
         os._exit(MASTER_GONE)

@@ -26,7 +26,7 @@ from .transport import CHUNK, HandedTransport
 from .watch import Watch
 
 if TYPE_CHECKING:
-    from .server import FauxServer
+    from .server import Entrance
 
 #: A turn shorter than this (seconds) is taken at its word: asking the kernel is not worth it.
 _DOUBTFUL: Final = 0.0005
@@ -64,7 +64,7 @@ class Receiver:
         self, loop: asyncio.AbstractEventLoop, end: WorkerEnd, board: Board, on_lost: Callable[[], None]
     ) -> None:
         self.loop = loop
-        self.servers: dict[int, FauxServer] = {}
+        self.servers: dict[int, Entrance] = {}
         #: Connections that outlive their first turn, for `cut`.
         self.kept: dict[int, HandedTransport] = {}
         #: What the master sees without a message: see `channel.board`.
@@ -99,6 +99,7 @@ class Receiver:
         self._answers: dict[int, int] = {}
         self._scheduled = False
         self._blocked: list[bytes] = []
+        self._on_idle: Callable[[], None] | None = None
         loop.add_reader(end.fileno(), self._readable)
 
     def borrow(self, kept: select.epoll | None, *, keep: bool, head_timeout: float) -> None:
@@ -197,7 +198,7 @@ class Receiver:
         else:
             transport.lost()
 
-    def _take(self, server: FauxServer, id: int, fd: int, peername: tuple[str, int] | None, place: int) -> None:
+    def _take(self, server: Entrance, id: int, fd: int, peername: tuple[str, int] | None, place: int) -> None:
         os.set_blocking(fd, False)
         data: bytes | None = None
         watch = None
@@ -256,6 +257,12 @@ class Receiver:
         """Take everything that was offered: the master sends no more, and nothing must be left behind."""
         while self._receive():
             pass
+
+    def when_idle(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when no connection is left, soon or now, and whenever that is so again."""
+        self._on_idle = callback
+        # Behind the end of this turn, in which those that were just read are kept or ended.
+        self.loop.call_soon(self.loop.call_soon, lambda: None if self.kept else callback())
 
     # -- turns ----------------------------------------------------------------------------------------------------
 
@@ -364,6 +371,8 @@ class Receiver:
     def ended(self, id: int, *, returned: bool = False) -> None:
         """Our descriptor of a connection is closed: the connection is over, or `returned` to the master."""
         self.kept.pop(id, None)
+        if self._on_idle is not None and not self.kept:
+            self._on_idle()
         kind = _RETURNED if returned else _CLOSED
         if id in self._fresh:
             self._fresh[id] = self._fresh[id] & ~_TAKEN | kind
@@ -432,6 +441,21 @@ class Receiver:
         if not self._blocked:
             self.loop.remove_writer(self._end.fileno())
             self._arm()
+
+    def abandon(self) -> None:
+        """The loop is about to be closed, its servers are: refuse what was offered, and be done with what it holds.
+
+        The channel and the board stay open, for the receiver of the next loop.
+        """
+        self.drain()
+        if self._open:
+            self._turned()
+        for id, transport in tuple(self.kept.items()):
+            transport.abort()
+            self.ended(id)
+        self._flush()
+        self.loop.remove_reader(self._end.fileno())
+        self.loop.remove_writer(self._end.fileno())
 
     # -- the ones that stay ---------------------------------------------------------------------------------------
 

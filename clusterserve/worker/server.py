@@ -1,14 +1,17 @@
-"""The faux server: what `loop.create_server` returns in a worker.  It has no socket; connections are handed in."""
+"""What `loop.create_server` returns in a worker: the faux server, which has no socket and is handed its connections, or
+under policy none servers of the event loop on the master's sockets.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..binds import Bind
 from ..core.messages import Listened
+from ..errors import ClusterError
 
 #: Where the kernel, not the listener, knows the local address of a connection.
 _WILDCARDS = frozenset({"0.0.0.0", "::"})
@@ -49,32 +52,26 @@ class BindSocket(FauxSocket):
         self.bind = bind
 
 
-class FauxServer(asyncio.AbstractServer):
-    """An `asyncio.AbstractServer` fed by the connection channel.
+class Entrance:
+    """One listener of a faux server: what the receiver makes connections with.
 
     `protocol_factory` makes the protocol of each connection; `ssl` are the TLS arguments for
-    `loop.connect_accepted_socket`.  `close` tells the master, which hands over no more; connections go on.
+    `loop.connect_accepted_socket`.
     """
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
-        key: int,
         answer: Listened,
-        protocol_factory: Callable[[], asyncio.Protocol],
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
         ssl: dict[str, Any],
         client_speaks_first: bool,
-        on_close: Callable[[FauxServer], None],
     ) -> None:
         name: Any = tuple(answer.sockname) if isinstance(answer.sockname, list) else answer.sockname
-        self.key = key
-        self.protocol_factory = protocol_factory
+        self.key = answer.listener
+        self.protocol_factory: Callable[[], Any] = protocol_factory
         self.ssl = ssl
         self.client_speaks_first = client_speaks_first
-        self._loop = loop
-        self._socket: FauxSocket | None = FauxSocket(answer.family, name)
-        self._on_close = on_close
-        self._closed = loop.create_future()
+        self.socket = FauxSocket(answer.family, name)
         #: The local address of its connections, in the shape of `peername`; None: ask the kernel for each.
         self.sockname: tuple[str, int] | str | None = None
         if isinstance(name, str):
@@ -82,35 +79,186 @@ class FauxServer(asyncio.AbstractServer):
         elif name[0] not in _WILDCARDS:
             self.sockname = (name[0], name[1])
 
-    @property
-    def sockets(self) -> tuple[Any, ...]:
-        """The listening sockets, for whoever asks for the address; empty once closed."""
-        return () if self._socket is None else (self._socket,)
+
+class _Server(asyncio.AbstractServer):
+    """What both kinds of servers have in common.
+
+    `on_start(server)` is called when it begins to serve, `on_close(server)` when it ends, once each.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, on_start: Callable[[Any], None], on_close: Callable[[Any], None]
+    ) -> None:
+        self._loop = loop
+        self._on_start = on_start
+        self._on_close = on_close
+        self._serving = False
+        self._open = True
+        self._left = False
+        self._closed: asyncio.Future[None] = loop.create_future()
+        #: What connections are made with that come by another way (`handle_connection`).
+        self.factory: Callable[[], asyncio.BaseProtocol] | None = None
+        self.ssl: dict[str, Any] = {}
+        self._coming: set[asyncio.Task[None]] = set()
+
+    def handle_connection(self, sock: socket.socket) -> None:
+        """Serve a connection that came by another way, in a message for one, as if it had been accepted here.
+
+        Takes the socket over; any thread may call this.  Such a connection is this worker's own to its end: the master
+        does not count it, nor lend it to another worker, and a program that is told to go does not wait for it.  Raises
+        `ClusterError` if the server is closed; the socket is still yours then.
+        """
+        if not self._open or self.factory is None:
+            raise ClusterError(f"{self!r} takes no connections")
+        sock.setblocking(False)
+        self._loop.call_soon_threadsafe(self._enter, self.factory, sock)
+
+    def _enter(self, factory: Callable[[], Any], sock: socket.socket) -> None:
+        task = self._loop.create_task(self._make(factory, sock))
+        self._coming.add(task)
+        task.add_done_callback(self._coming.discard)
+
+    async def _make(self, factory: Callable[[], Any], sock: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(factory, sock, **self.ssl)
+        except Exception as exc:  # noqa: BLE001 - the user's factory, or a client that fails its TLS handshake
+            sock.close()
+            self._loop.call_exception_handler({"message": "a connection could not be made", "exception": exc})
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket = None
-            self._on_close(self)
+        if self._open:
+            self._open = self._serving = False
+            self._leave()
             self._closed.set_result(None)
 
-    async def wait_closed(self) -> None:
-        """Returns when `close` was called: the connections are not this object's."""
-        await asyncio.shield(self._closed)
+    def _leave(self) -> None:
+        if not self._left:
+            self._left = True
+            self._on_close(self)
+
+    async def withdraw(self) -> None:
+        """Take no more connections, though the program goes on: for it, the server still serves.
+
+        Returns when the connections have ended that this object knows of.
+        """
+        self._leave()
 
     def is_serving(self) -> bool:
-        return self._socket is not None
+        return self._serving
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         return self._loop
 
     async def start_serving(self) -> None:
-        """It serves from the start: the master knows no listener that does not."""
+        """Let connections come.  Those that came before, as the address is taken from the start, have waited."""
+        if not self._open:
+            raise RuntimeError(f"server {self!r} is closed")
+        if not self._serving:
+            self._serving = True
+            self._on_start(self)
 
     async def serve_forever(self) -> None:
+        """Serve until it is closed, or this is cancelled, which closes it."""
+        await self.start_serving()
         try:
-            await self.wait_closed()
+            await asyncio.shield(self._closed)
         finally:
             self.close()
 
+
+class FauxServer(_Server):
+    """An `asyncio.AbstractServer` fed by the connection channel, on one listener of the master's or several.
+
+    `close` tells the master, which hands over no more; connections go on.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        entrances: Sequence[Entrance],
+        on_start: Callable[[FauxServer], None],
+        on_close: Callable[[FauxServer], None],
+    ) -> None:
+        super().__init__(loop, on_start, on_close)
+        self.entrances = entrances
+
+    @property
+    def keys(self) -> list[int]:
+        """Its listeners'."""
+        return [entrance.key for entrance in self.entrances]
+
+    @property
+    def sockets(self) -> tuple[Any, ...]:
+        """The listening sockets, for whoever asks for the address; empty once closed."""
+        return tuple(entrance.socket for entrance in self.entrances) if self._open else ()
+
+    async def wait_closed(self) -> None:
+        """Returns when `close` was called: the connections are not this object's."""
+        await asyncio.shield(self._closed)
+
     def __repr__(self) -> str:
-        return f"<FauxServer listener {self.key} {'serving' if self.is_serving() else 'closed'}>"
+        state = "serving" if self._serving else "not serving yet" if self._open else "closed"
+        return f"<FauxServer listener {', '.join(map(str, self.keys))} {state}>"
+
+
+class SharedServer(_Server):
+    """Servers of the event loop on listening sockets that all workers share: policy none.
+
+    `servers` are not serving yet, one for each of `keys`, the master's listeners.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        keys: Sequence[int],
+        servers: Sequence[Any],
+        on_start: Callable[[SharedServer], None],
+        on_close: Callable[[SharedServer], None],
+    ) -> None:
+        super().__init__(loop, on_start, on_close)
+        self.keys = keys
+        self._servers = servers
+
+    @property
+    def sockets(self) -> tuple[Any, ...]:
+        """The listening sockets; empty once closed."""
+        return tuple(sock for server in self._servers for sock in server.sockets)
+
+    async def start_serving(self) -> None:
+        if self._open and not self._serving:
+            for server in self._servers:
+                await server.start_serving()
+        await super().start_serving()
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        super().close()
+
+    async def wait_closed(self) -> None:
+        """As this version of Python has it: from 3.12 on when the last connection has ended too."""
+        await asyncio.shield(self._closed)
+        for server in self._servers:
+            await server.wait_closed()
+
+    async def withdraw(self) -> None:
+        # Before it is closed: then some versions wait for the connections, and others for nothing.
+        ends = [asyncio.ensure_future(server.wait_closed()) for server in self._servers]
+        await asyncio.sleep(0)
+        for server in self._servers:
+            server.close()
+        await super().withdraw()
+        await asyncio.gather(*ends)
+
+    def close_clients(self) -> None:
+        """Close every connection (Python 3.13)."""
+        for server in self._servers:
+            server.close_clients()
+
+    def abort_clients(self) -> None:
+        """Abort every connection (Python 3.13)."""
+        for server in self._servers:
+            server.abort_clients()
+
+    def __repr__(self) -> str:
+        return f"<SharedServer {self._servers}>"

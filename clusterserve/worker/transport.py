@@ -110,6 +110,20 @@ class HandedTransport(asyncio.Transport):
         self._old = False
         self._upgraded = False
 
+    @property
+    def loops_own(self) -> asyncio.Transport:
+        """The loop's transport behind this one, for what only that can do.  Raises RuntimeError without one."""
+        if self._real is None:
+            raise RuntimeError(f"{self!r} has no transport of the event loop yet")
+        return self._real
+
+    #: `asyncio.BaseEventLoop.start_tls` asks for it.
+    _start_tls_compatible = True
+
+    def _force_close(self, exc: BaseException | None) -> None:
+        """What asyncio's TLS does to the transport below it when something is beyond repair."""
+        self.abort()
+
     # -- the lazy life --------------------------------------------------------------------------------------------
 
     def begin(self, data: bytes) -> None:
@@ -128,8 +142,8 @@ class HandedTransport(asyncio.Transport):
             return
         if not self._abort and self._pieces:
             self._flush()
-        if self._paused and not self._pieces:
-            # The client has made room before the loop got to know of it.
+        if self._paused and not self._pieces and not self._abort:
+            # The kernel has taken by now what was too much before, and no transport of the loop's will ever say so.
             self._resume()
         if self._abort or self._error is not None or (self._closing and not self._pieces):
             self._finish(self._error)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.conformance.helpers import Scene
 from tests.conformance.races import turns
 
 
@@ -18,3 +21,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.fixturenames.append("_turn")
         count = turns(mark)
         metafunc.parametrize("_turn", range(count), ids=[f"turn{number}of{count}" for number in range(1, count + 1)])
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    """Clusters of plain scripts (helpers.py)."""
+    return Scene(tmp_path)

@@ -20,10 +20,10 @@ from clusterserve.core import distributor as module
 from clusterserve.core import handle as handles
 from clusterserve.core import worker as workers
 from clusterserve.core.connection import Connection, State
-from clusterserve.core.distributor import PATIENCE, REFUSED_PAUSE, RETRY, Distributor, Statistics
+from clusterserve.core.distributor import AHEAD_PATIENCE, PATIENCE, REFUSED_PAUSE, RETRY, Distributor, Statistics
 from clusterserve.core.policies import TURN, Candidate, Hash, Policy, RoundRobin, Waiting, make_policy
 from clusterserve.core.records import Kind
-from clusterserve.core.worker import Worker
+from clusterserve.core.worker import EXPENSIVE, Worker
 from clusterserve.errors import PolicyError, ProtocolError
 
 T = TypeVar("T")
@@ -672,6 +672,60 @@ class TestStalledWorkers:
         with pytest.raises(ProtocolError, match=r"^worker 1 answered for connection 2 before it had read the offer$"):
             distributor.recalled(distributor.workers[1], [1, 2])
         assert everything(distributor) == before
+
+
+class TestNarrowWorkers:
+    """One offer at a time for a worker of an expensive application; when nobody is free, one ahead."""
+
+    def rig(self, workers: int = 2) -> Distributor:
+        distributor = Distributor(patience=0.002, narrows=True)
+        distributor.add_handle(1, RoundRobin(), client_speaks_first=True)
+        for number in range(workers):
+            distributor.add_worker(number + 1, number)
+            distributor.attach(number + 1, 1)
+        return distributor
+
+    def test_until_it_is_known_what_a_connection_costs(self) -> None:
+        distributor = self.rig()
+        accept(distributor, *range(1, 8))
+        # One each, and then one ahead each; the others wait.
+        assert distribute(distributor) == [(1, 1), (2, 2), (1, 3), (2, 4)]
+        assert waiting(distributor) == [5, 6, 7]
+        distributor.answer(distributor.workers[1], Kind.ACK | Kind.CLOSED, 1, EXPENSIVE, 0.0)
+        assert distribute(distributor) == [(1, 5), (1, 6), (1, 7)]
+
+    def test_as_long_as_its_answers_are_expensive(self) -> None:
+        distributor = self.rig()
+        accept(distributor, 1, 2, 3, 4, 5)
+        distribute(distributor)
+        distributor.answer(distributor.workers[1], Kind.ACK | Kind.CLOSED, 1, EXPENSIVE + 1, 0.0)
+        assert distribute(distributor) == [(1, 5)]
+
+    def test_what_cannot_begin_in_time_comes_back_to_whoever_is_first(self) -> None:
+        distributor = self.rig()
+        accept(distributor, 1, 2, 3)
+        assert distribute(distributor, 1.0) == [(1, 1), (2, 2), (1, 3)]
+        now = 1.0 + AHEAD_PATIENCE
+        assert distributor.wake_at(1.0) == now
+        # What was offered ahead needs no excuse, but the one that only has what it works on does.
+        assert distributor.late(now) == [2]
+        worker, _ = distributor.overdue(now)
+        distributor.recalled(worker, [3])
+        assert waiting(distributor) == [3]
+        distributor.answer(distributor.workers[2], Kind.ACK | Kind.CLOSED, 2, 2000, now)
+        assert distribute(distributor, now) == [(2, 3)]
+
+    def test_nothing_is_taken_back_from_one_that_drains(self) -> None:
+        """1. The cluster stops: the queue is empty, and every worker drains.  2. One is late with the first of two.
+        Result: the second stays where it is, since nobody else will ever be offered it.
+        """
+        distributor = self.rig()
+        accept(distributor, 1, 2, 3)
+        distribute(distributor, 1.0)
+        for id in (1, 2):
+            distributor.drain_worker(id)
+        assert distributor.overdue(2.0) == []
+        assert list(distributor.workers[1].unacked) == [1, 3]
 
 
 class TestListenersThatGo:

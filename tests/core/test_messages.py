@@ -28,6 +28,8 @@ from clusterserve.core.messages import (
     Listening,
     Message,
     Online,
+    ShowStacks,
+    Stacks,
     decode,
     encode,
 )
@@ -47,29 +49,33 @@ OBJECTS = st.dictionaries(TEXTS, JSON, max_size=4)
 SOCKNAMES = st.lists(TEXTS | INTS, max_size=4) | TEXTS
 
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Boot, INTS, INTS, OBJECTS, st.lists(TEXTS, max_size=4)),
+    st.builds(Boot, INTS, INTS, OBJECTS, st.lists(TEXTS, max_size=4), OBJECTS),
     st.builds(Online, INTS),
-    st.builds(Listen, INTS, TEXTS, INTS, INTS, st.booleans()),
+    st.builds(Listen, INTS, TEXTS, INTS, st.booleans(), st.booleans(), v6only=st.booleans(), data=TEXTS),
     st.builds(Listened, INTS, INTS, INTS, TEXTS, INTS, SOCKNAMES, st.booleans()),
     st.builds(Listening, INTS),
     st.builds(Closed, INTS),
     st.builds(Failed, TEXTS, TEXTS),
     st.builds(Beat, INTS),
     st.just(Leave()),
+    st.just(ShowStacks()),
+    st.builds(Stacks, OBJECTS, TEXTS),
     st.builds(Drain, SECONDS, st.booleans()),
 )
 FRAMES = st.lists(st.tuples(MESSAGES, st.integers(0, 255)), max_size=5)
 
 EXAMPLES: list[Message] = [
-    Boot(1, 0, {"app": "module:app"}, ["", "/srv"]),
+    Boot(1, 0, {"app": "module:app"}, ["", "/srv"], {"exec": "", "args": []}),
     Online(4711),
-    Listen(1, "127.0.0.1:0", 0, 2048, True, False),
+    Listen(1, "127.0.0.1:0", 2048, True, False),
     Listened(1, 3, 0, "", 2, ["127.0.0.1", 8000], False),
     Listening(3),
     Closed(3),
     Failed("ImportError: no module named 'app'", "Traceback …"),
     Beat(150),
     Leave(),
+    ShowStacks(),
+    Stacks({"00007f0a000b9b80": "MainThread"}, "Task-1\n  File"),
     Drain(30.0, False, True),
 ]
 

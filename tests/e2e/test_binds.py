@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,21 +29,29 @@ def test_host_and_port_zero_prints_the_real_port(serve: Serve) -> None:
     hello(server.address)
 
 
-def test_a_port_that_is_given(serve: Serve) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that nobody else gets, neither to listen nor to connect from, but that may be bound all the same."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def test_a_port_that_is_given(serve: Serve, port: int) -> None:
     server = serve(bind=f"127.0.0.1:{port}")
     assert server.address.port == port
     hello(server.address)
 
 
-def test_the_port_can_be_bound_again_at_once(serve: Serve) -> None:
-    first = serve()
+def test_the_port_can_be_bound_again_at_once(serve: Serve, port: int) -> None:
+    first = serve(bind=f"127.0.0.1:{port}")
     with first.connect() as client:
         assert client.ask("GET", "/").status == 200
         # The server closes first, so that its end is the one in TIME_WAIT.
         assert first.stop() == 0
-    second = serve(bind=f"127.0.0.1:{first.address.port}")
+    second = serve(bind=f"127.0.0.1:{port}")
+    assert second.address.port == port
     hello(second.address)
 
 

@@ -14,7 +14,7 @@ from websockets.sync.client import connect
 
 from tests.helpers import proc
 from tests.helpers.raw import request
-from tests.helpers.server import KEEP, WORKER_LISTENS, Serve, Server, Worker
+from tests.helpers.server import IN_TURN, KEEP, WORKER_LISTENS, Serve, Server, Worker
 from tests.helpers.waiting import DEADLINE, eventually
 
 QUICK = ("--restart-backoff", "0.01")
@@ -43,7 +43,7 @@ def no_zombies(server: Server) -> None:
 
 
 def test_a_crash_is_repaired(serve: Serve) -> None:
-    server = serve(*QUICK, workers=2)
+    server = serve(*QUICK, *IN_TURN, workers=2)
     victim = crash(server)
     survivor = next(each for each in (1, 2) if each != victim.id)
     server.wait_for(WORKER_LISTENS, count=3)
@@ -96,7 +96,7 @@ def test_an_apps_own_exit_code_means_nothing_special(serve: Serve, code: int) ->
 
 
 def test_siblings_serve_meanwhile(serve: Serve) -> None:
-    server = serve("--restart-backoff", "15", workers=3).warm()
+    server = serve("--restart-backoff", "60", "--restart-backoff-max", "60", *IN_TURN, workers=3).warm()
     victim = crash(server)
     others = {1, 2, 3} - {victim.id}
     ids = [server.ask_id() for _ in range(20)]
@@ -105,7 +105,7 @@ def test_siblings_serve_meanwhile(serve: Serve) -> None:
 
 
 def test_kept_connections_of_siblings_do_not_notice(serve: Serve) -> None:
-    server = serve(*QUICK, *KEEP, workers=2).warm()
+    server = serve(*QUICK, *KEEP, *IN_TURN, workers=2).warm()
     with server.connect() as one, server.connect() as other:
         owners = [client.ask("GET", "/whoami").json()["id"] for client in (one, other)]
         assert sorted(owners) == [1, 2]
@@ -205,7 +205,7 @@ def test_an_app_that_cannot_start_any_more_is_tried_for_ever_with_pauses(serve: 
 
 
 def test_stopping_while_a_replacement_waits_its_turn(serve: Serve) -> None:
-    server = serve("--restart-backoff", "15", workers=2)
+    server = serve("--restart-backoff", "60", "--restart-backoff-max", "60", workers=2)
     crash(server)
     assert server.stop() == 0
     assert server.processes() == []

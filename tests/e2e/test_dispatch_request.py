@@ -209,11 +209,11 @@ def test_nothing_waits_behind_a_blocked_worker(serve: Serve) -> None:
 
 
 def test_an_idle_connection_is_closed_at_keep_alive_and_others_are_not(serve: Serve) -> None:
-    server = start(serve, "--timeout-keep-alive", "1")
+    server = start(serve, "--timeout-keep-alive", "2")
     with server.connect() as idle, server.connect() as busy:
         assert idle.ask("GET", "/whoami").status == 200
         assert busy.ask("GET", "/whoami").status == 200
-        busy.send(request("GET", "/sleep?ms=1600"))
+        busy.send(request("GET", "/sleep?ms=2500"))
         assert idle.rest() == b""
         assert busy.response().status == 200
         goes_on(busy)

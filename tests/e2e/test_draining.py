@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from tests.helpers import proc
 from tests.helpers.raw import request
-from tests.helpers.server import Serve, Server
+from tests.helpers.server import Serve, Server, Worker
 from tests.helpers.waiting import DEADLINE, eventually
 
 FULL = "tests.helpers.apps.full:app"
 DRAINS = "tests.helpers.apps.drains:app"
-SOON = 10.0
+#: Far below the graceful limit of 30 s.
+SOON = 20.0
 
 
 def _terminate_worker(server: Server) -> None:
@@ -33,11 +36,15 @@ REASONS: dict[str, Callable[[Server], None]] = {
 }
 
 
-def websocket_of(server: Server, worker: int, path: str = "/ws") -> ClientConnection:
-    """A WebSocket that is served by the worker with this id: under rr, each gets every second connection."""
+@contextlib.contextmanager
+def websocket_of(server: Server, worker: Worker) -> Iterator[ClientConnection]:
+    """A WebSocket that is served by this worker, as the kernel says: it has a copy of the connection."""
     while True:
-        if server.ask_id() != worker:
-            return connect(server.url.replace("http://", "ws://") + path)
+        with connect(server.url.replace("http://", "ws://") + "/ws") as websocket:
+            port = websocket.socket.getsockname()[1]
+            if proc.accepted_inodes(server.address.port, [port])[port] in proc.socket_inodes(worker.pid):
+                yield websocket
+                return
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -47,7 +54,7 @@ def websocket_of(server: Server, worker: int, path: str = "/ws") -> ClientConnec
 def test_websockets_get_1012(serve: Serve, ws: str, loop: str, reason: str) -> None:
     # The legacy implementation warns that it is one.
     server = serve("--ws", ws, "--loop", loop, workers=2, noise=ws == "websockets").warm()
-    leaves = server.workers[-1].id
+    leaves = server.workers[-1]
     with websocket_of(server, leaves) as websocket:
         websocket.send("hello")
         assert websocket.recv(DEADLINE) == "hello"
@@ -56,7 +63,7 @@ def test_websockets_get_1012(serve: Serve, ws: str, loop: str, reason: str) -> N
             websocket.recv(DEADLINE)
         assert caught.value.rcvd is not None
         assert caught.value.rcvd.code == 1012
-    eventually(lambda: leaves not in {worker.id for worker in server.workers}, "it has left")
+    eventually(lambda: leaves not in server.workers, "it has left")
 
 
 @pytest.mark.parametrize("reason", REASONS)

@@ -52,10 +52,10 @@ def test_with_cluster() -> None:
         assert cluster.url.startswith("http://127.0.0.1:")
         url = cluster.url
         assert cluster.urls == [url]
-        pids = {worker.pid for worker in cluster.workers}
+        pids = {worker.pid for worker in cluster.workers.values()}
         eventually(lambda: {get(url, "/whoami").json()["pid"] for _ in pids} == pids, "each worker takes its turn")
-        assert [(worker.id, worker.slot) for worker in cluster.workers] == [(1, 0), (2, 1)]
-        assert {str(worker.state) for worker in cluster.workers} <= {"listening", "WorkerState.LISTENING"}
+        assert [(worker.id, worker.slot) for worker in cluster.workers.values()] == [(1, 0), (2, 1)]
+        assert {worker.state for worker in cluster.workers.values()} == {"listening"}
     for pid in pids:
         assert not proc.alive(pid)
     with pytest.raises(httpx.ConnectError):
@@ -114,7 +114,7 @@ def test_workers_outlive_the_thread_that_started_the_cluster() -> None:
     thread.join(DEADLINE)
     try:
         assert get(cluster.url).status_code == 200
-        assert [worker.id for worker in cluster.workers] == [1]
+        assert list(cluster.workers) == [1]
     finally:
         cluster.__exit__(None, None, None)
 
@@ -125,8 +125,8 @@ def test_two_clusters_at_once() -> None:
         Cluster(EXAMPLE, workers=1, bind="127.0.0.1:0", policy="none") as other,
     ):
         assert one.url != other.url
-        assert get(one.url, "/whoami").json()["pid"] == one.workers[0].pid
-        assert get(other.url, "/whoami").json()["pid"] == other.workers[0].pid
+        assert get(one.url, "/whoami").json()["pid"] == one.workers[1].pid
+        assert get(other.url, "/whoami").json()["pid"] == other.workers[1].pid
 
 
 def test_several_addresses(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_an_exception_in_the_block_is_the_callers_own() -> None:
 
     def block() -> None:
         with Cluster(EXAMPLE, workers=1, bind="127.0.0.1:0") as cluster:
-            pids.append(cluster.workers[0].pid)
+            pids.append(cluster.workers[1].pid)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -156,9 +156,9 @@ def test_an_exception_in_the_block_is_the_callers_own() -> None:
 
 def test_a_worker_that_dies_is_replaced_here_too() -> None:
     with Cluster(EXAMPLE, workers=1, bind="127.0.0.1:0", restart_backoff=0.01) as cluster:
-        os.kill(cluster.workers[0].pid, signal.SIGKILL)
+        os.kill(cluster.workers[1].pid, signal.SIGKILL)
         assert get(cluster.url, "/whoami").json()["id"] == 2
-        eventually(lambda: [worker.id for worker in cluster.workers] == [2], "the successor is in the list")
+        eventually(lambda: list(cluster.workers) == [2], "the successor is in the list")
 
 
 # ── what goes wrong ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -217,11 +217,11 @@ def test_policy_and_dispatch_are_frozen(name: str) -> None:
 def test_a_change_of_the_environment_after_the_start_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with Cluster(EXAMPLE, workers=2, bind="127.0.0.1:0", policy="rr", restart_backoff=0.01) as cluster:
         monkeypatch.setenv("CLUSTERSERVE_POLICY", "none")
-        os.kill(cluster.workers[0].pid, signal.SIGKILL)
-        eventually(lambda: 3 in {worker.id for worker in cluster.workers}, "there is a successor")
+        os.kill(cluster.workers[1].pid, signal.SIGKILL)
+        eventually(lambda: 3 in cluster.workers, "there is a successor")
         listening = proc.listening_inodes(httpx.URL(cluster.url).port or 0)
         assert get(cluster.url).status_code == 200
-        assert not any(listening & proc.socket_inodes(worker.pid) for worker in cluster.workers)
+        assert not any(listening & proc.socket_inodes(worker.pid) for worker in cluster.workers.values())
 
 
 # ── a good guest ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -261,8 +261,8 @@ def test_signal_handlers_and_children_of_the_host_are_not_touched() -> None:
         with Cluster("examples.asgi_app:app", workers=2, bind="127.0.0.1:0", restart_backoff=0.01) as cluster:
             late = subprocess.Popen(["sh", "-c", "exit 6"])
             os.waitid(os.P_PID, late.pid, os.WEXITED | os.WNOWAIT)
-            os.kill(cluster.workers[0].pid, signal.SIGKILL)
-            while 3 not in {worker.id for worker in cluster.workers}:
+            os.kill(cluster.workers[1].pid, signal.SIGKILL)
+            while 3 not in cluster.workers:
                 httpx.get(cluster.url, trust_env=False)
             assert [signal.getsignal(number) for number in numbers] == handlers
             assert signal.set_wakeup_fd(-1) == wakeup
@@ -287,7 +287,7 @@ def test_a_host_that_ignores_its_children() -> None:
 
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         with Cluster("examples.asgi_app:app", workers=1, bind="127.0.0.1:0", restart_backoff=0.01) as cluster:
-            os.kill(cluster.workers[0].pid, signal.SIGKILL)
+            os.kill(cluster.workers[1].pid, signal.SIGKILL)
             assert httpx.get(cluster.url + "/whoami", trust_env=False).json()["id"] == 2
         print("well")
     """)

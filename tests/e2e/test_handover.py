@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import proc
 from tests.helpers.raw import Client, request
-from tests.helpers.server import Serve, Server, serving
+from tests.helpers.server import IN_TURN, Serve, Server, serving
 from tests.helpers.waiting import eventually
 
 
@@ -128,7 +128,9 @@ def test_a_worker_that_is_busy_is_passed_over(serve: Serve) -> None:
         assert len(ids) == 1
 
 
-def test_idle_connections_do_not_take_turns(server: Server) -> None:
+def test_idle_connections_do_not_take_turns(serve: Serve) -> None:
+    server = serve(*IN_TURN, workers=2)
+
     def in_turn() -> bool:
         silent: list[Client] = []
         ids = []

@@ -14,7 +14,7 @@ import pytest
 import clusterserve
 from clusterserve import Cluster, SettingsError
 from tests.helpers.server import Serve, run
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import DEADLINE, eventually
 
 HOOKS = "tests.helpers.hooks"
 FULL = "tests.helpers.apps.full:app"
@@ -65,10 +65,10 @@ def test_a_whole_life(serve: Serve, notes: Notes) -> None:
         assert notes.of(id)[2].details == [server.url]
     # A crash, and a hook that raises because of it.
     with server.connect() as client:
-        worker = client.ask("GET", "/whoami").json()["id"]
         client.send(b"GET /crash?code=7 HTTP/1.1\r\nHost: x\r\n\r\n")
         server.wait_for(r"Worker 3 .*listening")
     notes.wait_for("exit")
+    ((worker, *_),) = [note.worker for note in notes.all if note.name == "exit" and note.worker]
     assert notes.names(worker) == ["fork", "online", "listening", "disconnect", "exit"]
     assert notes.of(worker)[-1].details == [7, None]
     assert len(server.wait_for("RuntimeError: the hook's own trouble")) == 1
@@ -99,9 +99,11 @@ def test_what_the_master_kills(serve: Serve, notes: Notes) -> None:
         "--hooks", HOOKS, "--timeout-boot", "1", app="tests.helpers.apps.hangs:app", env=notes.env, ready=False
     )
     assert server.wait() == 3
-    assert notes.names() == ["fork", "online", "kill", "disconnect", "exit", "stopped"]
-    assert notes.all[2].details == ["it did not listen within 1 s"]
-    assert notes.all[4].details == [None, 9]
+    # On a busy machine a fresh interpreter may not even have come online in that time.
+    events = [note for note in notes.all if note.name != "online"]
+    assert [note.name for note in events] == ["fork", "kill", "disconnect", "exit", "stopped"]
+    assert events[1].details == ["it did not listen within 1 s"]
+    assert events[3].details == [None, 9]
 
 
 def test_a_hook_that_blocks_keeps_nobody_from_anything(serve: Serve) -> None:
@@ -114,7 +116,7 @@ def test_a_hook_that_blocks_keeps_nobody_from_anything(serve: Serve) -> None:
     server.terminate()
     server.terminate()
     assert server.wait() == 0
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < DEADLINE
     server.wait_for(r"on_ready of tests.helpers.hooks_block did not return within 5 s and is left behind")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import proc
 from tests.helpers.raw import Address, fetch
-from tests.helpers.server import EXAMPLE, WORKER_LISTENS, Serve, Server, run, serving
+from tests.helpers.server import EXAMPLE, IN_TURN, WORKER_LISTENS, Serve, Server, run, serving
 from tests.helpers.waiting import eventually
 
 FULL = "tests.helpers.apps.full:app"
@@ -144,7 +144,7 @@ def test_a_log_config_made_for_uvicorn(serve: Serve, tmp_path: Path, kind: str) 
 
 
 def test_a_policy_of_ones_own(serve: Serve) -> None:
-    server = serve("--policy", "tests.helpers.policies:Newest", workers=3)
+    server = serve("--policy", "tests.helpers.policies:Newest", *IN_TURN, workers=3)
     youngest = max(worker.id for worker in server.workers)
     eventually(lambda: server.ask_id() == youngest, "the youngest worker serves")
     assert [server.ask_id() for _ in range(10)] == [youngest] * 10

@@ -60,9 +60,11 @@ def test_a_worker_that_has_served_enough(serve: Serve, mode: tuple[str, str]) ->
     server = serve(*mode, "--max-requests", "5", workers=1)
     old = server.workers[0]
     with server.connect() as client:
-        assert [client.ask("GET", "/whoami").json()["id"] for _ in range(9)] == [1] * 9
+        assert [client.ask("GET", "/whoami").json()["id"] for _ in range(4)] == [1] * 4
+        assert not server.found(REPLACES)
+        assert client.ask("GET", "/whoami").json()["id"] == 1
         (told,) = server.wait_for(REPLACES)
-        assert told.groups() == ("2", "1", "0", str(old.pid), "has served 9 requests")
+        assert told.groups() == ("2", "1", "0", str(old.pid), "has served 5 requests")
         gone(server, 1)
     assert server.ask_id() == 2
     assert order_of_events(server) == ["1", "2 for 1", "2"]
@@ -88,15 +90,16 @@ def test_each_has_its_own_jitter(serve: Serve) -> None:
 
 
 def test_a_worker_that_has_served_long_enough(serve: Serve) -> None:
-    server = serve("--workers-lifetime", "1", workers=2)
+    server = serve("--workers-lifetime", "2", workers=2)
     listened = server.times(WORKER_LISTENS)
     server.wait_for(REPLACES, count=2)
     (first, second) = server.times(REPLACES)
-    assert first >= listened[0] + 0.9
+    # Less what these tests may be late in reading that it listens.
+    assert first >= listened[0] + 1.0
     gone(server, 1, 2)
     # They were of one age, and went one after the other all the same.
     assert second >= server.times(WORKER_LISTENS)[2]
-    assert {match[5] for match in server.found(REPLACES)} == {"has served for 1 s"}
+    assert {match[5] for match in server.found(REPLACES)} == {"has served for 2 s"}
     assert server.get("/").status == 200
 
 
@@ -105,8 +108,7 @@ def test_a_worker_that_holds_too_much_memory(serve: Serve) -> None:
     server = serve(*memory, "--timeout-keep-alive", "60", app="tests.helpers.apps.greedy:app", workers=2).warm()
     assert not server.found(REPLACES)
     with server.connect() as client:
-        pid = client.ask("GET", "/whoami").json()["pid"]
-        assert client.ask("GET", "/grow?mib=200").status == 200
+        pid = int(client.ask("GET", "/grow?mib=200").text)
         (told,) = server.wait_for(REPLACES)
         assert told[4] == str(pid)
         assert re.fullmatch(r"holds 2\d\d MiB of memory, more than 200", told[5])

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 
+from clusterserve.core.address import Address
 from clusterserve.core.events import WorkerName
 
 
@@ -26,8 +27,8 @@ async def on_online(worker: WorkerName) -> None:
     _note("online", worker)
 
 
-def on_listening(worker: WorkerName, address: str) -> None:
-    _note("listening", worker, address)
+def on_listening(worker: WorkerName, address: Address) -> None:
+    _note("listening", worker, str(address))
 
 
 def on_draining(worker: WorkerName) -> None:

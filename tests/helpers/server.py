@@ -32,8 +32,10 @@ EXAMPLE = "examples.asgi_app:app"
 # For connections that are idle while processes start, which on a busy machine takes longer than the usual 5 s.
 KEPT = 60
 KEEP = ("--timeout-keep-alive", str(KEPT))
+# For tests that want exactly whose turn it is: in auto, a worker that the machine lets wait is passed over.
+IN_TURN = ("--dispatch", "connection")
 
-LISTENING_ON = re.compile(r"\bListening on ([^\s,;]+)")
+LISTENING_ON = re.compile(r"\bListening on ((?:unix:|https?://)[^\s,;]+)")
 WORKER_LISTENS = re.compile(r"\bWorker (\d+) \(slot (\d+), pid (\d+)\) .*listening")
 # What no run may print unless its test says that it must.
 NOISE = re.compile(r"Traceback \(most recent|never retrieved|never awaited|Exception ignored|\b\w+Warning:")
@@ -124,6 +126,7 @@ class Server:
         pass_fds: Sequence[int] = (),
         noise: bool = False,
         open_files: int | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         binds = [bind] if isinstance(bind, str) else list(bind or ())
         arguments = [app, *(part for each in binds for part in ("--bind", each)), *options]
@@ -140,7 +143,7 @@ class Server:
         self._lines: list[Line] = []
         self._more = threading.Condition()
         self._open_streams = 2
-        self.command = python(*arguments)
+        self.command = [*prefix, *python(*arguments)]
         if open_files is not None:
             self.command = ["sh", "-c", f'ulimit -Sn {open_files}; exec "$@"', "sh", *self.command]
         self._process = subprocess.Popen(
@@ -357,7 +360,7 @@ class Server:
             faults.append(str(error).partition("\n")[0])
         finally:
             # A master that ends in order has waited for its workers; only after SIGKILL they need a moment.
-            faults += end_processes(self._mark, within=2.0 if self.killed else 0.0)
+            faults += end_processes(self._mark, within=DEADLINE if self.killed else 0.0)
             self._process.wait()
             for thread in self._threads:
                 thread.join(DEADLINE)

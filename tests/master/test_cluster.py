@@ -11,13 +11,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clusterserve import BindError, BootError, Cluster, ClusterError, SettingsError, WorkerInfo
+from clusterserve import BindError, BootError, Cluster, ClusterError, SettingsError
 from clusterserve.core.distributor import Statistics
 from tests.helpers import proc
 from tests.helpers.waiting import DEADLINE, eventually
@@ -114,12 +113,11 @@ def test_what_can_be_asked(make: Make, tmp_path: Path) -> None:
         assert entered is cluster
         assert repr(cluster) == "<Cluster 'embedded_app:app' running>"
         assert cluster.urls == [cluster.url, f"unix:{tmp_path}/s"]
-        workers = cluster.workers
         pids = {get(cluster.url) for _ in range(2)}
-        assert {worker.pid for worker in workers} == pids
-        assert [replace(worker, pid=0) for worker in workers] == [
-            WorkerInfo(1, 0, 0, "listening"),
-            WorkerInfo(2, 1, 0, "listening"),
+        assert {worker.pid for worker in cluster.workers.values()} == pids
+        assert [(id, worker.id, worker.slot, worker.state) for id, worker in cluster.workers.items()] == [
+            (1, 1, 0, "listening"),
+            (2, 2, 1, "listening"),
         ]
         statistics = eventually(lambda: (s := cluster.statistics()).borrowed == 0 and s, "all is over")
         assert statistics == Statistics(0, 0, 0, 0, ((1, 0, 0, 0), (2, 1, 0, 0)))
@@ -139,7 +137,6 @@ def test_its_settings_cannot_be_changed(make: Make) -> None:
 QUESTIONS: list[Callable[[Cluster], object]] = [
     lambda cluster: cluster.url,
     lambda cluster: cluster.urls,
-    lambda cluster: cluster.workers,
     lambda cluster: cluster.statistics(),
 ]
 
@@ -190,7 +187,7 @@ def test_asking_while_it_serves_the_last_request(make: Make, tmp_path: Path) -> 
     client = connect(url, f"/wait/{tmp_path}/flag")
     eventually(lambda: cluster.statistics().borrowed == 1, "it is being served")
     thread, _ = in_thread(cluster.stop)
-    eventually(lambda: cluster.workers[0].state == "draining", "it is being stopped")
+    eventually(lambda: cluster.workers[1].state == "draining", "it is being stopped")
     assert cluster.url == url
     (tmp_path / "flag").touch()
     assert b" 200 " in answer(client)
@@ -207,7 +204,7 @@ def test_it_starts_once(make: Make) -> None:
     cluster.start()
     with pytest.raises(ClusterError, match="starts once"):
         cluster.start()
-    assert get(cluster.url) == cluster.workers[0].pid
+    assert get(cluster.url) == cluster.workers[1].pid
     cluster.stop()
     with pytest.raises(ClusterError, match="starts once"):
         cluster.start()
@@ -236,7 +233,7 @@ def test_from_a_thread_that_ends(make: Make) -> None:
     thread.join(DEADLINE)
     assert outcome == [None]
     # Its workers are not that thread's.
-    assert get(cluster.url) == cluster.workers[0].pid
+    assert get(cluster.url) == cluster.workers[1].pid
     thread, outcome = in_thread(cluster.stop)
     thread.join(DEADLINE)
     assert outcome == [None]
@@ -258,7 +255,7 @@ def test_a_quick_stop_hurries_a_graceful_one(make: Make, tmp_path: Path) -> None
     client = connect(cluster.url, f"/wait/{tmp_path}/flag")
     eventually(lambda: cluster.statistics().borrowed == 1, "it is being served")
     thread, _ = in_thread(cluster.stop)
-    eventually(lambda: cluster.workers[0].state == "draining", "it is being stopped")
+    eventually(lambda: cluster.workers[1].state == "draining", "it is being stopped")
     cluster.stop(quick=True)
     thread.join(DEADLINE)
     assert b" 200 " not in answer(client)
@@ -268,7 +265,7 @@ def test_a_quick_stop_hurries_a_graceful_one(make: Make, tmp_path: Path) -> None
 def test_stopped_by_another_thread_before_it_has_started(make: Make, quick: bool) -> None:
     cluster = make(HANGS)
     thread, outcome = in_thread(cluster.start)
-    eventually(lambda: cluster._thread is not None, "it is being started")
+    eventually(lambda: cluster._thread.is_started, "it is being started")
     cluster.stop(quick=quick)
     thread.join(DEADLINE)
     (error,) = outcome
@@ -280,7 +277,7 @@ def test_ctrl_c_while_it_starts(make: Make) -> None:
     cluster = make(HANGS)
 
     def interrupt() -> None:
-        eventually(lambda: cluster._thread and proc.children(os.getpid()), "a worker is there")
+        eventually(lambda: cluster._thread.is_started and proc.children(os.getpid()), "a worker is there")
         # Python overlooks a signal that comes after its last look and before the system call that waits.
         eventually(lambda: proc.state(os.getpid()) == "S", "the main thread waits")
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -301,7 +298,7 @@ def test_async_with(make: Make) -> None:
         async with cluster as entered:
             assert entered is cluster
             pid = await asyncio.to_thread(get, cluster.url)
-            assert pid == cluster.workers[0].pid
+            assert pid == cluster.workers[1].pid
         assert proc.children(os.getpid()) == []
         with pytest.raises(ClusterError):
             cluster.url  # noqa: B018 - asked for its error
@@ -354,7 +351,7 @@ def test_a_cancelled_exit_hurries(make: Make, tmp_path: Path) -> None:
         leaving = asyncio.ensure_future(cluster.__aexit__(None, None, None))
         # Far enough to have given the order.
         await asyncio.sleep(0)
-        eventually(lambda: cluster.workers[0].state == "draining", "it is being stopped")
+        await asyncio.to_thread(eventually, lambda: cluster.workers[1].state == "draining", "it is being stopped")
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
@@ -371,7 +368,7 @@ def test_a_loop_that_ends_before_the_cluster(make: Make) -> None:
         await cluster.__aenter__()
 
     asyncio.run(main())
-    assert get(cluster.url) == cluster.workers[0].pid
+    assert get(cluster.url) == cluster.workers[1].pid
     cluster.stop()
 
 
@@ -379,7 +376,7 @@ def test_a_loop_that_ends_before_the_cluster(make: Make) -> None:
 
 
 def test_an_app_that_is_an_object() -> None:
-    for app in (object(), print, None, b"module:app"):
+    for app in (object(), print, b"module:app"):
         with pytest.raises(SettingsError, match="import string"):
             Cluster(app)  # type: ignore[arg-type]
 
@@ -467,8 +464,8 @@ def test_signals_and_children_of_the_host_are_its_own(make: Make) -> None:
     with cluster:
         late = subprocess.Popen([sys.executable, "-c", "raise SystemExit(6)"])
         eventually(lambda: proc.state(late.pid) == "Z", "another child is dead")
-        os.kill(cluster.workers[0].pid, signal.SIGKILL)
-        eventually(lambda: [worker.id for worker in cluster.workers] == [2], "the worker is replaced")
+        os.kill(cluster.workers[1].pid, signal.SIGKILL)
+        eventually(lambda: list(cluster.workers) == [2], "the worker is replaced")
         assert [signal.getsignal(number) for number in numbers] == handlers
         assert signal.set_wakeup_fd(wakeup) == -1
     assert [signal.getsignal(number) for number in numbers] == handlers

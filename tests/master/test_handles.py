@@ -7,6 +7,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,14 +43,14 @@ def ask(
     handles: Handles,
     worker: FakeWorker,
     bind: str,
-    index: int = 0,
     backlog: int = 16,
     *,
     first: bool = False,
     pinned: bool = False,
+    **options: Any,
 ) -> Listener:
     """The listener that the worker asks for, with its server in place."""
-    listener = handles.listen(worker.id, Listen(1, bind, index, backlog, first, pinned))
+    listener = handles.listen(worker.id, Listen(1, bind, backlog, first, pinned, **options))
     handles.attach(worker.id, listener.key)
     return listener
 
@@ -91,10 +92,10 @@ def test_the_same_address_in_another_spelling(rig: Rig, handles: Handles) -> Non
 
 def test_a_second_server_on_port_0_is_another_listener(rig: Rig, handles: Handles) -> None:
     one, other = rig.worker(), rig.worker()
-    first, second = ask(handles, one, "127.0.0.1:0"), ask(handles, one, "127.0.0.1:0", 1)
+    first, second = ask(handles, one, "127.0.0.1:0"), ask(handles, one, "127.0.0.1:0")
     assert first.address != second.address
-    assert ask(handles, other, "127.0.0.1:0", 1) is second
-    assert ask(handles, other, "127.0.0.1:0", 0) is first
+    assert ask(handles, other, "127.0.0.1:0") is first
+    assert ask(handles, other, "127.0.0.1:0") is second
 
 
 def test_the_largest_backlog_counts(rig: Rig, handles: Handles) -> None:
@@ -116,8 +117,8 @@ def test_a_backlog_that_is_none(rig: Rig, handles: Handles, backlog: int) -> Non
 
 def test_silent_clients_are_waited_for_only_where_they_speak_first(rig: Rig, handles: Handles) -> None:
     worker = rig.worker()
-    speaking = ask(handles, worker, "127.0.0.1:0", 0, first=True)
-    waiting = ask(handles, worker, "127.0.0.1:0", 1, first=False)
+    speaking = ask(handles, worker, "127.0.0.1:0", first=True)
+    waiting = ask(handles, worker, "127.0.0.1:0", first=False)
     with connect(speaking), connect(waiting):
         (offer,) = worker.receive()
         assert offer.listener == waiting.key
@@ -167,7 +168,7 @@ def test_port_0_pinned_several_times(rig: Rig, handles: Handles) -> None:
     listeners = handles.open_pinned([bind, bind, Bind.parse("[::1]:0")], 16)
     assert len({listener.address for listener in listeners}) == 3
     worker = rig.worker()
-    assert [ask(handles, worker, "127.0.0.1:0", index, pinned=True) for index in range(2)] == listeners[:2]
+    assert [ask(handles, worker, "127.0.0.1:0", pinned=True) for _ in range(2)] == listeners[:2]
 
 
 def test_a_workers_own_of_the_same_spelling_is_another_one(rig: Rig, handles: Handles) -> None:
@@ -182,8 +183,11 @@ def test_a_workers_own_of_the_same_spelling_is_another_one(rig: Rig, handles: Ha
 
 def test_a_worker_cannot_make_one(rig: Rig, handles: Handles) -> None:
     handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
-    with pytest.raises(ProtocolError, match="no --bind"):
-        ask(handles, rig.worker(), "127.0.0.1:0", 1, pinned=True)
+    worker = rig.worker()
+    ask(handles, worker, "127.0.0.1:0", pinned=True)
+    for bind in ("127.0.0.1:0", "127.0.0.1:1"):
+        with pytest.raises(ProtocolError, match="no --bind"):
+            ask(handles, worker, bind, pinned=True)
 
 
 def test_one_that_cannot_be_had_and_those_before_it(handles: Handles, tmp_path: Path) -> None:
@@ -217,7 +221,7 @@ def test_it_goes_with_the_last_worker(rig: Rig, handles: Handles) -> None:
 
 def test_what_waits_for_it_goes_with_it(rig: Rig, handles: Handles) -> None:
     worker = rig.worker()
-    listener = handles.listen(worker.id, Listen(1, "127.0.0.1:0", 0, 16, False, False))
+    listener = handles.listen(worker.id, Listen(1, "127.0.0.1:0", 16, False, False))
     with connect(listener) as client:
         rig.queued(1)
         handles.leave(worker.id, listener.key, crashed=False)
@@ -230,6 +234,8 @@ def test_the_next_one_of_that_name_is_new(rig: Rig, handles: Handles) -> None:
     handles.leave(worker.id, first.key, crashed=False)
     second = ask(handles, worker, "127.0.0.1:0")
     assert second.key > first.key
+    # Port 0 has become a port for good.
+    assert second.address == first.address
     with connect(second):
         worker.receive()
 
@@ -282,7 +288,7 @@ def test_each_crash_starts_the_time_anew(rig: Rig, handles: Handles) -> None:
 
 def test_who_asked_and_died_before_it_listened_counts(rig: Rig, handles: Handles) -> None:
     worker = rig.worker()
-    listener = handles.listen(worker.id, Listen(1, "127.0.0.1:0", 0, 16, False, False))
+    listener = handles.listen(worker.id, Listen(1, "127.0.0.1:0", 16, False, False))
     worker.die()
     handles.leave_all(worker.id, crashed=False)
     assert not listener.is_open
@@ -343,7 +349,7 @@ def test_listening_on_what_was_never_asked_for(rig: Rig, handles: Handles) -> No
 def test_when_all_is_closed_a_late_worker_may_still_serve_what_waits(rig: Rig, handles: Handles) -> None:
     (listener,) = handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
     first = rig.worker()
-    handles.listen(first.id, Listen(1, "127.0.0.1:0", 0, 16, False, True))
+    handles.listen(first.id, Listen(1, "127.0.0.1:0", 16, False, True))
     with connect(listener):
         rig.queued(1)
         handles.close()
@@ -351,7 +357,7 @@ def test_when_all_is_closed_a_late_worker_may_still_serve_what_waits(rig: Rig, h
         assert ask(handles, late, "127.0.0.1:0", backlog=100, pinned=True) is listener
         late.receive()
         with pytest.raises(BindError, match="the cluster is stopping") as caught:
-            ask(handles, late, "127.0.0.1:0", 1)
+            ask(handles, late, "127.0.0.1:0")
         assert caught.value.errno == errno.ESHUTDOWN
     handles.close()
 

@@ -14,7 +14,7 @@ import pytest
 from clusterserve.channel.board import Board
 from clusterserve.channel.connection import MasterEnd, connection_channel
 from clusterserve.channel.message import MessageChannel
-from clusterserve.core.messages import Listen, Listened, Message
+from clusterserve.core.messages import Closed, Listen, Listened, Message
 from clusterserve.core.records import NO_ADDRESS, Kind, pack_offer, unpack_answers
 from clusterserve.errors import ProtocolError
 from clusterserve.worker.link import Link
@@ -41,6 +41,8 @@ class FakeMaster:
         self.kinds: dict[int, Kind] = {}
         self._files = contextlib.ExitStack()
         self._ids = 0
+        #: The keys that this worker was given.
+        self.given: set[int] = set()
         #: The listeners' keys, by name.
         self.keys: dict[tuple[str, int], int] = {}
 
@@ -57,9 +59,21 @@ class FakeMaster:
 
     def grant(self, request: Listen, sockname: Any = None, family: int = socket.AF_INET) -> None:
         """A listener of the master's."""
-        key = self.keys.setdefault((request.bind, request.index), len(self.keys) + 1)
+        key = self._key(request)
         name = sockname or ["127.0.0.1", 8000 + key]
         self.channel.send(Listened(request.request, key, 0, "", family, name, False))
+
+    def _key(self, request: Listen) -> int:
+        """Each server of this worker has a listener of its own, until it is closed."""
+        closed = {message.listener for message in self.of(Closed)}
+        index = 0
+        while True:
+            name = request.bind, index
+            key = self.keys.get(name)
+            if key is None or key in closed or key not in self.given:
+                self.given.add(key := self.keys.setdefault(name, len(self.keys) + 1))
+                return key
+            index += 1
 
     def refuse(self, errno: int, reason: str) -> Callable[[Listen], None]:
         return lambda request: self._send(Listened(request.request, 0, errno, reason, socket.AF_UNSPEC, "", False))
@@ -69,7 +83,7 @@ class FakeMaster:
         name = sock.getsockname()
 
         def share(request: Listen) -> None:
-            key = self.keys.setdefault((request.bind, request.index), len(self.keys) + 1)
+            key = self._key(request)
             answer = Listened(
                 request.request, key, 0, "", sock.family, name if isinstance(name, str) else [*name], True
             )

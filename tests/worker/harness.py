@@ -27,7 +27,7 @@ from clusterserve.channel.connection import MasterEnd, WorkerEnd, connection_cha
 from clusterserve.core.messages import Listened
 from clusterserve.core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
 from clusterserve.worker.receiver import Receiver
-from clusterserve.worker.server import FauxServer
+from clusterserve.worker.server import Entrance
 from tests.helpers.loops import turns, until
 from tests.helpers.waiting import DEADLINE, eventually
 
@@ -205,13 +205,12 @@ class Master:
         family: int = socket.AF_INET,
         sockname: Any = ("127.0.0.1", 8000),
         **ssl: Any,
-    ) -> FauxServer:
+    ) -> Entrance:
         """Put a faux server in place."""
         name = sockname if isinstance(sockname, str) else list(sockname)
         answer = Listened(1, key, 0, "", family, name, False)
-        server = FauxServer(self.loop, key, answer, factory, ssl, first, lambda server: None)
-        self.receiver.servers[key] = server
-        return server
+        entrance = self.receiver.servers[key] = Entrance(answer, factory, ssl, first)
+        return entrance
 
     def hand(self, data: bytes = b"", *, family: str = "tcp", sndbuf: int | None = None) -> Handed:
         """A connection whose first bytes, if there are any, lie there unread; offered."""

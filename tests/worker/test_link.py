@@ -18,6 +18,7 @@ from clusterserve.core.messages import Boot, Closed, Drain, Leave, Listen, Liste
 from clusterserve.core.records import Kind
 from clusterserve.worker.link import MASTER_GONE, Link
 from clusterserve.worker.receiver import Receiver
+from clusterserve.worker.server import Entrance, FauxServer
 from tests.helpers.loops import turns, until
 from tests.worker.clustered import FakeMaster
 from tests.worker.harness import Recorder, Recorders
@@ -37,12 +38,16 @@ def echo(protocol: Recorder, data: bytes) -> None:
 
 
 async def listen(fake: FakeMaster, bind: str = "127.0.0.1:0") -> tuple[Listened, list[int]]:
-    return await fake.link.listen(bind, backlog=100, client_speaks_first=False)
+    return await fake.link.listen(Listen(0, bind, 100, False, False))
 
 
 async def serve(fake: FakeMaster, recorders: Recorders, bind: str = "127.0.0.1:0") -> Any:
     answer, _ = await listen(fake, bind)
-    return fake.link.serve(answer, recorders, {}, True)
+    server = FauxServer(
+        fake.loop, [Entrance(answer, recorders, {}, True)], fake.link.serve, lambda server: fake.link.leave(1)
+    )
+    await server.start_serving()
+    return server
 
 
 # ── listening ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -50,8 +55,8 @@ async def serve(fake: FakeMaster, recorders: Recorders, bind: str = "127.0.0.1:0
 
 class TestListen:
     async def test_the_request_and_its_answer(self, loop: Loop, fake: FakeMaster) -> None:
-        answer, descriptors = await fake.link.listen("[::1]:80", backlog=7, client_speaks_first=True)
-        assert fake.messages == [Listen(1, "[::1]:80", 0, 7, True, False)]
+        answer, descriptors = await fake.link.listen(Listen(0, "[::1]:80", 7, True, False))
+        assert fake.messages == [Listen(1, "[::1]:80", 7, True, False)]
         assert answer == Listened(1, 1, 0, "", socket.AF_INET, ["127.0.0.1", 8001], False)
         assert descriptors == []
 
@@ -81,66 +86,6 @@ class TestListen:
                 assert ours.getsockname() == listener.getsockname()
 
 
-class TestNames:
-    """Equal addresses are counted, so that a worker's second server on port 0 is a second listener."""
-
-    async def test_equal_addresses_are_counted(self, loop: Loop, fake: FakeMaster) -> None:
-        for bind in ("a:0", "a:0", "b:0", "a:0", "b:0"):
-            await listen(fake, bind)
-        assert [(request.bind, request.index) for request in fake.of(Listen)] == [
-            ("a:0", 0), ("a:0", 1), ("b:0", 0), ("a:0", 2), ("b:0", 1)
-        ]  # fmt: skip
-
-    async def test_what_failed_does_not_count(self, loop: Loop, fake: FakeMaster) -> None:
-        await listen(fake)
-        fake.answers = fake.refuse(errno.EACCES, "no")
-        for _ in range(2):
-            with pytest.raises(PermissionError):
-                await listen(fake)
-        fake.answers = fake.grant
-        await listen(fake)
-        assert [request.index for request in fake.of(Listen)] == [0, 1, 1, 1]
-
-    async def test_what_failed_meanwhile_takes_nobodys_place(self, loop: Loop, fake: FakeMaster) -> None:
-        requests: list[Listen] = []
-        fake.answers = requests.append
-        first, second = loop.create_task(listen(fake)), loop.create_task(listen(fake))
-        await fake.said(Listen, 2)
-        fake.refuse(errno.EACCES, "no")(requests[0])
-        fake.grant(requests[1])
-        with pytest.raises(PermissionError):
-            await first
-        await second
-        fake.answers = fake.grant
-        await listen(fake)
-        await listen(fake)
-        # Number 1 is in use.
-        assert [request.index for request in fake.of(Listen)] == [0, 1, 0, 2]
-
-    async def test_who_listens_again_comes_back_to_the_others(
-        self, loop: Loop, fake: FakeMaster, recorders: Recorders
-    ) -> None:
-        """The other workers are still on the listener that this one has left."""
-        server = await serve(fake, recorders, "127.0.0.1:8000")
-        server.close()
-        await serve(fake, recorders, "127.0.0.1:8000")
-        assert [request.index for request in fake.of(Listen)] == [0, 0]
-
-    async def test_who_has_given_up_keeps_his_place_until_he_is_answered(self, loop: Loop, fake: FakeMaster) -> None:
-        requests: list[Listen] = []
-        fake.answers = requests.append
-        task = loop.create_task(listen(fake))
-        await fake.said(Listen)
-        task.cancel()
-        await turns(2)
-        fake.answers = fake.grant
-        await listen(fake)
-        fake.grant(requests[0])
-        await fake.said(Closed)
-        await listen(fake)
-        assert [request.index for request in fake.of(Listen)] == [0, 1, 0]
-
-
 class TestGivenUp:
     """Whoever asked is cancelled before the answer comes."""
 
@@ -162,6 +107,19 @@ class TestGivenUp:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             fake.share(listener)(await self.given_up(loop, fake))
             assert await fake.said(Closed) == [Closed(1)]
+
+    async def test_who_asks_for_the_same_meanwhile_waits_until_it_is_given_back(
+        self, loop: Loop, fake: FakeMaster
+    ) -> None:
+        """The master would take it for a second server there."""
+        request = await self.given_up(loop, fake)
+        again = loop.create_task(listen(fake))
+        await turns(5)
+        assert len(fake.of(Listen)) == 1
+        fake.answers = fake.grant
+        fake.grant(request)
+        await again
+        assert [type(message) for message in fake.messages] == [Listen, Closed, Listen]
 
     async def test_an_error_is_nobodys(self, loop: Loop, fake: FakeMaster) -> None:
         fake.refuse(errno.EACCES, "no")(await self.given_up(loop, fake))

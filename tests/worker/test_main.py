@@ -59,7 +59,7 @@ class TestWhatItIs:
 
     def test_it_asks_to_listen_as_it_was_told(self, worker: Worker) -> None:
         (request,) = [message for message in worker.messages if isinstance(message, Listen)]
-        assert request == Listen(request.request, "127.0.0.1:0", 0, 2048, True, True)
+        assert request == Listen(request.request, "127.0.0.1:0", 2048, True, True)
 
     @pytest.mark.parametrize("name", ["SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU"])
     def test_signals_are_the_masters_to_act_on(self, worker: Worker, name: str) -> None:

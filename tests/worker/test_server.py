@@ -10,7 +10,7 @@ import pytest
 
 from clusterserve.binds import Bind
 from clusterserve.core.messages import Listened
-from clusterserve.worker.server import BindSocket, FauxServer, FauxSocket
+from clusterserve.worker.server import BindSocket, Entrance, FauxServer, FauxSocket
 from tests.helpers.loops import turns
 
 Loop = asyncio.AbstractEventLoop
@@ -23,7 +23,7 @@ class Server(FauxServer):
         self.closed = 0
         name = sockname if isinstance(sockname, str) else list(sockname)
         answer = Listened(1, 7, 0, "", family, name, False)
-        super().__init__(loop, 7, answer, asyncio.Protocol, {}, True, self._count)
+        super().__init__(loop, [Entrance(answer, asyncio.Protocol, {}, True)], lambda server: None, self._count)
 
     def _count(self, server: FauxServer) -> None:
         assert server is self
@@ -32,7 +32,9 @@ class Server(FauxServer):
 
 @pytest.fixture
 def server(loop: Loop) -> Server:
-    return Server(loop)
+    server = Server(loop)
+    loop.run_until_complete(server.start_serving())
+    return server
 
 
 class TestFauxServer:
@@ -42,6 +44,9 @@ class TestFauxServer:
         assert server.get_loop() is loop
         await server.start_serving()
         assert server.is_serving()
+        server.close()
+        with pytest.raises(RuntimeError, match="is closed"):
+            await server.start_serving()
 
     async def test_its_address_can_be_asked(self, loop: Loop, server: Server) -> None:
         (sock,) = server.sockets
@@ -116,7 +121,7 @@ class TestFauxServer:
         self, loop: Loop, family: int, sockname: Any, known: Any
     ) -> None:
         server = Server(loop, family, sockname)
-        assert server.sockname == known
+        assert server.entrances[0].sockname == known
         assert server.sockets[0].getsockname() == sockname
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import select
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -506,7 +507,33 @@ class TestFlowControl:
         await until(lambda: recorders.all and recorders.only.flow == ["pause", "resume"], "it may write again")
         # It was all there before the loop's transport was.
         assert got + handed.has() == sent
-        assert recorders.only.phases[-1] == "REAL"
+        assert recorders.only.phases[-1] == "LAZY"
+
+    @pytest.mark.parametrize("over", [False, True])
+    async def test_the_same_where_connections_are_borrowed(
+        self, loop: Loop, master: Master, recorders: Recorders, over: bool
+    ) -> None:
+        """There it needs no transport of the loop's, neither for the rest of the response nor for the next request."""
+        master.receiver.borrow(select.epoll(), keep=True, head_timeout=0.0)
+        handed = master.connection("socketpair")
+        handed.arrive(b"question")
+        sent, got = bytearray(), bytearray()
+
+        def respond(protocol: Recorder, _: bytes) -> None:
+            while "pause" not in protocol.calls:
+                piece = pattern(10_000)
+                sent.extend(piece)
+                protocol.transport.write(piece)
+            got.extend(handed.has())
+            if over:
+                protocol.transport.rest()
+
+        master.serve(recorders.on(data=respond))
+        master.offer(handed)
+        await until(lambda: recorders.all and recorders.only.flow == ["pause", "resume"], "it may write again")
+        assert got + handed.has() == sent
+        assert not was_real(recorders.only.transport)
+        await reaches(recorders.only.transport, "KEPT" if over else "BUSY")
 
     async def test_what_is_written_when_it_may_again_goes_behind(
         self, loop: Loop, master: Master, recorders: Recorders

@@ -1,6 +1,8 @@
-"""The example application, and `/grow?mib=`, which keeps so much memory for good."""
+"""The example application, and `/grow?mib=`, which keeps so much memory for good and tells the process's id."""
 
 from __future__ import annotations
+
+import os
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -15,7 +17,7 @@ _kept: list[bytes] = []
 async def grow(request: Request) -> PlainTextResponse:
     # Not zeros: those the kernel gives only when they are touched.
     _kept.append(b"\1" * (asgi_app.number(request, "mib", 1, 1024) << 20))
-    return PlainTextResponse("")
+    return PlainTextResponse(str(os.getpid()))
 
 
 app = Starlette(routes=[*asgi_app.app.routes, Route("/grow", grow)])

@@ -1,0 +1,129 @@
+"""`Launch`: how worker processes are started.  What `Cluster.setup` may change for later ones; the rest of `Settings`
+is fixed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from clusterserve.checks import Check, SettingValueError, choice, flag, optional, text, whole
+
+#: What an entry of `stdio` may be, besides a descriptor or an open file.
+STREAMS: Final = ("inherit", "pipe", "ignore", "ipc")
+
+_MAX_ID: Final = 2**32 - 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Frozen, and what it holds; `env` is a tuple of pairs."""
+
+    #: A script's path, or "-m package.module", that each worker runs; empty: workers serve the application.
+    exec: str = ""
+    args: tuple[str, ...] = ()
+    #: Of the workers; None: the master's.
+    cwd: str | None = None
+    env: tuple[tuple[str, str], ...] = ()
+    uid: int | None = None
+    gid: int | None = None
+    #: Capture stdin, stdout and stderr: `worker.process.stdout`.
+    silent: bool = False
+    #: By descriptor, and rather than `silent`: "inherit", "pipe", "ignore", "ipc", or a descriptor of the master's.
+    stdio: tuple[str | int, ...] = ()
+    #: Further options of the Python interpreter, as in ("-X", "dev").
+    interpreter: tuple[str, ...] = ()
+    serialization: str = "json"
+
+    def to_worker(self) -> dict[str, Any]:
+        """What a worker is told of it."""
+        return {"exec": self.exec, "args": list(self.args), "serialization": self.serialization}
+
+
+def main_script() -> dict[str, Any]:
+    """`exec` and `args` of the program that runs now, which is what workers run if nobody says otherwise (Node)."""
+    return {"exec": os.path.abspath(sys.argv[0]), "args": tuple(sys.argv[1:])}
+
+
+def _words(setting: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise SettingValueError(setting, value, "must be a list of texts")
+    return tuple(text(setting, each) for each in value)
+
+
+def _path(setting: str, value: object) -> str:
+    # Whether it exists is seen when a worker starts, and is then that worker's error.
+    return text(setting, os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+def environment(setting: str, value: object) -> tuple[tuple[str, str], ...]:
+    """Variables, as a mapping of texts."""
+    if isinstance(value, tuple):
+        value = dict(value)
+    if not isinstance(value, Mapping):
+        raise SettingValueError(setting, value, "must be a mapping of variables")
+    pairs = tuple((text(setting, name), text(f"{setting}[{name!r}]", content)) for name, content in value.items())
+    for name, _ in pairs:
+        if not name or "=" in name:
+            raise SettingValueError(setting, name, "is not the name of a variable")
+    return pairs
+
+
+def _user(setting: str, value: object) -> int:
+    if isinstance(value, str) and not value.isdigit():
+        import pwd
+
+        try:
+            return pwd.getpwnam(value).pw_uid
+        except KeyError:
+            raise SettingValueError(setting, value, "there is no such user") from None
+    return whole(0, _MAX_ID)(setting, value)
+
+
+def _group(setting: str, value: object) -> int:
+    if isinstance(value, str) and not value.isdigit():
+        import grp
+
+        try:
+            return grp.getgrnam(value).gr_gid
+        except KeyError:
+            raise SettingValueError(setting, value, "there is no such group") from None
+    return whole(0, _MAX_ID)(setting, value)
+
+
+def _stdio(setting: str, value: object) -> tuple[str | int, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise SettingValueError(setting, value, f"must be a list, each {', '.join(STREAMS)} or a descriptor")
+    entries = tuple(_stream(setting, each) for each in value)
+    if entries and entries.count("ipc") != 1:
+        raise SettingValueError(setting, value, "must have one entry 'ipc', the channel of worker and master")
+    if "ipc" in entries[:3]:
+        raise SettingValueError(setting, value, "the 'ipc' entry comes after the three standard streams")
+    return entries
+
+
+def _stream(setting: str, value: object) -> str | int:
+    number = value.fileno() if hasattr(value, "fileno") else value
+    if isinstance(number, str):
+        return choice(*STREAMS)(setting, number)
+    return whole(0)(setting, number)
+
+
+LAUNCH_CHECKS: Final[dict[str, Check]] = {
+    "exec": _path,
+    "args": _words,
+    "cwd": optional(_path),
+    "env": environment,
+    "uid": optional(_user),
+    "gid": optional(_group),
+    "silent": flag,
+    "stdio": _stdio,
+    "interpreter": _words,
+    "serialization": choice("json", "pickle"),
+}
+
+LAUNCH_NAMES: Final = tuple(field.name for field in fields(Launch))

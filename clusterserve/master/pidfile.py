@@ -1,0 +1,96 @@
+"""`--pid FILE`: who the master is, for scripts that send it signals.
+
+The file is never seen half written, and is locked as long as its master lives: so of two that start at once one is
+refused, and one that a dead master has left is known for what it is, whoever has its process id by now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+
+from ..errors import ClusterError
+
+
+class PidFile:
+    """The file at `path`, ours from `write` to `remove`."""
+
+    def __init__(self, path: str) -> None:
+        # Somebody may change the directory before the end.
+        self._path = os.path.abspath(path)
+        self._fd = -1
+
+    def write(self) -> None:
+        """Write our process id.  Raises `ClusterError` if another master lives that has done so, or if it cannot be."""
+        try:
+            directory, name = os.path.split(self._path)
+            self._fd, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
+            try:
+                os.write(self._fd, f"{os.getpid()}\n".encode())
+                os.fchmod(self._fd, 0o644)
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                self._put(temporary)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+                self._close()
+                raise
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ClusterError(f"cannot write the pid file {self._path}: {reason}") from None
+
+    def remove(self) -> None:
+        """Remove it, if it is still ours."""
+        if self._fd < 0:
+            return
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
+                os.unlink(self._path)
+        self._close()
+
+    def _put(self, temporary: str) -> None:
+        while True:
+            try:
+                # Fails if there is one, unlike rename.
+                os.link(temporary, self._path)
+                os.unlink(temporary)
+                return
+            except FileExistsError:
+                pass
+            with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as old:
+                # Whoever replaces it holds its lock, so only one of several does.
+                self._claim(old.fileno(), old.read(32))
+                if os.path.samestat(os.stat(self._path), os.fstat(old.fileno())):
+                    os.rename(temporary, self._path)
+                    return
+
+    def _claim(self, fd: int, content: bytes) -> None:
+        pid = int(content) if content.strip().isdigit() else 0
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = f"process {pid} is running" if pid else "another process holds it"
+            raise ClusterError(f"the pid file {self._path} is in use: {who}; stop it, or choose another file") from None
+        # Another program's, which locks nothing: alive, and here when the file was written.
+        if pid not in (0, os.getpid()) and _started(pid) <= os.fstat(fd).st_mtime:
+            raise ClusterError(
+                f"the pid file {self._path} names process {pid}, which is running; stop it, or choose another file"
+            )
+
+    def _close(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
+
+
+def _started(pid: int) -> float:
+    """When a process started (seconds since the epoch, to the second); for ever after, if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        with open("/proc/stat", "rb") as file:
+            boot = next(int(line.split()[1]) for line in file if line.startswith(b"btime "))
+    except (FileNotFoundError, ProcessLookupError):
+        return float("inf")
+    return boot + ticks / os.sysconf("SC_CLK_TCK") - 1.0

@@ -1,0 +1,91 @@
+"""The options of uvicorn and gunicorn (some of granian's and hypercorn's, and of versions to come) that are not taken.
+
+Each ends with a line that says so and what to use instead: an option that is ignored in silence is the worst of all.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NoReturn
+
+from clusterserve.checks import near_match
+from clusterserve.errors import SettingsError
+from clusterserve.options import SPECS
+
+_YET: Final = "is not available in this version"
+_TLS: Final = f"{_YET}: terminate TLS in a proxy in front of it, such as nginx, Caddy or HAProxy"
+_WATCH: Final = f"{_YET}: run watchfiles 'clusterserve APP', or send the master SIGHUP"
+_HTTP1: Final = f"{_YET}: let a proxy in front speak HTTP/2"
+_PARSER: Final = (
+    "has no counterpart: it concerns gunicorn's own HTTP parser and the workers use uvicorn's, leave it out"
+)
+_LOGGING: Final = f"{_YET}: name the handlers and formats in a file for --log-config"
+_PROXY: Final = f"{_YET}: let the proxy send X-Forwarded-For, and name it in --forwarded-allow-ips"
+_DIRTY: Final = "has no counterpart: give long work to a task queue"
+_COUNTED: Final = f"{_YET}: count in --hooks, or in a middleware of the application"
+_SIGNALS: Final = f"{_YET}: the master is controlled by signals (docs/settings.md)"
+_CRASHES: Final = f"{_YET}: a worker that dies is always replaced, see --restart-backoff"
+
+# By what there is to say, since many say the same.
+_SAID: Final[dict[str, str]] = {
+    _TLS: """
+        --ssl-keyfile --ssl-certfile --ssl-keyfile-password --ssl-version --ssl-cert-reqs --ssl-ca-certs --ssl-ciphers
+        --ssl-reload --no-ssl-reload --keyfile --certfile --cert-reqs --ca-certs --ciphers --suppress-ragged-eofs
+        --do-handshake-on-connect""",
+    _WATCH: """
+        --reload --reload-dir --reload-include --reload-exclude --reload-delay --reload-engine --reload-extra-file""",
+    _HTTP1: """
+        --http2 --http-protocols --http2-cleartext --http2-max-concurrent-streams --http2-initial-window-size
+        --http2-max-frame-size --http2-max-header-list-size""",
+    _PARSER: """
+        --permit-obsolete-folding --strip-header-spaces --permit-unconventional-http-method
+        --permit-unconventional-http-version --casefold-http-method --forwarder-headers --header-map""",
+    _LOGGING: """
+        --access-logformat --access-log-format --access-log-exclude --log-format --logger-class --log-syslog
+        --log-syslog-to --log-syslog-prefix --log-syslog-facility""",
+    _PROXY: "--proxy-protocol --proxy-allow-from",
+    "has no counterpart: the workers speak HTTP only, so let the proxy speak it too": "--protocol --uwsgi-allow-from",
+    _DIRTY: "--dirty-app --dirty-workers --dirty-timeout --dirty-threads --dirty-graceful-timeout",
+    _COUNTED: """
+        --statsd-host --statsd-prefix --dogstatsd-tags --enable-backlog-metric --metrics --metrics-address
+        --metrics-bind --metrics-port""",
+    _SIGNALS: "--control-socket --control-socket-mode",
+    _CRASHES: "--max-restarts --on-worker-exit-code",
+    f"{_YET}: every worker imports the application by itself, leave it out": "--preload",
+    f"{_YET}: it serves ASGI only, wrap a WSGI application with a2wsgi": "--threads",
+    f"{_YET}: see --max-pending and --timeout-queue for what bounds the requests that wait": """
+        --limit-concurrency --worker-connections --backpressure""",
+    f"{_YET}: the HTTP parser's own limits hold, and h11's is set with --h11-max-incomplete-event-size": """
+        --limit-request-line --limit-request-fields --limit-request-field_size""",
+    f"{_YET}: see --timeout-request-header and --timeout-keep-alive": "--timeout-request-body",
+    f"{_YET}: the number of workers is fixed with --workers, and changed by SIGTTIN and SIGTTOU": "--max-workers",
+    f"{_YET}: only the master listens, so nothing needs it": "--reuse-port",
+    f"{_YET}: let the proxy or the load balancer stop sending before it stops the master": "--shutdown-delay",
+    f"{_YET}: debug with one worker, -w 1 -t 0": "--debug-port --debug-wait",
+    f"{_YET}: sample a worker with py-spy": "--profile",
+    "has no counterpart: the heartbeats of workers need no file, leave it out": "--worker-tmp-dir",
+    "has no counterpart: nothing is sent with sendfile, leave it out": "--no-sendfile",
+    "has no counterpart: there is no control socket, leave it out": "--no-control-socket",
+    "has no counterpart: workers inherit stdin, stdout and stderr, leave it out": "--enable-stdio-inheritance -R",
+    "has no counterpart: nothing goes to syslog by itself, leave it out": "--disable-redirect-access-to-syslog",
+    "has no counterpart: use a debugger, or python -m trace": "--spew",
+    "has no counterpart: load the paste file in a module of your own, and name that as MODULE:ATTRIBUTE": """
+        --paste --paster --paste-global""",
+    "has no counterpart in uvicorn's workers: leave it out": "--asgi-disconnect-grace-period",
+    "is called --lifespan here": "--asgi-lifespan",
+    "is called --loop here": "--asgi-loop",
+    "is called --http here": "--http-parser",
+    "is called --ws-max-size here": "--websocket-max-message-size",
+    "is not available: leave the background to systemd (docs/systemd.md), a container or another supervisor": """
+        --daemon -D""",
+}
+
+#: Every such option and the sentence it ends with.
+NOT_TAKEN: Final = {flag: f"{flag} {text}" for text, flags in _SAID.items() for flag in flags.split()}
+
+
+def refuse_option(name: str) -> NoReturn:
+    """Raise what there is to say of an option that is not ours."""
+    if name in NOT_TAKEN:
+        raise SettingsError(NOT_TAKEN[name])
+    known = [flag for spec in SPECS for flag in spec.flags]
+    raise SettingsError(f"no such option {name}{near_match(name, [*known, *NOT_TAKEN], 0.7)}")

@@ -1,0 +1,123 @@
+"""What a server does to its own process: pid file, umask, title, group, and where the application's words go."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import proc
+from tests.helpers.raw import request
+from tests.helpers.server import EXAMPLE, Serve, run
+from tests.helpers.waiting import eventually
+
+PRINTS = "tests.helpers.apps.prints:app"
+
+
+def test_the_pid_file_is_there_while_it_serves(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "x.pid"
+    server = serve("--pid", str(path))
+    assert path.read_text() == f"{server.pid}\n"
+    refused = run(EXAMPLE, "--bind", "127.0.0.1:0", "--pid", str(path))
+    assert refused.code == 1
+    assert refused.err == (
+        f"clusterserve: error: the pid file {path} is in use: process {server.pid} is running; "
+        "stop it, or choose another file\n"
+    )
+    assert server.stop() == 0
+    assert not path.exists()
+
+
+def test_the_pid_file_of_a_master_that_was_killed_is_replaced(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "x.pid"
+    killed = serve("-p", str(path))
+    killed.kill()
+    killed.wait()
+    assert path.read_text() == f"{killed.pid}\n"
+    server = serve("-p", str(path))
+    assert path.read_text() == f"{server.pid}\n"
+
+
+def test_a_start_that_fails_leaves_no_pid_file(tmp_path: Path) -> None:
+    done = run("no_such:app", "--bind", "127.0.0.1:0", "--pid", str(tmp_path / "x.pid"))
+    assert done.code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_umask_is_everybodys(serve: Serve) -> None:
+    server = serve("--umask", "027")
+    for pid in (server.pid, server.workers[0].pid):
+        assert "Umask:\t0027" in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_what_the_application_prints_goes_where_it_is_told(serve: Serve) -> None:
+    server = serve("--capture-output", app=PRINTS)
+    assert server.get("/first").status == 200
+    server.wait_for(r"^printed: /first$")
+    server.wait_for(r'"GET /first HTTP/1.1" 200 OK$')
+    assert {line.stream for line in server.lines if "printed" in line.text} == {"err"}
+    assert {line.stream for line in server.lines if '"GET' in line.text} == {"out"}
+
+
+@pytest.mark.needs_module("setproctitle")
+def test_titles_say_who_it_is_and_what_it_does(serve: Serve) -> None:
+    server = serve("--name", "shop", workers=2)
+    eventually(lambda: proc.command(server.pid) == "clusterserve: master [shop] serving", "the master has its title")
+    for worker in server.workers:
+        begin = f"clusterserve: worker {worker.id} (slot {worker.slot}) [shop] listening, 0 requests"
+        eventually(lambda pid=worker.pid, begin=begin: proc.command(pid).startswith(begin), f"{worker} has its title")  # type: ignore[misc]
+    with server.connect() as client:
+        client.send(request("GET", "/sleep?ms=60000"))
+        eventually(
+            lambda: any("listening, 1 requests, 1 connections" in proc.command(each.pid) for each in server.workers),
+            "the load shows",
+        )
+        server.terminate()
+        eventually(lambda: "stopping" in proc.command(server.pid), "the master stops")
+        eventually(lambda: any("draining, 1" in proc.command(each.pid) for each in server.workers), "a worker drains")
+        server.signal(signal.SIGQUIT)
+        assert server.wait() == 131
+
+
+def test_without_the_package_a_name_is_not_ignored_in_silence(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "setproctitle.py").write_text("raise ImportError")
+    server = serve("--name", "shop", env={"PYTHONPATH": str(tmp_path)})
+    assert server.found("--name changes nothing: the processes' titles need the package setproctitle")
+    assert "clusterserve" in proc.command(server.pid)
+
+
+def test_min_uptime_is_heeded(serve: Serve) -> None:
+    """A worker that dies within it is not replaced at once."""
+    server = serve("--min-uptime", "3600", "--restart-backoff", "600", "--restart-backoff-max", "600", workers=2)
+    os.kill(server.workers[0].pid, signal.SIGKILL)
+    server.wait_for("was killed by SIGKILL")
+    assert server.get("/").status == 200
+    assert len(server.announced) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ((), 0o666),
+        (("--uds-permissions", "777"), 0o777),
+        (("--umask", "007"), 0o660),
+        (("--umask", "077", "--uds-permissions", "0o640"), 0o640),
+    ],
+)
+def test_X02_the_mode_of_a_socket_file(serve: Serve, tmp_path: Path, options: tuple[str, ...], mode: int) -> None:  # noqa: N802
+    path = tmp_path / "s"
+    server = serve(*options, bind=f"unix:{path}")
+    assert path.stat().st_mode & 0o777 == mode
+    assert server.get("/").status == 200
+
+
+def test_the_workers_group(serve: Serve, tmp_path: Path) -> None:
+    """Root may choose any, everybody else their own."""
+    group = 65534 if os.geteuid() == 0 else os.getegid()
+    path = tmp_path / "s"
+    server = serve("--group", str(group), bind=f"unix:{path}", app=PRINTS)
+    assert server.get("/").body.split()[0] == str(group).encode()
+    assert path.stat().st_gid == group
+    assert f"Gid:\t{os.getegid()}\t" in Path(f"/proc/{server.pid}/status").read_text()

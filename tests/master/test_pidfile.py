@@ -1,0 +1,130 @@
+"""The pid file: whole or not there, one master's at a time, and nobody's that is dead."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clusterserve.errors import ClusterError
+from clusterserve.master.pidfile import PidFile
+
+OURS = f"{os.getpid()}\n"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "master.pid"
+
+
+def test_it_is_written_and_removed(path: Path) -> None:
+    file = PidFile(str(path))
+    file.write()
+    assert path.read_text() == OURS
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert list(path.parent.iterdir()) == [path]
+    file.remove()
+    file.remove()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_second_master_is_refused(path: Path) -> None:
+    file = PidFile(str(path))
+    file.write()
+    with pytest.raises(ClusterError, match=f"in use: process {os.getpid()} is running; stop it, or choose") as e:
+        PidFile(str(path)).write()
+    assert e.value.exit_code == 1
+    assert path.read_text() == OURS
+    assert list(path.parent.iterdir()) == [path]
+    file.remove()
+
+
+def ended() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("content", ["", "nonsense\n", "0\n", f"{2**22}\n", "ours"])
+def test_a_stale_one_is_replaced(path: Path, content: str) -> None:
+    path.write_text(OURS if content == "ours" else content)
+    file = PidFile(str(path))
+    file.write()
+    assert path.read_text() == OURS
+    file.remove()
+
+
+def test_one_of_a_process_that_has_ended_is_replaced(path: Path) -> None:
+    path.write_text(f"{ended()}\n")
+    file = PidFile(str(path))
+    file.write()
+    assert path.read_text() == OURS
+    file.remove()
+
+
+def test_another_programs_is_left_alone(path: Path) -> None:
+    """gunicorn's, for one, which locks nothing."""
+    path.write_text("1\n")
+    with pytest.raises(ClusterError, match="names process 1, which is running"):
+        PidFile(str(path)).write()
+    assert path.read_text() == "1\n"
+
+
+def test_a_process_that_was_not_there_when_it_was_written_has_its_number_by_chance(path: Path) -> None:
+    """As in a container that was killed and started again: the same few numbers every time."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        path.write_text(f"{process.pid}\n")
+        long_ago = time.time() - 3600
+        os.utime(path, (long_ago, long_ago))
+        file = PidFile(str(path))
+        file.write()
+        assert path.read_text() == OURS
+        file.remove()
+        process.communicate(b"\n")
+
+
+def test_what_somebody_else_has_put_there_is_not_removed(path: Path) -> None:
+    file = PidFile(str(path))
+    file.write()
+    path.unlink()
+    path.write_text("another's\n")
+    file.remove()
+    assert path.read_text() == "another's\n"
+
+
+def test_of_many_that_start_at_once_one_has_it(path: Path) -> None:
+    source = (
+        "import sys\nfrom clusterserve.master.pidfile import PidFile\nfrom clusterserve.errors import ClusterError\n"
+        "file = PidFile(sys.argv[1])\nsys.stdin.readline()\n"
+        "try:\n    file.write(); print('mine', flush=True)\nexcept ClusterError:\n    print('refused', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    path.write_text(f"{ended()}\n")
+    many = [
+        subprocess.Popen(
+            [sys.executable, "-c", source, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(6)
+    ]
+    for each in many:
+        assert each.stdin is not None
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    said = [each.stdout.readline().strip() for each in many if each.stdout is not None]
+    assert sorted(said) == ["mine", *["refused"] * 5]
+    assert path.read_text() == f"{many[said.index('mine')].pid}\n"
+    for each in many:
+        each.communicate("end\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("no-such/master.pid", "no such file or directory"), ("", "is a directory")]
+)
+def test_a_place_where_it_cannot_be(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(ClusterError, match=f"^cannot write the pid file .*: {reason}$"):
+        PidFile(f"{tmp_path}/{name}").write()
+    assert list(tmp_path.iterdir()) == []
