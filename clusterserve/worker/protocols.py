@@ -4,8 +4,8 @@ The second file that knows uvicorn, and the only one that knows the insides of i
 contract test (tests/worker/test_borrow_contract.py).  Relied upon, of both: `on_response_complete` is called from the
 application's task when a response is complete, `shutdown` when the server stops, `cycle` is the newest request (None
 before the first), `cycle.response_started`, `cycle.response_complete`, `flow`, `server_state.total_requests`,
-`transport`.  Of httptools': `pipeline` holds the requests that wait, `on_message_begin` and `on_message_complete`
-enclose a request.  Of h11's: `conn`.
+`transport`; between two requests neither `cycle` nor `scope` nor `headers` is needed.  Of httptools': `pipeline` holds
+the requests that wait, `on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
 
 A connection is idle when its last response is complete, the request was read to its end, and nothing beyond it has been
 read: what lies unread in the kernel goes to whoever gets the connection next.  Under policy `none` the transport is the
@@ -51,6 +51,9 @@ def _borrower(base: Any) -> Any:
 
     class _Borrower(base):  # type: ignore[misc]  # whichever it is
         borrowing: Borrowing
+        cycle: Any
+        scope: Any
+        headers: Any
         _late_head: object = None
         _looks = 0
 
@@ -70,8 +73,13 @@ def _borrower(base: Any) -> Any:
             # The same protocol may get the next request.
             self.flow.resume_reading()
             self._next_cycle()
-            self.transport.rest()
+            self._rest()
             return True
+
+        def _rest(self) -> None:
+            # Nothing is left of the request: a connection waits much longer than it is served, and there are many.
+            self.cycle = self.scope = self.headers = self._late_head = None
+            self.transport.rest()
 
         def _at_rest(self) -> bool:
             transport = self.transport
@@ -123,7 +131,7 @@ def _borrower(base: Any) -> Any:
             else:
                 super().on_response_complete()
                 if not self.borrowing.after_response and self._at_rest():
-                    self.transport.rest()
+                    self._rest()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -132,7 +140,7 @@ def _borrower(base: Any) -> Any:
                 if self.borrowing.after_response:
                     self.give_back()
                 elif self._at_rest():
-                    self.transport.rest()
+                    self._rest()
 
         def shutdown(self) -> None:
             # With `after_response` set, a request in flight gives its connection back at its end.

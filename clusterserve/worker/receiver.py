@@ -22,7 +22,8 @@ from ..channel.connection import MAX_ANSWERS, WorkerEnd
 from ..core.cost import Cost
 from ..core.records import IPV4, IPV6, Flag, Kind, pack_answer, unpack_offers
 from ..errors import ProtocolError
-from .transport import CHUNK, HandedTransport
+from .lazy import CHUNK, LazyTransport
+from .transport import HandedTransport
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Receiver:
         self.loop = loop
         self.servers: dict[int, Entrance] = {}
         #: Connections that outlive their first turn, for `cut`.
-        self.kept: dict[int, HandedTransport] = {}
+        self.kept: dict[int, LazyTransport] = {}
         #: What the master sees without a message: see `channel.board`.
         self.marks = board.marks
         self.counters = board.counters
@@ -85,14 +86,14 @@ class Receiver:
         self._exact = EXACT
         # Of this turn: how many requests began, the lazy transports to settle, and the answers so far.
         self._requests = 0
-        self._lazy: list[HandedTransport] = []
+        self._lazy: list[LazyTransport] = []
         self._fresh: dict[int, int] = {}
         self._open = self._weighed = False
         self._turning = False
         self._later_batch = self._postponed = False
         # Under which number those are kept of which the master is about to hear, and who is armed then.
         self._handles: dict[int, int] = {}
-        self._unarmed: list[HandedTransport] = []
+        self._unarmed: list[LazyTransport] = []
         # Those that are acknowledged when their protocol has its connection.
         self._making: set[int] = set()
         # Answers outside of a turn, and whether their sending is scheduled.
@@ -299,7 +300,7 @@ class Receiver:
             self._spent = self._span() if self._weighed else 0.0
             self.loop.call_soon(self._turned)
 
-    def settle_later(self, transport: HandedTransport) -> None:
+    def settle_later(self, transport: LazyTransport) -> None:
         """Something has happened to a transport that waits in the watch; settle it when this turn ends."""
         self._lazy.append(transport)
         # In the midst of a batch its end will see to it.
@@ -395,7 +396,7 @@ class Receiver:
         self.kept.pop(id, None)
         self._send([pack_answer(_DROPPED, id)])
 
-    def tell_kept(self, id: int, fd: int, transport: HandedTransport) -> None:
+    def tell_kept(self, id: int, fd: int, transport: LazyTransport) -> None:
         """Tell the master that it is kept; it is armed when that is said."""
         self._handles[id] = fd
         self._unarmed.append(transport)
@@ -459,7 +460,7 @@ class Receiver:
 
     # -- the ones that stay ---------------------------------------------------------------------------------------
 
-    def keep(self, id: int, transport: HandedTransport) -> None:
+    def keep(self, id: int, transport: LazyTransport) -> None:
         """A transport goes beyond its first turn."""
         self.kept[id] = transport
 

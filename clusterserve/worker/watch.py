@@ -19,8 +19,8 @@ import select
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from .lazy import LazyTransport
     from .receiver import Receiver
-    from .transport import HandedTransport
 
 _ARMED: Final = select.EPOLLIN | select.EPOLLRDHUP
 
@@ -38,7 +38,7 @@ class Watch:
         self._busy = select.epoll()
         # Without a `kept` nobody calls for it.
         self._kept = kept or self._busy
-        self._waiting: dict[int, HandedTransport] = {}
+        self._waiting: dict[int, LazyTransport] = {}
         self._armed = _ARMED | select.EPOLLONESHOT if self.shared else _ARMED
         loop.add_reader(self._busy.fileno(), self._look)
         if self.shared:
@@ -64,7 +64,7 @@ class Watch:
                 self._waiting[fd].readable()
             self._receiver.end_batch()
 
-    def keep(self, fd: int, transport: HandedTransport, known: bool) -> None:
+    def keep(self, fd: int, transport: LazyTransport, known: bool) -> None:
         """Between two requests: tell of the next, or let the master have it.  `known`: it has been here before."""
         if known:
             self._kept.modify(fd, self._armed)
@@ -72,7 +72,7 @@ class Watch:
             self._kept.register(fd, self._armed)
             self._waiting[fd] = transport
 
-    def watch(self, fd: int, transport: HandedTransport, known: bool) -> None:
+    def watch(self, fd: int, transport: LazyTransport, known: bool) -> None:
         """In the midst of a request: tell, once if shared, when the client says something or leaves."""
         if known:
             self._busy.modify(fd, self._armed)
