@@ -10,13 +10,10 @@ from clusterserve.checks import SettingValueError, near_match
 #: The first descriptor; the others follow.
 START: Final = 3
 
-#: What describes them; nobody that we start may take them for its own.
-VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
-
 
 def passed() -> dict[int, str]:
     """The name of every such socket, by descriptor; empty if they are none, or not meant for this process."""
-    pid, count = (os.environ.get(name, "").strip() for name in VARIABLES[:2])
+    pid, count = (os.environ.get(name, "").strip() for name in ("LISTEN_PID", "LISTEN_FDS"))
     if not pid.isdecimal() or not count.isdecimal() or int(pid) != os.getpid():
         return {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")

@@ -156,6 +156,20 @@ def file(setting: str, value: object) -> str:
     return _path(setting, value, lambda name: os.path.exists(name) and not os.path.isdir(name), "there is no such file")
 
 
+def writable_directory(setting: str, value: object) -> str:
+    """A directory, which is made if it is missing."""
+    name = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise SettingValueError(setting, value, "must be the path of a directory")
+    try:
+        os.makedirs(name, exist_ok=True)
+    except OSError as error:
+        raise SettingValueError(setting, name, f"cannot be made: {error.strerror}") from None
+    if not os.access(name, os.W_OK | os.X_OK):
+        raise SettingValueError(setting, name, "cannot be written: Permission denied")
+    return os.path.abspath(name)
+
+
 def headers(setting: str, value: object) -> tuple[tuple[str, str], ...]:
     """`Name:Value` texts or pairs."""
     if isinstance(value, str) or not isinstance(value, Iterable):

@@ -7,6 +7,7 @@ on stderr and exit code 2, before anything has started.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -25,6 +26,9 @@ _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
+    if os.getpid() == 1:
+        # The kernel gives process 1, that of a container, no signal that it does not handle; everybody else dies of it.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -49,6 +53,7 @@ def run(argv: Sequence[str]) -> int:
         if program is not None:
             for setting, item in line.items():
                 refuse_foreign(setting, item.origin)
+        start = os.getcwd()
         given = gather(line, parse)
         if program is not None:
             given = _program(given, program)
@@ -59,6 +64,20 @@ def run(argv: Sequence[str]) -> int:
             click.echo(report(given))
             return 0
         settings = settings_of(given)
+
+        def reread() -> Settings:
+            here = os.getcwd()
+            try:
+                os.chdir(start)
+                given = gather(parse(argv), parse)
+                return settings_of(given if program is None else _program(given, program))
+            except OSError as error:
+                os.chdir(here)
+                raise SettingsError(f"{start}: {error.strerror}") from None
+            except ClusterError:
+                os.chdir(here)
+                raise
+
     except ClusterError as error:
         # Whatever was typed is quoted in these: keep it on one line, and out of the terminal's control codes.
         return _fail("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)), error.exit_code)
@@ -72,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
         # Imported when there is something to run: --help and a mistyped option answer at once.
         from clusterserve.master.run import run_settings
 
-        return run_settings(settings, exits=True)
+        return run_settings(settings, exits=True, reread=reread)
     except ClusterError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:  # before the master listens to signals

@@ -9,7 +9,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from clusterserve.checks import Check, SettingValueError, choice, flag, optional, text, whole
+from clusterserve.checks import (
+    Check,
+    SettingValueError,
+    choice,
+    flag,
+    optional,
+    text,
+    whole,
+    writable_directory,
+)
+from clusterserve.debugport import DEFAULT, DebugPort, debug_port, require_debugpy
 
 #: What an entry of `stdio` may be, besides a descriptor or an open file.
 STREAMS: Final = ("inherit", "pipe", "ignore", "ipc")
@@ -36,10 +46,30 @@ class Launch:
     #: Further options of the Python interpreter, as in ("-X", "dev").
     interpreter: tuple[str, ...] = ()
     serialization: str = "json"
+    #: Where a debugger can attach: "HOST:BASE", and slot i has BASE + i; a port for one worker; a function that gives
+    #: such a port for each `fork`.  0: any that is free.
+    debug_port: DebugPort | None = None
+    #: Workers wait for their debuggers before they import the application.
+    debug_wait: bool = False
+    #: A directory to which every worker writes a profile when it ends.
+    profile: str | None = None
 
     def to_worker(self) -> dict[str, Any]:
         """What a worker is told of it."""
-        return {"exec": self.exec, "args": list(self.args), "serialization": self.serialization}
+        return {
+            "exec": self.exec,
+            "args": list(self.args),
+            "serialization": self.serialization,
+            "debug_port": self.debugs,
+            "debug_wait": self.debug_wait,
+            "profile": self.profile,
+        }
+
+    @property
+    def debugs(self) -> str | int | None:
+        """Where workers are debugged, if it needs no function to know."""
+        port = DEFAULT if self.debug_port is None and self.debug_wait else self.debug_port
+        return None if callable(port) else port
 
 
 def main_script() -> dict[str, Any]:
@@ -113,6 +143,13 @@ def _stream(setting: str, value: object) -> str | int:
     return whole(0)(setting, number)
 
 
+def _debug_wait(setting: str, value: object) -> bool:
+    wanted = flag(setting, value)
+    if wanted:
+        require_debugpy(setting, value)
+    return wanted
+
+
 LAUNCH_CHECKS: Final[dict[str, Check]] = {
     "exec": _path,
     "args": _words,
@@ -124,6 +161,9 @@ LAUNCH_CHECKS: Final[dict[str, Check]] = {
     "stdio": _stdio,
     "interpreter": _words,
     "serialization": choice("json", "pickle"),
+    "debug_port": debug_port,
+    "debug_wait": _debug_wait,
+    "profile": optional(writable_directory),
 }
 
 LAUNCH_NAMES: Final = tuple(field.name for field in fields(Launch))

@@ -149,6 +149,19 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--rss-sample-interval", "SECONDS", "How often its memory is looked at."),
         _value("--rss-samples", "N", "So many looks in a row must find too much."),
     ),
+    "Debugging": (
+        _value(
+            "--debug-port",
+            "[HOST:]BASE",
+            "Let a debugger (debugpy) attach to the worker in slot i at port BASE + i; 0: at free ports. The log says "
+            "where. Needs clusterserve[debug].  [default of HOST: 127.0.0.1]",
+        ),
+        _flag(
+            "--debug-wait",
+            "Each worker waits for its debugger before it imports APP.  [default of --debug-port: 127.0.0.1:5678]",
+        ),
+        _value("--profile", "DIR", "Each worker writes a profile for pstats to this directory when it ends."),
+    ),
     "HTTP": (
         _value("--loop", "[auto|asyncio|uvloop]", "The event loop of the workers."),
         _value("--http", "[auto|h11|httptools|zttp]", "The HTTP implementation, or MODULE:CLASS."),

@@ -41,6 +41,12 @@ __all__ = ["POLICIES", "Bind", "SettingValueError", "Settings"]
 POLICIES: Final = ("rr", "least", "hash", "none")
 POLICY_VARIABLES: Final = ("CLUSTERSERVE_POLICY", "CLUSTERSERVE_SCHED_POLICY")  # ours, and Node's under our prefix
 
+#: Why `debug_port` cannot be a function here.
+NEEDS_FORK: Final = "a function is asked by each fork(): it needs respawn=False, and no workers besides"
+
+#: What `run` does to its process, and a `Cluster` not to the process of the program that it is part of.
+OF_THE_PROCESS: Final = ("pid", "umask")
+
 _ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
 
 
@@ -152,6 +158,8 @@ class Settings(Launch):
         if settings.restart_backoff > settings.restart_backoff_max:
             reason = f"must not be above restart_backoff_max, which is {settings.restart_backoff_max:g}"
             raise SettingValueError("restart_backoff", settings.restart_backoff, reason)
+        if callable(settings.debug_port) and (settings.respawn or settings.workers):
+            raise SettingValueError("debug_port", settings.debug_port, NEEDS_FORK)
         if settings.policy == "none" and settings.dispatch == "request":
             raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
         return settings

@@ -115,6 +115,9 @@ def settings_of(given: Layer) -> Settings:
         for name, check in _COURTESIES.items():
             if name in values:
                 check(name, values.pop(name))
+        if isinstance(values.get("debug_port"), int):
+            # In a file: a base as on the command line, where everything is a text.
+            values["debug_port"] = str(values["debug_port"])
         for name in OURS:
             values.pop(name, None)
         if values.get("workers") not in (None, "auto"):

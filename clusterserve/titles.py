@@ -14,7 +14,10 @@ def titler() -> Callable[[str], Any] | None:
     before = os.environ.get("SPT_NOENV")
     os.environ["SPT_NOENV"] = "1"
     try:
-        from setproctitle import setproctitle
+        from setproctitle import getproctitle, setproctitle
+
+        # It looks at the variable when it is first used.
+        getproctitle()
     except ImportError:
         return None
     finally:

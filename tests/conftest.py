@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 pytest.register_assert_rewrite("tests.helpers")
 
+from tests.helpers import everybody  # noqa: E402
 from tests.helpers.server import Serve, serving  # noqa: E402
 
 _NOT_RUN = pytest.StashKey[dict[str, str]]()
@@ -31,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "needs_module(name): needs a package of the extra `test`; else as with a missing program",
     )
+    config.addinivalue_line("markers", "needs_root: needs root, and a Python that everybody may run; not run without")
     config.stash[_NOT_RUN] = {}
 
 
@@ -49,11 +51,25 @@ def _missing_tool(item: pytest.Item) -> str | None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("CI") == "true":
+        _leave_out(config, items, _rootless(items))
         return
     missing = {item.nodeid: tool for item in items if (tool := _missing_tool(item)) is not None}
+    missing.update(_rootless(items))
+    _leave_out(config, items, missing)
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], missing: dict[str, str]) -> None:
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in missing])
     items[:] = [item for item in items if item.nodeid not in missing]
     config.stash[_NOT_RUN].update(missing)
+
+
+def _rootless(items: list[pytest.Item]) -> dict[str, str]:
+    """The tests that need root: CI cannot install that, so it lists them as well."""
+    marked = [item.nodeid for item in items if item.get_closest_marker("needs_root")]
+    if not marked or everybody.python() is not None:
+        return {}
+    return dict.fromkeys(marked, "root, and a Python that every user may run")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -43,9 +43,11 @@ class Master:
     def __init__(self) -> None:
         self.result: Callable[[], int] = lambda: 0
         self.settings: Settings | None = None
+        self.reread: Callable[[], Settings] | None = None
 
-    def run_settings(self, settings: Settings, *, exits: bool) -> int:
+    def run_settings(self, settings: Settings, *, exits: bool, reread: Callable[[], Settings]) -> int:
         assert exits
+        self.reread = reread
         self.settings = settings
         return self.result()
 
@@ -190,6 +192,9 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--workers-max-rss": ("1.5G", "workers_max_rss", 3 << 29),
         "--rss-sample-interval": ("10", "rss_sample_interval", 10.0),
         "--rss-samples": ("3", "rss_samples", 3),
+        "--debug-port": ("5000", "debug_port", "127.0.0.1:5000"),
+        "--debug-wait": (None, "debug_wait", True),
+        "--profile": (str(tmp_path / "made"), "profile", str(tmp_path / "made")),
         "--loop": ("asyncio", "loop", "asyncio"),
         "--http": ("h11", "http", "h11"),
         "--timeout-keep-alive": ("7", "timeout_keep_alive", 7),
@@ -371,6 +376,7 @@ def test_help_is_complete_and_grouped(flag: str, capsys: pytest.CaptureFixture[s
         "Binding",
         "Cluster",
         "Workers' health",
+        "Debugging",
         "HTTP",
         "WebSocket",
         "Proxies",
@@ -689,3 +695,21 @@ def test_start_up_stays_light() -> None:
     source = "import sys; before = set(sys.modules); import clusterserve.cli; "
     done = program("-c", f"{source}print(sorted({heavy} & (set(sys.modules) - before)))")
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_what_is_read_again_is_what_a_start_would_read(
+    parsed: Parsed, master: Master, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment.chdir(tmp_path)
+    (tmp_path / "site").mkdir()
+    file = tmp_path / "site" / "clusterserve.toml"
+    file.write_text("workers = 2\n")
+    assert parsed("a:b", "--chdir", "site").workers == 2
+    assert master.reread is not None
+    file.write_text("workers = 3\n")
+    # A relative directory is relative to where the command was typed, each time.
+    assert master.reread().workers == 3
+    file.write_text("workers = 0\n")
+    with pytest.raises(SettingsError):
+        master.reread()
+    assert Path.cwd() == tmp_path / "site"

@@ -88,6 +88,12 @@ def seal(kind: Kind, number: int, content: Any, pickled: bool) -> Envelope:
     return Envelope(kind, number, pickled, body)
 
 
+def declined(request: Envelope) -> Envelope:
+    """The answer to a request where no program is that could answer."""
+    why = "nobody answers requests there: it is the command line's master, and not a program's Cluster"
+    return seal(Kind.FAILURE, request.number, why, request.pickled)
+
+
 def unseal(envelope: Envelope, pickled: bool) -> Any:
     """What is in it.  Raises `ProtocolError` for what no honest sender sends to who expects JSON, or `pickled`.
 

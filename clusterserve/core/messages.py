@@ -125,6 +125,25 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class Debug:
+    """Master to worker: let a debugger attach.  `port` is as in `Settings.debug_port`: a text, or a number."""
+
+    port: str | int
+
+
+@dataclass(frozen=True)
+class Debugged:
+    """A debugger can attach at `address` (HOST:PORT).
+
+    `wanted` is the address it could not have, and `why`.  Without an address there is no debugger.
+    """
+
+    address: str
+    wanted: str
+    why: str
+
+
+@dataclass(frozen=True)
 class ShowStacks:
     """Master to worker: tell where your tasks stand."""
 
@@ -154,12 +173,15 @@ class Drain:
     keep: bool
 
 
-Message = Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain | ShowStacks | Stacks
+Message = (
+    Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain | Debug | Debugged
+    | ShowStacks | Stacks
+)  # fmt: skip
 
 _KINDS: Final = MappingProxyType({kind.__name__: kind for kind in get_args(Message)})
 _JSON_TYPES: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     {"int": int, "float": (int, float), "str": str, "bool": bool, "dict[str, Any]": dict,
-     "list[Any] | str": (list, str)}
+     "list[Any] | str": (list, str), "str | int": (str, int)}
 )  # fmt: skip
 
 

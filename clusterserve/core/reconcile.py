@@ -210,7 +210,7 @@ def _kill(roster: Roster) -> _Due:
             yield member.drained + grace, Kill(member.id, f"it did not finish within {grace:g} s")
         elif member.terminated is not None:
             yield member.terminated + limits.graceful, Kill(member.id, "it does not act on SIGTERM")
-        elif member.listening is None and limits.boot:
+        elif member.listening is None and limits.boot and not member.debugged:
             what = "come up" if roster.programs else "listen"
             yield member.spawned + limits.boot, Kill(member.id, f"it did not {what} within {limits.boot:g} s")
         elif member.serving and roster.hung(member):

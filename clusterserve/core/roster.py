@@ -53,6 +53,8 @@ class Member:
     #: When it was told to write its stacks, for being hung.
     aborted: float | None = None
     killed: bool = False
+    #: It may stand at a breakpoint, or wait for its debugger: its silence means nothing.
+    debugged: bool = False
     #: When it was sent a SIGTERM that it is to act upon.
     terminated: float | None = None
     wear: Wear = field(default_factory=Wear)
@@ -150,6 +152,11 @@ class Roster:
         if member.terminated is None:
             member.terminated = now
 
+    def debugging(self, id: int) -> None:
+        """A debugger may attach to worker `id`."""
+        member = self.members[id]
+        member.debugged, member.silence = True, 0.0
+
     def forgiven(self, now: float) -> None:
         """Somebody has ordered a change: what failed before says nothing of what will be."""
         for slot in self.slots.values():
@@ -179,7 +186,7 @@ class Roster:
             return False
         overdue = False
         for member in self.members.values():
-            if member.serving:
+            if member.serving and not member.debugged:
                 member.silence += min(now - max(since, member.heard), pace(self.limits.timeout))
                 overdue = overdue or self.hung(member)
         return overdue

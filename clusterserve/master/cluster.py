@@ -9,25 +9,29 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from ..checks import near_match
+from ..checks import SettingValueError, near_match
 from ..core.distributor import Statistics
 from ..core.envelope import Envelope
 from ..core.events import EVENTS, AboutWorker, BecameReady, Disconnected, Event, Exited, Forked, Messaged, arguments
 from ..current import current_worker
+from ..debugport import DEFAULT, exact_port, require_debugpy
+from ..debugport import debug_port as check_debug_port
 from ..emitter import Emitter, H, Handler
 from ..errors import ClusterError, ProtocolError, SettingsError
 from ..launch import LAUNCH_CHECKS, environment, main_script
 from ..messenger import broadcast
 from ..pending import Pending
-from ..settings import Settings, check_policy
+from ..settings import NEEDS_FORK, OF_THE_PROCESS, Settings, check_policy
 from .engine import Engine
 from .home import Home
 from .streams import Streams
 from .thread import EngineThread
 from .worker import WORKER_EVENTS, Worker
 from .workers import Workers
+
+T = TypeVar("T")
 
 CLUSTER_EVENTS: Final = ("setup", "message", *EVENTS)
 
@@ -63,6 +67,9 @@ class Cluster(Emitter):
         if app is None and "exec" not in settings:
             # What the script is called with may still change: it is looked up at the first `setup` or `start`.
             settings["exec"] = ""
+        for name in OF_THE_PROCESS:
+            if settings.get(name) is not None:
+                raise SettingsError(f"{name} is for run() and the command line: this process is the program's own")
         self._settings = Settings.create(app=app, **settings)
         self._workers = Workers(self)
         self._request_handler: Handler | None = None
@@ -161,8 +168,9 @@ class Cluster(Emitter):
     def setup(self, **settings: Any) -> None:
         """Change how later workers are launched; those that are there stay as they are.
 
-        Takes `exec`, `args`, `cwd`, `env`, `uid`, `gid`, `silent`, `stdio`, `interpreter` and `serialization`, and
-        leaves what is not named.  Each call, an empty one too, tells `setup` with the settings as they are then.
+        Takes `exec`, `args`, `cwd`, `env`, `uid`, `gid`, `silent`, `stdio`, `interpreter`, `serialization`,
+        `debug_port`, `debug_wait` and `profile`, and leaves what is not named.  Each call, an empty one too, tells
+        `setup` with the settings as they are then.
         """
         for name in settings:
             if name not in LAUNCH_CHECKS:
@@ -170,6 +178,8 @@ class Cluster(Emitter):
         if settings.get("exec") and self._settings.app:
             raise SettingsError("app and exec exclude each other: workers serve an application or run a program")
         checked: dict[str, Any] = {name: LAUNCH_CHECKS[name](name, value) for name, value in settings.items()}
+        if callable(checked.get("debug_port")) and self._settings.respawn:
+            raise SettingValueError("debug_port", checked["debug_port"], NEEDS_FORK)
         self._settings = new = dataclasses.replace(self._settings, **checked)
         self._fill_defaults()
         if self._place is None:
@@ -207,10 +217,14 @@ class Cluster(Emitter):
 
         With `respawn` (the default) one more is wanted from now on, and replacements inherit `env` as well.  One whose
         process cannot be started tells `error`, with the OSError, and `exit`.  Raises `ClusterError` if the cluster
-        does not run, or is stopping.
+        does not run, or is stopping, and `SettingsError` (a ValueError) if `debug_port` is a function and gives no
+        port.
         """
         variables = environment("env", env or {})
-        worker = self._thread.ask(lambda engine: self._workers.forked(lambda: engine.fork(variables)))
+        # A function of the program's is called here, and not by the engine.
+        function = self._settings.debug_port
+        port = exact_port("debug_port", function()) if callable(function) else None
+        worker = self._thread.ask(lambda engine: self._workers.forked(lambda: engine.fork(variables, port)))
         self._workers.enter(worker)
         return worker
 
@@ -220,6 +234,26 @@ class Cluster(Emitter):
         The cluster can `fork` again then; a cluster that respawns is scaled to none.
         """
         return self._change(Engine.disconnect_all)
+
+    def start_debugging(self, debug_port: str | int | None = None) -> Pending[dict[int, str]]:
+        """Let debuggers (debugpy) attach to every worker, those to come included.
+
+        `debug_port` is as in `setup`, but no function; without it the one that is set counts, or 127.0.0.1:5678.  Done
+        when every worker that is there listens for its debugger, with `debug_addresses`: a worker takes a second or
+        two for it, in which it serves nobody, and one that starts does it when its application is there.
+        """
+        port = self._settings.debug_port if debug_port is None else check_debug_port("debug_port", debug_port)
+        if callable(port):
+            raise SettingsError("start_debugging takes a port, not a function: the workers are there already")
+        port = DEFAULT if port is None else port
+        require_debugpy("debug_port", port)
+        self._settings = dataclasses.replace(self._settings, debug_port=port)
+        return self._change(lambda engine: engine.start_debugging(port))
+
+    @property
+    def debug_addresses(self) -> dict[int, str]:
+        """Where debuggers can attach now, HOST:PORT by worker's id."""
+        return self._thread.ask(Engine.debuggers)
 
     def scale(self, workers: int) -> None:
         """Have `workers` workers, and return when it is so.
@@ -243,27 +277,27 @@ class Cluster(Emitter):
         here = self._place is not None and self._place.is_here
         self._change(order, at_home=not here).result()
 
-    def _change(self, order: Callable[[Engine], asyncio.Future[None]], *, at_home: bool = True) -> Pending[None]:
+    def _change(self, order: Callable[[Engine], asyncio.Future[T]], *, at_home: bool = True) -> Pending[T]:
         """`at_home`: done when the handlers have heard of everything that belongs to it."""
-        done: Pending[None] = Pending()
+        done: Pending[T] = Pending()
 
-        def settle(error: BaseException | None) -> None:
+        def settle(error: BaseException | None, change: asyncio.Future[T] | None = None) -> None:
             if done.done():
                 return
-            if error is None:
-                done.set_result(None)
-            else:
+            if error is not None:
                 done.set_exception(error)
+            elif change is not None:
+                done.set_result(change.result())
 
-        def over(error: BaseException | None) -> None:
+        def over(error: BaseException | None, change: asyncio.Future[T] | None = None) -> None:
             if at_home and self._place is not None:
-                self._place.post(settle, error)
+                self._place.post(settle, error, change)
             else:
-                settle(error)
+                settle(error, change)
 
         def obey(engine: Engine) -> None:
             try:
-                order(engine).add_done_callback(lambda change: over(change.exception()))
+                order(engine).add_done_callback(lambda change: over(change.exception(), change))
             except ClusterError as exc:
                 over(exc)
 

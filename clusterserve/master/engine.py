@@ -45,7 +45,21 @@ from ..core.events import (
     WorkerName,
 )
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Beat, Boot, Closed, Failed, Leave, Listen, Listened, Listening, Message, Online, Stacks
+from ..core.messages import (
+    Beat,
+    Boot,
+    Closed,
+    Debug,
+    Debugged,
+    Failed,
+    Leave,
+    Listen,
+    Listened,
+    Listening,
+    Message,
+    Online,
+    Stacks,
+)
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Action, Drain, Spawn, Stop, Target, Verdict, plan
 from ..core.roster import Limits, Member, Roster
@@ -81,10 +95,12 @@ class Seat:
     process: WorkerProcess
     channel: MessageChannel
     listening: set[int] = field(default_factory=set)
-    #: The signal that `destroy` has left for it; 0 for none.
-    farewell: int = 0
     #: Where it writes its threads' stacks; -1 until it is online.  Ours to close.
     stacks: int = -1
+    #: The signal that `destroy` has left for it; 0 for none.
+    farewell: int = 0
+    #: Where a debugger can attach, HOST:PORT; empty: nowhere.
+    debugger: str = ""
 
 
 class Engine:
@@ -119,7 +135,9 @@ class Engine:
             loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
         )
         owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
-        self.handles = Handles(loop, self._dispatcher, policy, Access(settings.socket_mode, *owner))
+        self.handles = Handles(
+            loop, self._dispatcher, policy, Access(settings.socket_mode, *owner), programs=bool(settings.exec)
+        )
         self._roster = Roster(
             Limits(
                 boot=settings.timeout_boot,
@@ -135,7 +153,11 @@ class Engine:
         )
         self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
         self._stacks = StackCollector(loop)
+        #: Who waits for workers to be ready for their debuggers, and for which workers each.
+        self._debug_orders: dict[asyncio.Future[dict[int, str]], set[int]] = {}
         self._target = Target(settings.workers, manual=not settings.respawn)
+        #: What held before a reload brought other settings, until they are proved.
+        self._before: Settings | None = None
         #: What `fork` was given, by slot: replacements inherit it.
         self._environments: dict[int, Environment] = {}
         #: Who waits for the last worker's end, in a cluster whose program says how many there are.
@@ -241,9 +263,73 @@ class Engine:
         """Launch workers as these settings say from now on; what else they say stays as it was."""
         self.settings = settings
 
-    def fork(self, env: Environment = ()) -> int:
+    def adopt(self, settings: Settings) -> None:
+        """Launch workers as these settings say from now on, `rereading.FIXED` being what it was.
+
+        If none of the next generation can start, what those that stay were launched with holds again.
+        """
+        self._before = self._before or self.settings
+        changed = settings.workers != self.settings.workers
+        self._use(settings)
+        if changed:
+            self.scale(settings.workers)
+
+    def _use(self, settings: Settings) -> None:
+        self.settings = settings
+        self._roster.limits = dataclasses.replace(
+            self._roster.limits,
+            boot=settings.timeout_boot,
+            graceful=settings.timeout_graceful_shutdown,
+            backoff=settings.restart_backoff,
+            backoff_max=settings.restart_backoff_max,
+            min_uptime=settings.min_uptime,
+            surge=settings.reload_surge,
+        )
+        self._health.use(settings)
+
+    def start_debugging(self, port: str | int) -> asyncio.Future[dict[int, str]]:
+        """Let debuggers attach to every worker, those to come included, at `port` (as in the setting `debug_port`).
+
+        Done when all that are there have answered or gone, with the addresses.  A worker that has a debugger keeps it.
+        """
+        self.settings = dataclasses.replace(self.settings, debug_port=port)
+        order: asyncio.Future[dict[int, str]] = self._loop.create_future()
+        self._debug_orders[order] = set()
+        for worker, seat in self.seats.items():
+            if seat.member.current and not seat.debugger:
+                self._roster.debugging(worker)
+                self._debug_orders[order].add(worker)
+                seat.channel.send(Debug(port))
+        self._settle_debug_orders()
+        return order
+
+    def debuggers(self) -> dict[int, str]:
+        """Where debuggers can attach, by worker."""
+        return {worker: seat.debugger for worker, seat in self.seats.items() if seat.debugger}
+
+    def _settle_debug_orders(self, answered: int = 0) -> None:
+        for order, waiting in list(self._debug_orders.items()):
+            waiting.discard(answered)
+            if not waiting:
+                del self._debug_orders[order]
+                order.set_result(self.debuggers())
+
+    def _debugged(self, worker: int, message: Debugged) -> None:
+        seat = self.seats[worker]
+        if message.address != seat.debugger:
+            seat.debugger = message.address
+            who = (worker, seat.member.slot, seat.process.pid, message.address)
+            logger.info("Worker %d (slot %d, pid %d) can be debugged at %s", *who)
+            if message.wanted:
+                logger.warning("Worker %d is not at %s: %s", worker, message.wanted, message.why)
+        elif not message.address:
+            logger.error("Worker %d cannot be debugged at %s: %s", worker, message.wanted, message.why)
+        self._settle_debug_orders(worker)
+
+    def fork(self, env: Environment = (), debug_port: int | None = None) -> int:
         """One worker more, now; its id.  Raises `ClusterError` if the cluster is stopping.
 
+        `debug_port` is for this one worker, if the setting is a function.
         In a cluster that respawns, one more is wanted from now on, and a replacement inherits `env`.
         """
         if self._stopping is not Stop.NO or self.finished.done():
@@ -259,7 +345,7 @@ class Engine:
         self._environments[slot] = env
         self._distributor.resize(max(taken | {slot}) + 1)
         with self._as_one():
-            return self._spawn(Spawn(slot, self._target.generation), self._loop.time())
+            return self._spawn(Spawn(slot, self._target.generation), self._loop.time(), debug_port)
 
     def disconnect(self, worker: int) -> None:
         """Have a worker finish what it holds and leave.  Nothing happens if it leaves already, or is gone."""
@@ -329,22 +415,23 @@ class Engine:
         logger.error("Reload failed, %s; generation %d stays", reason, self._roster.proven)
         error = BootError(reason, failure.traceback)
         self._target = dataclasses.replace(self._target, generation=self._roster.proven)
+        if self._before is not None:
+            self._use(self._before)
+            self._before = None
         self._changed(error)
         self._reconcile()
 
     def _give_up(self, slots: tuple[int, ...]) -> None:
         """What was ordered may never be: let nobody wait for it, and go on trying."""
         failure = self._failure or Failed(self._last_exit, "")
-        reason = (
-            f"workers die again and again before they are of use, in slot {', '.join(map(str, slots))}: "
-            f"{failure.reason}; the cluster goes on trying"
-        )
-        logger.error("Not done yet: %s", reason)
+        where = ", ".join(map(str, slots))
+        reason = f"workers die again and again before they are of use, in slot {where}: {failure.reason}"
+        logger.error("Not done yet: %s; the cluster goes on trying", reason)
         if not self.settled.done():
             self.settled.set_exception(BootError(reason, failure.traceback))
             # Nobody may be waiting: a program of our own goes on with the others.
             self.settled.exception()
-        self._changed(BootError(reason, failure.traceback))
+        self._changed(BootError(f"{reason}; the cluster goes on trying", failure.traceback))
 
     def _close_listeners(self) -> None:
         if self.handles.open:
@@ -413,6 +500,7 @@ class Engine:
                 self._emit(BecameReady())
             if not self.settled.done():
                 self.settled.set_result(None)
+            self._before = None
             self._changed(None)
         elif current.verdict is Verdict.REJECTED:
             self._reject()
@@ -472,7 +560,7 @@ class Engine:
             self._tell(seat, WasKilled, action.why)
             seat.process.send_signal(signal.SIGKILL)
 
-    def _spawn(self, action: Spawn, now: float) -> int:
+    def _spawn(self, action: Spawn, now: float, debug_port: int | None = None) -> int:
         """The id of the worker that was started, or could not be."""
         member = self._roster.spawned(action.slot, action.generation, now, self._health.wear())
         self._tell_why(action, member)
@@ -484,7 +572,8 @@ class Engine:
             logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, exc)
             name = WorkerName(member.id, member.slot, 0)
             self._emit(WentWrong(name, exc))
-            self._emit(Exited(name, None, None))
+            if not faults.on("no-exit-of-the-unborn"):
+                self._emit(Exited(name, None, None))
             self._roster.happened(member.id, WorkerEvent.EXITED, now)
             return member.id
         channel = MessageChannel(
@@ -504,7 +593,12 @@ class Engine:
         path = [entry for entry in entries if isinstance(entry, str)]
         if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
             path.insert(0, first)
-        channel.send(Boot(member.id, action.slot, self.settings.to_json(), path, self.settings.to_worker()))
+        launch = self.settings.to_worker()
+        if debug_port is not None:
+            launch["debug_port"] = debug_port
+        if launch["debug_port"] is not None:
+            self._roster.debugging(member.id)
+        channel.send(Boot(member.id, action.slot, self.settings.to_json(), path, launch))
         return member.id
 
     def _tell_why(self, action: Spawn, member: Member) -> None:
@@ -568,6 +662,8 @@ class Engine:
                 self._tell(self.seats[worker], CameOnline)
         elif isinstance(message, Beat):
             self._health.heard(worker, message.served)
+        elif isinstance(message, Debugged):
+            self._debugged(worker, message)
         elif isinstance(message, Stacks):
             self._stacks.answered(worker, message)
         elif isinstance(message, Leave):
@@ -629,6 +725,7 @@ class Engine:
             if seat.stacks >= 0:
                 os.close(seat.stacks)
             del self.seats[worker]
+            self._settle_debug_orders(worker)
             asked = seat.member.drained is not None
             self.handles.leave_all(worker, crashed=not asked)
             self._last_exit = self._last_exit if seat.member.doomed else f"worker {worker} {ended}"
@@ -645,6 +742,8 @@ class Engine:
         try:
             listener = self.handles.listen(worker, request)
         except BindError as exc:
+            if faults.on("mute-errors"):
+                return
             code = exc.errno or errno.EINVAL
             channel.send(Listened(request.request, 0, code, str(exc), socket.AF_UNSPEC, "", False))
             return
@@ -681,6 +780,10 @@ class Engine:
     def served(self) -> bool:
         """Whether any worker ever listened."""
         return self._roster.proven > 0
+
+    def pids(self) -> list[int]:
+        """The processes of the workers that are not dead."""
+        return [seat.process.pid for seat in self.seats.values()]
 
     def healthy(self, within: float) -> bool:
         """Whether some worker serves whose event loop has turned in so many seconds, or none can be expected to."""

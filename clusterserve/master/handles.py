@@ -46,7 +46,10 @@ class _Free(NamedTuple):
 
 
 class Handles:
-    """Owns the listeners.  `make_policy` gives each its own policy object; None: the workers accept."""
+    """Owns the listeners.  `make_policy` gives each its own policy object; None: the workers accept.
+
+    `programs`: nobody but the workers' own servers serves what is pinned, so they may join it.
+    """
 
     def __init__(
         self,
@@ -54,7 +57,10 @@ class Handles:
         dispatcher: Dispatcher,
         make_policy: Callable[[], Policy] | None,
         access: Access = Access(),  # noqa: B008 - frozen
+        *,
+        programs: bool = False,
     ) -> None:
+        self._programs = programs
         self._loop = loop
         self._dispatcher = dispatcher
         self._distributor = dispatcher.distributor
@@ -185,10 +191,14 @@ class Handles:
         """One more worker for a listener that is there.  Raises `BindError` if they do not want the same."""
         if worker in listener.workers:
             raise _in_use(bind, f"this worker listens there already{_called(listener, bind)}")
-        if listener.pinned:
+        if listener.pinned and not self._programs:
             raise _in_use(bind, f"it is the cluster's --bind {listener.bind}")
         for option in ("reuse_address", "keep_alive"):
-            if listener.bind.kind == "tcp" and getattr(listener, option) != getattr(request, option):
+            if (
+                listener.bind.kind == "tcp"
+                and not listener.pinned
+                and getattr(listener, option) != getattr(request, option)
+            ):
                 raise BindError(
                     errno.EINVAL,
                     f"cannot listen on {bind}: another worker listens there with {option}={getattr(listener, option)}; "

@@ -44,6 +44,12 @@ class Health:
         if self._settings.workers_max_rss:
             self._again(self._weigh, self._settings.rss_sample_interval)
 
+    def use(self, settings: Settings) -> None:
+        """Look after the workers as these settings say, from now on."""
+        self.close()
+        self._settings = settings
+        self.start()
+
     def close(self) -> None:
         for timer in self._timers.values():
             timer.cancel()

@@ -14,6 +14,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .. import faults
 from ..binds import Bind
 from ..core.endpoint import Endpoint
 from ..errors import BindError
@@ -135,6 +136,8 @@ def open_listener(
     file = None
     try:
         sock.setblocking(False)
+        if sock.family == socket.AF_UNIX and bind.kind == "fd" and faults.on("owns-inherited"):
+            bind = Bind("unix", path=sock.getsockname())
         if bind.kind == "unix" and not bind.path.startswith("@"):
             made = os.stat(bind.path)
             # The program that embeds us may be in another directory when it stops.

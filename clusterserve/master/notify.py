@@ -14,14 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from ..activation import VARIABLES, passed
+from ..activation import passed
 from ..core.events import BecameReady, Event, Scaled, StartedReload, StartedShutdown
 from ..errors import ClusterError
 from ..settings import Settings
 
 logger = logging.getLogger("clusterserve")
 
-_OURS: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", *VARIABLES)
+# Not those of LISTEN_FDS: they name the process they are for, and a reload reads them again.
+_OURS: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 #: Until what could not be sent is tried again (seconds).
 _PATIENCE: Final = 0.1

@@ -8,6 +8,7 @@ import socket
 import stat
 from typing import Any, Final
 
+from .. import faults
 from ..binds import Bind
 
 #: The host that is every address of both families on one socket; where there is no IPv6, of IPv4.
@@ -79,7 +80,7 @@ def _open_unix(path: str) -> socket.socket:
             # Only the last part has to fit: the kernel finds the directory by its descriptor.
             directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY)
             address = f"/proc/self/fd/{directory}/{os.path.basename(path)}"
-        if not path.startswith("@"):
+        if not path.startswith("@") and not faults.on("stale-files"):
             _remove_stale(address)
         sock.bind(address)
     except OSError:

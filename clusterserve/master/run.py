@@ -13,14 +13,18 @@ from typing import Any, Final
 
 import uvloop
 
-from ..core.events import Event
+from ..core.envelope import Kind, declined
+from ..core.events import Event, Messaged
 from ..core.reconcile import Stop
+from ..errors import ClusterError
 from ..logs import configure
 from ..settings import Settings
 from .engine import Engine
 from .hooks import told_of_events
 from .household import household
 from .notify import Notifier, notifier
+from .orphans import Orphans
+from .rereading import compare
 
 logger = logging.getLogger("clusterserve")
 
@@ -46,8 +50,8 @@ def run(app: str, **settings: Any) -> int:
     return run_settings(Settings.create(app=app, **settings))
 
 
-def run_settings(settings: Settings, *, exits: bool = False) -> int:
-    """`run`, with settings that have been checked.
+def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[], Settings] | None = None) -> int:
+    """`run`, with settings that have been checked, and `reread` (raises `ClusterError`) to have them again at a reload.
 
     `exits`: the process ends next, and until then every signal is ignored.  Who says SIGTERM twice would kill it with
     the second on its way out, and read of a failure.
@@ -67,7 +71,7 @@ def run_settings(settings: Settings, *, exits: bool = False) -> int:
                     teller.on_event(event)
                     hooks(event)
 
-                return loop.run_until_complete(_serve(settings, loop, emit, teller))
+                return loop.run_until_complete(_serve(settings, loop, emit, teller, reread))
         finally:
             # The loop leaves the default behind for every signal it has handled, which for most of them is death.
             signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
@@ -90,13 +94,28 @@ def _handlers_put_back(*, ignore: bool) -> Iterator[None]:
 
 
 async def _serve(
-    settings: Settings, loop: asyncio.AbstractEventLoop, emit: Callable[[Event], None], teller: Notifier
+    settings: Settings,
+    loop: asyncio.AbstractEventLoop,
+    emit: Callable[[Event], None],
+    teller: Notifier,
+    reread: Callable[[], Settings] | None,
 ) -> int:
-    engine = Engine(settings, loop, emit)
-    signals = _Signals(engine, loop, teller.on_reloaded)
+    def told(event: Event) -> None:
+        if not isinstance(event, Messaged):
+            emit(event)
+        elif event.envelope.kind is Kind.REQUEST:
+            # Nobody is here who could; whoever asks must not wait for ever.
+            engine.outbox.post(event.worker.id, declined(event.envelope), [], lambda sent: None)
+
+    engine = Engine(settings, loop, told)
+    signals = _Signals(engine, loop, teller.on_reloaded, reread)
     engine.start()
     teller.watch(loop, engine.healthy)
+    orphans = Orphans(loop, engine.pids)
+    if os.getpid() == 1:
+        orphans.start()
     error = await engine.finished
+    orphans.close()
     if error is not None:
         raise error
     logger.info("Stopped, master process %d", os.getpid())
@@ -115,9 +134,11 @@ class _Signals:
         engine: Engine,
         loop: asyncio.AbstractEventLoop,
         reloaded: Callable[[asyncio.Future[None]], None] = lambda change: None,
+        reread: Callable[[], Settings] | None = None,
     ) -> None:
         self._engine = engine
         self._reloaded = reloaded
+        self._reread = reread
         self._interrupted = False
         self.code = 0
         #: The signal that ended it.
@@ -148,6 +169,18 @@ class _Signals:
         self._engine.stop(Stop.QUICK)
 
     def _reload(self) -> None:
+        if self._reread is not None:
+            try:
+                found = compare(self._engine.settings, self._reread())
+            except ClusterError as error:
+                # Its workers would be of a configuration that is none.
+                logger.error("Reload refused, nothing was done: %s", error)
+                return
+            if found.changed:
+                logger.info("The configuration has changed: %s", ", ".join(found.changed))
+                self._engine.adopt(found.settings)
+            if found.fixed:
+                logger.warning("Changed too, but only from the next start on: %s", ", ".join(found.fixed))
         self._engine.reload().add_done_callback(self._reloaded)
 
     def _later(self, name: str) -> None:

@@ -24,11 +24,13 @@ from ..channel.board import Board
 from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel, Riders
 from ..core.envelope import Envelope
-from ..core.messages import Closed, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
+from ..core.messages import Closed, Debug, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
+from ..current import current_worker
 from ..errors import ClusterError, ProtocolError
+from . import debugging
 from .receiver import Receiver
 from .server import FauxServer
-from .stacks import tasks, thread_names
+from .stacks import running_loops, tasks, thread_names
 
 #: What a worker exits with when its master is gone: nobody reads it.
 MASTER_GONE: Final = 1
@@ -244,8 +246,12 @@ class Link:
                 # Every offer was sent before this message: none is left behind when the servers close.
                 self._receiver.drain()
             self.on_drain(message.grace, message.quick, message.keep)
+        elif isinstance(message, Debug):
+            worker = current_worker()
+            assert worker is not None
+            self.send(debugging.listen(message.port, worker.slot))
         elif isinstance(message, ShowStacks):
-            self.send(Stacks(thread_names(), tasks([self._loop] if self._loop is not None else [])))
+            self.send(Stacks(thread_names(), tasks(running_loops())))
         else:
             raise ProtocolError(f"a worker does not expect {type(message).__name__}")
         for fd in descriptors:

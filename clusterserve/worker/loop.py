@@ -157,8 +157,12 @@ async def create_datagram_endpoint(
     transport = SharedDatagramTransport(loop, sock, protocol, closed)
     link.servers.add(transport)
     link.listening(answer.listener)
-    # The protocol has its connection when this returns.
-    await asyncio.sleep(0)
+    try:
+        # The protocol has its connection when this returns.
+        await asyncio.sleep(0)
+    except BaseException:
+        transport.close()
+        raise
     return transport, protocol
 
 

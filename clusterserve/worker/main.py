@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -9,15 +10,18 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Final
 
+from .. import faults
 from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
 from ..current import STDIO_VARIABLE, VARIABLE, become
 from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
+from . import debugging
 from .link import MASTER_GONE, Link
 from .stacks import answer_signal
 
@@ -61,6 +65,28 @@ def main() -> int:
     if boot.path:
         sys.path[:] = boot.path
     _send(channel, Online(os.getpid()), told)
+    with _watched(boot, channel, worker):
+        return _serve(boot, channel, link, worker)
+
+
+@contextlib.contextmanager
+def _watched(boot: Boot, channel: socket.socket, worker: CurrentWorker) -> Iterator[None]:
+    """With a debugger and a profile, if they are wanted; waits for the debugger's client if that is."""
+    with contextlib.ExitStack() as stack:
+        if boot.launch.get("debug_port") is not None:
+            debugged = debugging.listen(boot.launch["debug_port"], boot.slot)
+            _send(channel, debugged)
+            if debugged.address and boot.launch.get("debug_wait"):
+                debugging.wait()
+        if boot.launch.get("profile"):
+            from .profiling import profiled
+
+            stack.enter_context(profiled(boot.launch["profile"], worker))
+        yield
+
+
+def _serve(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker) -> int:
+    """Serve an application."""
     # Importing uvicorn takes most of the start-up: not before the master knows that we live.
     from .asgi import serve
 
@@ -83,7 +109,8 @@ def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, 
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
     _send(channel, Online(os.getpid()), told)
-    return Program(module, link, worker).run()
+    with _watched(boot, channel, worker):
+        return Program(module, link, worker).run()
 
 
 def place_descriptors(places: str) -> None:
@@ -96,6 +123,8 @@ def place_descriptors(places: str) -> None:
 
 def die_with(master: int) -> None:
     """Be killed when the process `master` ends, even if this one is busy or blocked (prctl(2), PR_SET_PDEATHSIG)."""
+    if faults.on("no-parent-death-signal"):
+        return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # It may have ended before the call above.
     if os.getppid() != master:

@@ -64,7 +64,12 @@ async def serve(
     server.factory, server.ssl = protocol_factory, ssl
     link.servers.add(server)
     if options.get("start_serving", True):
-        await server.start_serving()
+        try:
+            await server.start_serving()
+        except BaseException:
+            # Whoever asked has given up.
+            server.close()
+            raise
     served: asyncio.AbstractServer = server
     return served
 

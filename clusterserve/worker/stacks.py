@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import fcntl
+import gc
 import os
 import signal
 import threading
@@ -35,6 +36,12 @@ def answer_signal() -> int:
 def thread_names() -> dict[str, str]:
     """The names of threads, by what faulthandler calls them."""
     return {f"{thread.ident:016x}": thread.name for thread in threading.enumerate() if thread.ident is not None}
+
+
+def running_loops() -> list[asyncio.AbstractEventLoop]:
+    """The event loops of this process that run, in whatever thread: a program may have some that we know nothing of."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), asyncio.AbstractEventLoop)]
+    return [loop for loop in found if loop.is_running()]
 
 
 def tasks(loops: Iterable[asyncio.AbstractEventLoop]) -> str:

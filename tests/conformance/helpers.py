@@ -92,8 +92,9 @@ OF_WORKERS: Final = ("online", "listening", "message", "draining", "disconnect",
 class Recorder:
     """Everything a cluster and its workers tell, in order."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, patience: float = PATIENCE) -> None:
         self._cluster = cluster
+        self._patience = patience
         #: On the cluster; and on the workers themselves.
         self.all: list[Told] = []
         self.own: list[Told] = []
@@ -141,11 +142,13 @@ class Recorder:
 
     async def when(self, predicate: Callable[[], T], what: str) -> T:
         """Wait until the answer is true, and return it; asked again at every event, and now and then in between."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self._patience
         while not (answer := predicate()):
             if time.monotonic() > deadline:
                 story = [each[:4] for each in self.all]
-                raise AssertionError(f"not within {PATIENCE:g} s: {what} (last answer: {answer!r}); told: {story}")
+                raise AssertionError(
+                    f"not within {self._patience:g} s: {what} (last answer: {answer!r}); told: {story}"
+                )
             self._news.clear()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._news.wait(), 0.02)
@@ -159,6 +162,10 @@ class Scene:
         self.path = path
         self._report = path / "report"
         self._count = 0
+        #: For how long a recorder waits (seconds): a test that is to fail need not wait for long.
+        self.patience = PATIENCE
+        #: The workers': what `say` needs, and what a test adds.
+        self.environment = {"REPORT": str(self._report)}
 
     def script(self, source: str) -> str:
         """The path of a script with this source behind the prelude."""
@@ -170,19 +177,14 @@ class Scene:
     @contextlib.asynccontextmanager
     async def cluster(self, source: str = IDLES, **settings: Any) -> AsyncIterator[tuple[Cluster, Recorder]]:
         """A cluster whose program decides how many workers there are, each of which runs this script."""
-        env = {"REPORT": str(self._report), **settings.pop("env", {})}
+        env = {**self.environment, **settings.pop("env", {})}
         options: dict[str, Any] = {"respawn": False, **settings}
         if "app" not in options:
             options.setdefault("exec", self.script(source))
         cluster = Cluster(env=env, **options)
-        told = Recorder(cluster)
+        told = Recorder(cluster, self.patience)
         async with cluster:
             yield cluster, told
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What `say` needs."""
-        return {"REPORT": str(self._report)}
 
     def said(self) -> list[list[Any]]:
         """What the scripts have said so far, in order."""

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import socket
+import subprocess
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from clusterserve import ChannelClosed, Cluster, Worker
 from tests.conformance.races import races
 from tests.helpers import loops  # noqa: F401 - the first loop of libuv leaves a pipe open
 from tests.helpers.descriptors import no_descriptor_is_left  # noqa: F401 - no test here leaves one
+from tests.helpers.server import ROOT, environment, new_mark, python
 from tests.helpers.waiting import eventually
 
 #: What every worker of these tests begins with, and how one goes on that only has handlers.
@@ -183,22 +185,27 @@ def test_M03_in_an_application_during_its_start_up(tmp_path: Path, monkeypatch: 
         eventually(lambda: heard == ["welcome"], "it came back", within=LONG)
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"cmd": "NODE_CLUSTER", "ack": 0x7FFFFFFF},
-        {"cmd": "NODE_internal", "key": "127.0.0.1:0"},
-        {"cmd": "x NODE_"},
+def test_M04_a_message_that_looks_like_one_of_ours_does_nothing(start: Start) -> None:
+    """In either direction."""
+    messages = [
+        {"ack": 0x7FFFFFFF, "cmd": "NODE_CLUSTER"},
         ["Drain", 0.0, True, False],
         ["Listening", 99],
         ["Online", -1],
-    ],
-)
-def test_M04_M05_a_message_that_looks_like_one_of_ours_is_a_message(start: Start, message: Any) -> None:
+    ]
     with start(ECHO) as rig:
-        rig.worker.send(message)
-        assert rig.hears(1) == [message]
+        for message in messages:
+            rig.worker.send(message)
+        assert rig.hears(4) == messages
         assert rig.worker.state == "online"
+        rig.goes()
+
+
+@pytest.mark.parametrize("command", ["NODE_internal", "NODE_", "a NODE_", "Drain"])
+def test_M05_no_dictionary_is_reserved(start: Start, command: str) -> None:
+    with start(ECHO) as rig:
+        rig.worker.send({"cmd": command})
+        assert rig.hears(1) == [{"cmd": command}]
         rig.goes()
 
 
@@ -697,7 +704,7 @@ def test_M23_the_worker_goes_on_the_first_of_two_sockets(start: Start) -> None:
 # ── requests and broadcast ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_M00_requests_both_ways(start: Start) -> None:
+def test_requests_both_ways(start: Start) -> None:
     script = """
     @worker.on_request
     async def answer(obj):
@@ -713,7 +720,7 @@ def test_M00_requests_both_ways(start: Start) -> None:
             assert each.result(LONG) == {"worker": id, "says": [id, "hello"]}
 
 
-def test_M00_an_exception_is_the_askers_with_its_text(start: Start) -> None:
+def test_an_exception_is_the_askers_with_its_text(start: Start) -> None:
     script = """
     @worker.on_request
     def answer(obj):
@@ -723,7 +730,7 @@ def test_M00_an_exception_is_the_askers_with_its_text(start: Start) -> None:
         rig.ask("bread")
 
 
-def test_M00_nobody_answers_in_time(start: Start) -> None:
+def test_nobody_answers_in_time(start: Start) -> None:
     script = """
     gates = {}
 
@@ -745,7 +752,7 @@ def test_M00_nobody_answers_in_time(start: Start) -> None:
         assert rig.worker.state == "online"
 
 
-def test_M00_a_worker_that_dies_fails_what_it_was_asked(start: Start) -> None:
+def test_a_worker_that_dies_fails_what_it_was_asked(start: Start) -> None:
     script = """
     @worker.on_request
     async def answer(obj):
@@ -762,7 +769,7 @@ def test_M00_a_worker_that_dies_fails_what_it_was_asked(start: Start) -> None:
                 each.result(LONG)
 
 
-def test_M00_broadcast_reaches_every_worker_that_is_connected(start: Start) -> None:
+def test_broadcast_reaches_every_worker_that_is_connected(start: Start) -> None:
     with start(ECHO, workers=3) as rig:
         rig.goes(2)
         assert rig.cluster.broadcast({"all": 1}).result(LONG) == 2
@@ -770,7 +777,7 @@ def test_M00_broadcast_reaches_every_worker_that_is_connected(start: Start) -> N
         assert sorted(rig.heard) == [(1, {"all": 1}), (3, {"all": 1})]
 
 
-def test_M00_no_descriptor_is_left_in_either_process(start: Start) -> None:
+def test_no_descriptor_is_left_in_either_process(start: Start) -> None:
     """Sockets that a handler drops, that nobody listens for, that come at the limit: all are closed."""
     script = """
     import gc, resource
@@ -823,7 +830,7 @@ def test_M07_a_message_of_nearly_the_greatest_size_holds_nobody_up(start: Start)
         assert rig.hears(2)[1] == "behind it"
 
 
-def test_M00_this_process_has_no_more_descriptors_than_before(start: Start) -> None:
+def test_this_process_has_no_more_descriptors_than_before(start: Start) -> None:
     count = len(os.listdir("/proc/self/fd"))
     with start(ECHO) as rig:
         for number in range(20):
@@ -832,3 +839,29 @@ def test_M00_this_process_has_no_more_descriptors_than_before(start: Start) -> N
             far.close()
         rig.hears(20)
     assert len(os.listdir("/proc/self/fd")) == count
+
+
+def test_the_master_of_the_command_line_answers_no_requests(tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text(
+        PREAMBLE
+        + textwrap.dedent("""
+        worker.send("dropped")
+        try:
+            worker.request("anybody?").result(40)
+        except ClusterError as error:
+            print("told:", error, flush=True)
+        os.kill(os.getppid(), 15)
+        asyncio.run(asyncio.Event().wait())
+        """)
+    )
+    mark, _ = new_mark()
+    done = subprocess.run(
+        python("exec", "--workers", "1", "asks.py"),
+        cwd=tmp_path,
+        env=environment(mark, {"PYTHONPATH": str(ROOT)}, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert "told: nobody answers requests there" in done.stdout, done.stderr

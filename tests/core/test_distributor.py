@@ -6,8 +6,9 @@ is, and compares after every step.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field
 from typing import TypeVar
 
@@ -887,7 +888,8 @@ SLOTS = 3
 NAMES = st.sampled_from(["rr", "rr with patience", "least", "hash"])
 #: Which of several, modulo how many there are.
 ONE = st.integers(0, 11)
-DELAYS = st.sampled_from([0.0, 0.001, 0.004, PATIENCE, 0.03, RETRY, 1.0])
+PAUSES = [0.0, 0.001, 0.004, PATIENCE, 0.03, RETRY, 1.0]
+DELAYS = st.sampled_from(PAUSES)
 
 
 def one_of(things: Sequence[T], number: int) -> T:
@@ -897,13 +899,16 @@ def one_of(things: Sequence[T], number: int) -> T:
 class Shell(RuleBasedStateMachine):
     """Clients, workers and the master's shell around a distributor, and an account of where everything should be."""
 
+    #: Whether workers of an expensive application get one offer at a time.
+    narrows = False
+
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         # Small, so that it is reached.
         self.patch.setattr(workers, "WINDOW", 3)
         self.now = 1000.0
-        self.distributor = Distributor()
+        self.distributor = Distributor(narrows=self.narrows)
         self.policies: dict[int, Spy] = {}
         self.processes: dict[int, Process] = {}
         self.connections: dict[int, Connection] = {}
@@ -1044,9 +1049,10 @@ class Shell(RuleBasedStateMachine):
 
     @rule(number=ONE, count=st.integers(1, 4))
     def read(self, number: int, count: int) -> None:
-        senders = [process for process in self.processes.values() if process.unread]
+        senders = [pair for pair in self.processes.items() if pair[1].unread]
         if senders:
-            process = one_of(senders, number)
+            worker, process = one_of(senders, number)
+            self.hears(worker, process.unread[:count])
             process.read += process.unread[:count]
             del process.unread[:count]
 
@@ -1087,13 +1093,19 @@ class Shell(RuleBasedStateMachine):
     def drop(self, number: int, late: Kind | None) -> None:
         """The worker hears of it; what it has said before that counts for nothing."""
         if self.lost:
-            worker, id = pair = one_of(self.lost, number)
+            worker, id = one_of(self.lost, number)
             record = self.distributor.workers[worker]
             if late is not None:
                 assert self.distributor.answer(record, late, id, 0, self.now) is None
                 assert id in record.lost
-            assert self.distributor.answer(record, Kind.DROPPED, id, 0, self.now) is None
-            self.lost.remove(pair)
+            self.hears(worker, [id])
+
+    def hears(self, worker: int, ids: Sequence[int]) -> None:
+        """That it has lost one lies in front of an offer of the same one anew: it confirms the one before the other."""
+        for id in ids:
+            if (worker, id) in self.lost:
+                assert self.distributor.answer(self.distributor.workers[worker], Kind.DROPPED, id, 0, self.now) is None
+                self.lost.remove((worker, id))
 
     @rule(turns=st.lists(st.integers(0, 3), min_size=1), unclaimed=st.booleans(), pause=st.booleans())
     def look(self, turns: list[int], unclaimed: bool, pause: bool) -> None:
@@ -1184,6 +1196,7 @@ class Shell(RuleBasedStateMachine):
         before = self.now, dict(self.places)
         self.distributor.overlook()
         for id, process in self.processes.items():
+            self.hears(id, process.unread)
             process.read += process.unread
             process.unread.clear()
             for connection in tuple(process.read):
@@ -1198,7 +1211,9 @@ class Shell(RuleBasedStateMachine):
         connection = self.connections[id]
         offered = self.places[id] == f"offered to {worker}"
         listens = connection.listener in self.policies
-        answer = self.distributor.answer(self.distributor.workers[worker], kind, id, 5, self.now, 100 + id)
+        # Every third is expensive.
+        held = 5 if id % 3 else EXPENSIVE + 5
+        answer = self.distributor.answer(self.distributor.workers[worker], kind, id, held, self.now, 100 + id)
         if offered:
             self.processes[worker].read.remove(id)
         if kind == Kind.REFUSED:
@@ -1214,11 +1229,11 @@ class Shell(RuleBasedStateMachine):
             self.place([id], "parked" if kind & (Kind.RETURNED | Kind.SILENT) and listens else None)
 
     def recall(self, worker: Worker) -> None:
-        """Only what lies unread, and only if somebody else could have it."""
+        """Only what lies unread, and only if somebody else could have it, or it itself when it is free again."""
         process = self.processes[worker.id]
         assert not worker.ready
         wanted = {self.connections[id].listener for id in (*process.unread, *process.read)} & self.policies.keys()
-        assert any(
+        assert (worker.narrow and worker.open) or any(
             other.ready for key in wanted for other in self.policies[key].present.values() if other is not worker
         )
         ids = list(process.unread)
@@ -1304,8 +1319,80 @@ class Shell(RuleBasedStateMachine):
             assert worker.capacity is None or len(worker.unacked) + len(worker.borrowed) <= worker.capacity
 
 
+class NarrowShell(Shell):
+    narrows = True
+
+
 TestShell = Shell.TestCase
-TestShell.settings = settings(deadline=None, max_examples=100, stateful_step_count=50)
+TestShell.settings = settings(deadline=None, max_examples=60, stateful_step_count=50)
+TestNarrowShell = NarrowShell.TestCase
+TestNarrowShell.settings = settings(deadline=None, max_examples=60, stateful_step_count=50)
+
+
+class Walk:
+    """The same rules in a random order that goes deep: what is served long chains of them need is rare above.
+
+    Each seed is another walk, the same every time.
+    """
+
+    def __init__(self, kind: type[Shell], seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.shell = kind()
+        self.shell.start(self.chance.sample(["rr", "rr with patience", "least", "hash"], 2))
+
+    def one(self) -> int:
+        return self.chance.randrange(12)
+
+    def some(self, least: int = 0) -> set[int]:
+        return {self.one() for _ in range(self.chance.randint(least, 3))}
+
+    def coin(self) -> bool:
+        return self.chance.random() < 0.5
+
+    def step(self) -> None:
+        shell, chance, one, coin = self.shell, self.chance, self.one, self.coin
+        known, processes = len(shell.policies), len(shell.processes)
+        clients = chance.choices([b"", *CLIENTS], k=chance.randint(1, 4))
+        # (how often, whether it may be, what it is)
+        rules: list[tuple[float, bool, Callable[[], None]]] = [
+            (6, True, lambda: shell.connect(one(), clients, chance.random() < 0.8)),
+            (10, True, lambda: shell.read(one(), chance.randint(1, 4))),
+            (14, True, lambda: shell.answer(one(), one(), chance.choice(sorted(OF_OFFERED)), coin())),
+            (8, True, lambda: shell.finish(one(), one(), chance.choice(sorted(OF_BORROWED)), coin())),
+            (4, True, lambda: shell.a_parked_one(one(), chance.random() < 0.8)),
+            (3, True, lambda: shell.take_back(one(), self.some(1), coin())),
+            (3, True, lambda: shell.drop(one(), chance.choice([None, Kind.RETURNED, Kind.CLOSED]))),
+            (4, True, lambda: shell.look([chance.randrange(4) for _ in range(3)], coin(), coin())),
+            (8, True, lambda: shell.turn(chance.choice(PAUSES), coin(), chance.choice([None, None, one()]), 1)),
+            (1, True, lambda: shell.expire(self.some())),
+            (0.3, True, shell.settle),
+            (1, processes > 0, lambda: shell.lie(one(), chance.randrange(41), chance.randrange(256))),
+            (1, processes > 0, lambda: shell.attach(one(), one())),
+            (0.5, processes > 0, lambda: shell.detach(one(), one())),
+            (0.5, processes > 0, lambda: shell.drain(one())),
+            (0.7, processes > 0, lambda: shell.die(one(), self.some(), coin())),
+            (1.5, processes < 5, lambda: shell.spawn(chance.randrange(SLOTS), chance.choice([None, None, 0, 1, 4]))),
+            (0.3, known < 3, lambda: shell.open_listener(chance.choice(["rr", "rr with patience", "least", "hash"]))),
+            (0.2, known > 1, lambda: shell.close_listener(one())),
+        ]
+        allowed = [(often, do) for often, may, do in rules if may]
+        chance.choices([do for _, do in allowed], [often for often, _ in allowed])[0]()
+        shell.only_what_is_parked_expires()
+        shell.every_connection_is_in_one_state_and_one_place()
+        shell.the_counts_are_what_can_be_counted()
+        shell.no_worker_has_more_than_it_may()
+
+
+@pytest.mark.parametrize("kind", [Shell, NarrowShell])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_long_walk(kind: type[Shell], seed: int) -> None:
+    walk = Walk(kind, seed)
+    try:
+        for _ in range(200):
+            walk.step()
+        walk.shell.settle()
+    finally:
+        walk.shell.teardown()
 
 
 def test_nothing_is_recalled_for_a_sticky_policy() -> None:

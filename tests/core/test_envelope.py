@@ -189,3 +189,14 @@ def test_the_number_survives() -> None:
     sealed = seal(Kind.FAILURE, 2**40, "no", True)
     (whole,) = assembled(read(b"".join(cut(sealed)), 3))
     assert (whole.kind, whole.number, pickle.loads(whole.body)) == (Kind.FAILURE, 2**40, "no")
+
+
+def test_an_assembler_is_between_messages_until_a_part_has_come() -> None:
+    envelope = Envelope(Kind.SEND, 0, False, b"x" * (CHUNK + 1))
+    assert envelope.size == CHUNK + 1
+    assembler = Assembler()
+    seen = []
+    for kind, body, _ in read(b"".join(cut(envelope)), 1 << 20):
+        seen.append(assembler.between)
+        assembler.add(kind, body)
+    assert (*seen, assembler.between) == (True, False, True)

@@ -114,3 +114,73 @@ def test_a_listener_that_is_opened_later_knows_the_new_size() -> None:
     policy = Hash(2)
     distributor.add_handle(1, policy, client_speaks_first=True)
     assert len({policy.lane(Connection(n, n, 1, bytes(15) + bytes([n]))) for n in range(60)}) == 4
+
+
+# ── what becomes of those that wait ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_who_waits_too_long_for_a_worker_is_taken_out_of_the_queue() -> None:
+    distributor = Distributor(queue=30.0)
+    distributor.add_handle(1, RoundRobin(), client_speaks_first=True)
+    old, young = Connection(1, 101, 1, since=10.0), Connection(2, 102, 1, since=15.0)
+    for connection in (old, young):
+        distributor.accepted(connection, waiting=True)
+    assert distributor.wake_at(15.0) == 40.0
+    assert distributor.waited_too_long(39.9) == []
+    assert distributor.waited_too_long(40.0) == [old]
+    assert (old.state, young.state, distributor.queued) == (State.GONE, State.QUEUED, 1)
+    assert distributor.wake_at(40.0) == 45.0
+
+
+def test_without_a_limit_they_wait_for_ever(distributor: Distributor) -> None:
+    distributor.drain_worker(1)
+    distributor.accepted(Connection(1, 101, 1), waiting=True)
+    assert distributor.waited_too_long(1e9) == []
+    assert distributor.queued == 1
+
+
+def test_who_must_speak_first_has_so_long_for_it() -> None:
+    distributor = Distributor(head=10.0)
+    distributor.add_handle(1, RoundRobin(), client_speaks_first=True)
+    silent = Connection(1, 101, 1, since=5.0)
+    distributor.accepted(silent, waiting=False)
+    assert distributor.wake_at(5.0) == 15.0
+    assert distributor.expired(14.9) == []
+    assert distributor.expired(15.0) == [silent]
+
+
+def test_the_longest_idle_are_the_first_to_go_when_room_is_short(distributor: Distributor) -> None:
+    first, second, _ = [give_back(distributor, id, 10.0 + id) for id in (1, 2, 3)]
+    # One that was never served is none of them.
+    distributor.accepted(Connection(4, 104, 1), waiting=False)
+    assert distributor.longest_idle(2) == [first, second]
+    assert len(distributor.longest_idle(9)) == 3
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_what_a_dead_worker_kept_is_idle(distributor: Distributor, listens: bool) -> None:
+    connection = Connection(1, 101, 1)
+    distributor.accepted(connection, waiting=True)
+    ((worker, _),) = distributor.distribute(10.0)
+    assert distributor.answer(worker, Kind.ACK | Kind.KEPT, 1, 0, 10.0, 77) is None
+    assert worker.kept == {77: connection}
+    assert distributor.remove_worker(1) == [connection]
+    if not listens:
+        distributor.remove_handle(1)
+    assert distributor.idle(connection, 20.0) is listens
+    assert connection.state is (State.PARKED if listens else State.GONE)
+    assert distributor.wake_at(20.0) == (20.0 + KEEP_ALIVE if listens else None)
+
+
+def test_a_number_that_is_anothers_already_stays_with_it(distributor: Distributor) -> None:
+    """1. A worker closes one that it keeps, and keeps another under the same number.  2. It tells of the other first.
+    Result: the end of the first takes nothing from the other.
+    """
+    first, other = Connection(1, 101, 1), Connection(2, 102, 1)
+    for connection in (first, other):
+        distributor.accepted(connection, waiting=True)
+    ((worker, _), _) = distributor.distribute(10.0)
+    for connection in (first, other):
+        distributor.answer(worker, Kind.ACK | Kind.KEPT, connection.id, 0, 10.0, 77)
+    assert distributor.answer(worker, Kind.CLOSED, 1, 0, 10.0) is first
+    assert worker.kept == {77: other}

@@ -19,6 +19,8 @@ from clusterserve.core.messages import (
     Beat,
     Boot,
     Closed,
+    Debug,
+    Debugged,
     Decoder,
     Drain,
     Failed,
@@ -58,6 +60,8 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Failed, TEXTS, TEXTS),
     st.builds(Beat, INTS),
     st.just(Leave()),
+    st.builds(Debug, TEXTS | INTS),
+    st.builds(Debugged, TEXTS, TEXTS, TEXTS),
     st.just(ShowStacks()),
     st.builds(Stacks, OBJECTS, TEXTS),
     st.builds(Drain, SECONDS, st.booleans()),
@@ -74,6 +78,8 @@ EXAMPLES: list[Message] = [
     Failed("ImportError: no module named 'app'", "Traceback …"),
     Beat(150),
     Leave(),
+    Debug("127.0.0.1:5678"),
+    Debugged("127.0.0.1:5678", "", ""),
     ShowStacks(),
     Stacks({"00007f0a000b9b80": "MainThread"}, "Task-1\n  File"),
     Drain(30.0, False, True),
@@ -204,6 +210,7 @@ WRONG: dict[str, list[Any]] = {
     "dict[str, Any]": [[], None, "{}", 1, True],
     "list[str]": ["x", None, {}, 1, True, [1], ["x", None], [["x"]]],
     "list[Any] | str": [None, 1, True, {}],
+    "str | int": [None, True, 1.5, [], {}],
 }
 BAD_FIELDS = [
     pytest.param(message, number, value, id=f"{type(message).__name__}.{field.name}={value!r}")

@@ -635,6 +635,40 @@ class TestWornWorkers:
         assert driver.reconcile() == [Spawn(0, 1, 1, "holds 2 MiB of memory, more than 1")]
 
 
+class TestWhatIsSomebodyElsesBusiness:
+    """Programs that fork, end and debug workers themselves."""
+
+    def test_nobody_is_started_replaced_or_sent_away(self) -> None:
+        driver = Driver(Target(0, manual=True), wear=Wear(requests=1))
+        assert driver.reconcile() == []
+        assert driver.verdict is Verdict.SETTLED
+        # Two in one slot, and one of them worn.
+        for id in (1, 2):
+            driver.roster.spawned(0, 1, driver.now, Wear(requests=1))
+            assert driver.happens(id, ONLINE, LISTENING) == []
+        assert driver.roster.heard(1, 1, driver.now)
+        assert driver.reconcile() == []
+        assert driver.happens(1, EXITED) == []
+        assert driver.verdict is Verdict.SETTLED
+
+    def test_one_that_does_not_act_on_sigterm_is_killed_at_its_time_and_it_counts_from_the_first(self) -> None:
+        driver = running(1, Limits(graceful=30.0))
+        began = driver.now
+        driver.roster.terminated(1, began)
+        assert driver.reconcile() == []
+        driver.roster.terminated(1, began + 10.0)
+        assert driver.deadline == began + 30.0
+        assert driver.at(began + 30.0) == [Kill(1, "it does not act on SIGTERM")]
+
+    def test_who_is_debugged_may_stand_still_and_take_its_time_to_listen(self) -> None:
+        driver = Driver(Target(1), Limits(timeout=4.0, boot=60.0))
+        driver.reconcile()
+        driver.roster.debugging(1)
+        assert driver.at(driver.now + 1000.0) == []
+        assert driver.happens(1, ONLINE, LISTENING) == []
+        assert driver.looks(20.0, but=1) == []
+
+
 class TestHungWorkers:
     """Silence, told by looks of a master that is awake."""
 

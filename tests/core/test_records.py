@@ -14,8 +14,10 @@ from clusterserve.core.records import (
     NO_ADDRESS,
     OFFER_SIZE,
     VERSION,
+    Flag,
     Kind,
     pack_answer,
+    pack_note,
     pack_offer,
     unpack_answers,
     unpack_offers,
@@ -120,3 +122,13 @@ def test_noise_is_records_or_a_protocol_error(noise: bytes) -> None:
         except ProtocolError:
             continue
         assert len(records) == len(noise) // size
+
+
+@pytest.mark.parametrize("flag", Flag)
+@given(id=U64)
+@QUICK
+def test_a_note_comes_as_an_offer_of_nothing(flag: Flag, id: int) -> None:
+    message = AN_OFFER + pack_note(flag, id)
+    first, note = unpack_offers(message)
+    assert (first[2], first[4]) == (0, 1)
+    assert (note[2], note[4]) == (flag, id)

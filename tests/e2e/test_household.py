@@ -65,6 +65,8 @@ def test_what_the_application_prints_goes_where_it_is_told(serve: Serve) -> None
 def test_titles_say_who_it_is_and_what_it_does(serve: Serve) -> None:
     server = serve("--name", "shop", workers=2)
     eventually(lambda: proc.command(server.pid) == "clusterserve: master [shop] serving", "the master has its title")
+    # By its environment it is found as before: so do these tests, and so do people.
+    assert sorted(server.processes()) == sorted([server.pid, *(worker.pid for worker in server.workers)])
     for worker in server.workers:
         begin = f"clusterserve: worker {worker.id} (slot {worker.slot}) [shop] listening, 0 requests"
         eventually(lambda pid=worker.pid, begin=begin: proc.command(pid).startswith(begin), f"{worker} has its title")  # type: ignore[misc]

@@ -14,6 +14,8 @@ from tests.helpers.waiting import eventually
 
 _LONGEST = 200_000
 _PATTERN = pattern(_LONGEST)
+#: Between two requests of a client (seconds): enough that workers can start beside it on two cores.
+_PAUSE = 0.002
 
 
 @final
@@ -39,6 +41,7 @@ class Load:
                     raise AssertionError("an idle connection was closed, or spoke unasked")
                 self._ask(client, number, self.kept)
                 self.kept += 1
+                self._over.wait(_PAUSE)
 
     def pipeline(self, number: int) -> None:
         """One connection, several requests at once, of which the last is not whole when the others are answered."""
@@ -60,6 +63,7 @@ class Load:
                     answer = client.response()
                     assert (answer.status, answer.body) == (200, _PATTERN[:size]), f"request {position} of {sizes}"
                 self.kept += 1
+                self._over.wait(_PAUSE)
 
     def close(self, number: int) -> None:
         """A connection for each request."""
@@ -68,6 +72,7 @@ class Load:
                 self._ask(client, number, self.closed, "Connection: close")
                 assert client.rest() == b"", "more than the response"
             self.closed += 1
+            self._over.wait(_PAUSE)
 
     def _ask(self, client: Client, number: int, turn: int, *headers: str) -> None:
         # Every request is another, so that a response that belongs to somebody else's is seen.

@@ -126,6 +126,7 @@ class Server:
         pass_fds: Sequence[int] = (),
         noise: bool = False,
         open_files: int | None = None,
+        linger: float = 0.0,
         prefix: Sequence[str] = (),
     ) -> None:
         binds = [bind] if isinstance(bind, str) else list(bind or ())
@@ -135,6 +136,8 @@ class Server:
         self.wanted_workers = workers or 1
         self.wanted_addresses = max(1, len(binds))
         self.noise = noise
+        #: How long processes may outlive the master (seconds): those of a debugger do.
+        self.linger = linger
         self.killed = False
         mark, self._mark = new_mark()
         self._scratch = tempfile.TemporaryDirectory(prefix="clusterserve-e2e-")
@@ -360,7 +363,7 @@ class Server:
             faults.append(str(error).partition("\n")[0])
         finally:
             # A master that ends in order has waited for its workers; only after SIGKILL they need a moment.
-            faults += end_processes(self._mark, within=DEADLINE if self.killed else 0.0)
+            faults += end_processes(self._mark, within=max(self.linger, DEADLINE if self.killed else 0.0))
             self._process.wait()
             for thread in self._threads:
                 thread.join(DEADLINE)

@@ -273,13 +273,25 @@ def test_stopped_by_another_thread_before_it_has_started(make: Make, quick: bool
     assert str(error) == "it was stopped before it had started"
 
 
+def asleep() -> Callable[[], bool]:
+    """Whether the main thread has slept through the last ten looks.  Who waits for the interpreter's lock wakes up."""
+    looks: list[str] = []
+
+    def look() -> bool:
+        looks.append(Path("/proc/self/status").read_text())
+        seen = {line for text in looks[-10:] for line in text.splitlines() if line.startswith(("State", "voluntary"))}
+        return len(looks) >= 10 and len(seen) == 2 and "State:\tS (sleeping)" in seen
+
+    return look
+
+
 def test_ctrl_c_while_it_starts(make: Make) -> None:
     cluster = make(HANGS)
 
     def interrupt() -> None:
         eventually(lambda: cluster._thread.is_started and proc.children(os.getpid()), "a worker is there")
         # Python overlooks a signal that comes after its last look and before the system call that waits.
-        eventually(lambda: proc.state(os.getpid()) == "S", "the main thread waits")
+        eventually(asleep(), "the main thread waits")
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     thread, _ = in_thread(interrupt)
@@ -287,6 +299,175 @@ def test_ctrl_c_while_it_starts(make: Make) -> None:
         pass
     thread.join()
     assert proc.children(os.getpid()) == []
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_ctrl_c_while_its_thread_starts(make: Make, monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    """Python may raise KeyboardInterrupt before or after there is a thread."""
+    cluster = make(HANGS)
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name != "clusterserve":
+            start(thread)
+            return
+        if begun:
+            start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.start()
+    assert proc.children(os.getpid()) == []
+
+
+DIES_IN_SLOT_1 = (
+    """
+import os
+if os.environ["CLUSTERSERVE_WORKER_SLOT"] == "1":
+    os._exit(9)
+"""
+    + APP
+)
+
+
+def test_a_start_that_may_never_end(make: Make) -> None:
+    """One listens, and the other dies again and again."""
+    with pytest.raises(BootError, match=r"in slot 1: worker . exited with code 9") as caught:
+        make(DIES_IN_SLOT_1, workers=2).start()
+    assert "goes on trying" not in str(caught.value)
+    assert proc.children(os.getpid()) == []
+
+
+# ── handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_handlers_run_on_a_thread_of_ours(make: Make) -> None:
+    cluster = make()
+    names = []
+    cluster.on("listening", lambda: names.append(threading.current_thread().name))
+
+    @cluster.on("ready")
+    async def ready() -> None:
+        await asyncio.sleep(0)
+        names.append(threading.current_thread().name)
+
+    with cluster:
+        eventually(lambda: len(names) == 2, "both are told")
+    assert set(names) == {"clusterserve-events"}
+
+
+def test_handlers_run_on_the_loop_that_entered(make: Make) -> None:
+    async def main() -> None:
+        cluster = make()
+        threads = []
+        cluster.on("listening", lambda: threads.append(threading.current_thread()))
+        async with cluster:
+            assert threads == [threading.main_thread()]
+
+    asyncio.run(main())
+
+
+def test_a_handler_that_raises_or_exits_harms_nothing(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    cluster = make()
+    told: list[str] = []
+
+    def raises(worker: object) -> None:
+        told.append("raised")
+        raise RuntimeError("its own trouble")
+
+    def leaves(worker: object) -> None:
+        told.append("left")
+        sys.exit(3)
+
+    cluster.on("fork", raises)
+    cluster.on("online", leaves)
+    with cluster:
+        assert get(cluster.url) == cluster.workers[1].pid
+    assert told == ["raised", "left"]
+    assert "its own trouble" in caplog.text
+    assert "A handler tried to end the program" in caplog.messages
+
+
+def test_a_handler_may_change_and_stop_the_cluster(make: Make) -> None:
+    cluster = make()
+    seen: list[list[int]] = []
+    done = threading.Event()
+
+    def on_ready() -> None:
+        cluster.scale(2)
+        cluster.stop()
+        done.set()
+
+    cluster.on("stopped", lambda: seen.append(list(cluster.workers)))
+    cluster.on("ready", on_ready)
+    cluster.start()
+    assert done.wait(DEADLINE)
+    cluster.stop()
+    assert seen == [[]]
+
+
+def test_a_coroutine_handler_gets_to_its_end(make: Make) -> None:
+    cluster = make()
+    told: list[str] = []
+
+    @cluster.on("stopped")
+    async def stopped() -> None:
+        await asyncio.sleep(0.01)
+        told.append("stopped")
+
+    with cluster:
+        pass
+    assert told == ["stopped"]
+
+
+def test_the_program_decides_how_many(make: Make) -> None:
+    cluster = make(respawn=False, workers=1)
+    with cluster:
+        assert list(cluster.workers) == [1]
+        for change in (lambda: cluster.scale(2), cluster.reload):
+            with pytest.raises(ClusterError, match="come and go by fork and disconnect only"):
+                change()
+        worker = cluster.fork()
+        worker.wait_for("listening", DEADLINE).result()
+        assert (worker.id, worker.slot) == (2, 1)
+        cluster.workers[1].kill("SIGKILL")
+        cluster.wait_for("exit", DEADLINE).result()
+        assert list(cluster.workers) == [2]
+        # The free slot is taken again.
+        assert cluster.fork().slot == 0
+        cluster.disconnect().result(DEADLINE)
+        assert dict(cluster.workers) == {}
+    with pytest.raises(ClusterError, match="does not run"):
+        cluster.fork()
+    assert isinstance(cluster.disconnect().exception(), ClusterError)
+
+
+def test_a_fork_more_is_one_more_wanted(make: Make) -> None:
+    with make() as cluster:
+        worker = cluster.fork({"MARK": "given"})
+        worker.wait_for("listening", DEADLINE).result()
+        worker.kill("SIGKILL")
+        cluster.wait_for("listening", DEADLINE).result()
+        replacement = cluster.workers[3]
+        assert replacement.slot == worker.slot == 1
+        assert b"MARK=given" in proc_environment(replacement.pid).split(b"\0")
+        cluster.disconnect().result(DEADLINE)
+        assert dict(cluster.workers) == {}
+        cluster.scale(1)
+        assert get(cluster.url) == next(iter(cluster.workers.values())).pid
+
+
+def proc_environment(pid: int | None) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def test_setup_refuses_what_it_cannot_change(make: Make) -> None:
+    cluster = make()
+    with pytest.raises(SettingsError, match="setup cannot change 'workers'"):
+        cluster.setup(workers=2)
+    with pytest.raises(SettingsError, match="exclude each other"):
+        cluster.setup(exec="script.py")
 
 
 # ── with await ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -478,3 +659,11 @@ def test_the_hosts_logging_is_left_alone(make: Make, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, logger="clusterserve"), make() as cluster:
         assert f"Listening on {cluster.url}" in caplog.messages
     assert (logger.level, logger.handlers, logger.propagate) == before
+
+
+@pytest.mark.parametrize("name", ["pid", "umask"])
+def test_the_process_is_the_programs_own(name: str) -> None:
+    with pytest.raises(
+        SettingsError, match=rf"^{name} is for run\(\) and the command line: this process is the program's"
+    ):
+        Cluster("a:b", **{name: "7"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -292,6 +293,198 @@ def test_who_asked_and_died_before_it_listened_counts(rig: Rig, handles: Handles
     worker.die()
     handles.leave_all(worker.id, crashed=False)
     assert not listener.is_open
+
+
+# ── one address, many names ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def port_of(listener: Listener) -> int:
+    assert listener.endpoint is not None
+    return listener.endpoint.port
+
+
+def test_port_0_and_the_number_it_became_are_one(rig: Rig, handles: Handles) -> None:
+    listener = ask(handles, rig.worker(), "127.0.0.1:0")
+    assert ask(handles, rig.worker(), f"127.0.0.1:{port_of(listener)}") is listener
+
+
+def test_all_addresses_include_all_of_ipv4(rig: Rig, handles: Handles) -> None:
+    listener = ask(handles, rig.worker(), "*:0")
+    port = port_of(listener)
+    assert listener.sockname[0] == "::"
+    assert ask(handles, rig.worker(), f"0.0.0.0:{port}") is listener
+    assert ask(handles, rig.worker(), f"*:{port}") is listener
+    assert ask(handles, rig.worker(), f"[::]:{port}") is listener
+    for bind, v6only in ((f"127.0.0.1:{port}", False), (f"[::]:{port}", True), (f"[::1]:{port}", False)):
+        with pytest.raises(BindError, match=rf"this cluster listens on \[::\]:{port}") as caught:
+            ask(handles, rig.worker(), bind, v6only=v6only)
+        assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_one_family_does_not_include_the_other(rig: Rig, handles: Handles) -> None:
+    listener = ask(handles, rig.worker(), "0.0.0.0:0")
+    port = port_of(listener)
+    with pytest.raises(BindError, match=rf"listens on 0\.0\.0\.0:{port}"):
+        ask(handles, rig.worker(), f"*:{port}")
+    only = ask(handles, rig.worker(), f"[::]:{port}", v6only=True)
+    assert only is not listener
+    assert ask(handles, rig.worker(), f"[::]:{port}", v6only=True) is only
+
+
+def test_a_worker_listens_once_on_one_address(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    listener = ask(handles, worker, "127.0.0.1:0")
+    with pytest.raises(BindError, match="this worker listens there already") as caught:
+        ask(handles, worker, f"127.0.0.1:{port_of(listener)}")
+    assert caught.value.errno == errno.EADDRINUSE
+    with connect(listener):
+        worker.receive()
+    # Where it is on a port that 0 has become, 0 is the next one.
+    other = rig.worker()
+    assert ask(handles, other, f"127.0.0.1:{port_of(listener)}") is listener
+    assert ask(handles, other, "127.0.0.1:0") is not listener
+
+
+def test_a_bind_is_nobody_elses(rig: Rig, handles: Handles) -> None:
+    (pinned,) = handles.open_pinned([Bind.parse("127.0.0.1:0")], 16)
+    with pytest.raises(BindError, match=r"it is the cluster's --bind 127\.0\.0\.1:0") as caught:
+        ask(handles, rig.worker(), f"127.0.0.1:{port_of(pinned)}")
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_what_port_0_has_become_stays(rig: Rig, handles: Handles) -> None:
+    one, other = rig.worker(), rig.worker()
+    first = ask(handles, one, "127.0.0.1:0")
+    second = ask(handles, one, "127.0.0.1:0")
+    for listener in (first, second):
+        handles.leave(one.id, listener.key, crashed=False)
+    assert refused(first)
+    with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+        stranger.bind(("127.0.0.1", port_of(first)))
+    assert port_of(ask(handles, other, f"127.0.0.1:{port_of(second)}")) == port_of(second)
+    assert port_of(ask(handles, other, "127.0.0.1:0")) == port_of(first)
+
+
+def test_another_program_has_it_all_the_same(rig: Rig, handles: Handles, caplog: pytest.LogCaptureFixture) -> None:
+    worker = rig.worker()
+    first = ask(handles, worker, "127.0.0.1:0")
+    handles.leave(worker.id, first.key, crashed=False)
+    with socket.create_server(("127.0.0.1", port_of(first))):
+        second = ask(handles, worker, "127.0.0.1:0")
+    assert port_of(second) != port_of(first)
+    assert "for port 0, workers get another" in caplog.text
+
+
+@pytest.mark.parametrize("option", ["reuse_address", "keep_alive"])
+def test_all_want_the_same(rig: Rig, handles: Handles, option: str) -> None:
+    ask(handles, rig.worker(), "127.0.0.1:0", **{option: True})
+    with pytest.raises(BindError, match=f"{option}=") as caught:
+        ask(handles, rig.worker(), "127.0.0.1:0", **{option: False, "reuse_address": option != "reuse_address"})
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_accepted_sockets_keep_alive(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    listener = ask(handles, worker, "127.0.0.1:0", keep_alive=True)
+    with connect(listener):
+        worker.receive()
+        (offer,) = worker.offers.values()
+        assert offer.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_the_first_workers_data_is_for_all(rig: Rig, handles: Handles) -> None:
+    first = rig.worker()
+    listener = ask(handles, first, "127.0.0.1:0", data="jfirst")
+    assert ask(handles, rig.worker(), "127.0.0.1:0", data="jsecond").data == "jfirst"
+    handles.leave_all(first.id, crashed=False)
+    assert ask(handles, rig.worker(), "127.0.0.1:0").data == "jfirst"
+    assert listener.workers
+
+
+def test_a_unix_socket_by_another_path(rig: Rig, handles: Handles, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    worker = rig.worker()
+    listener = ask(handles, worker, f"unix:{tmp_path}/s")
+    assert ask(handles, rig.worker(), f"unix:{tmp_path}/link/s") is listener
+    with pytest.raises(BindError, match="already"):
+        ask(handles, worker, f"unix:{tmp_path}/link/s")
+
+
+def test_a_long_path(rig: Rig, handles: Handles, tmp_path: Path) -> None:
+    directory = tmp_path / ("d" * 120)
+    directory.mkdir()
+    worker = rig.worker()
+    for _ in range(2):
+        listener = ask(handles, worker, f"unix:{directory}/s")
+        assert listener.sockname == f"{directory}/s"
+        assert listener.address == f"unix:{directory}/s"
+        with socket.socket(socket.AF_UNIX) as client:
+            descriptor = os.open(directory, os.O_PATH)
+            client.connect(f"/proc/self/fd/{descriptor}/s")
+            os.close(descriptor)
+            worker.receive()
+        handles.leave(worker.id, listener.key, crashed=False)
+        assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_descriptor_of_the_masters(rig: Rig, handles: Handles, tmp_path: Path, kind: str) -> None:
+    with socket.socket(socket.AF_INET if kind == "tcp" else socket.AF_UNIX) as inherited:
+        inherited.bind(("127.0.0.1", 0) if kind == "tcp" else str(tmp_path / "s"))
+        inherited.listen()
+        one, other = rig.worker(), rig.worker()
+        listener = ask(handles, one, f"fd://{inherited.fileno()}")
+        assert ask(handles, other, f"fd://{inherited.fileno()}") is listener
+        with pytest.raises(BindError, match="already"):
+            ask(handles, one, f"fd://{inherited.fileno()}")
+        if kind == "tcp":
+            assert ask(handles, rig.worker(), f"127.0.0.1:{port_of(listener)}") is listener
+        handles.leave_all(one.id, crashed=False)
+        handles.leave_all(other.id, crashed=False)
+        # It is whose it was, and so is its file.
+        assert inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        assert kind == "tcp" or (tmp_path / "s").exists()
+
+
+# ── UDP ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["handles", "shared"])
+def test_udp_is_shared_under_every_policy(rig: Rig, request: pytest.FixtureRequest, kind: str) -> None:
+    handles: Handles = request.getfixturevalue(kind)
+    worker = rig.worker()
+    listener = ask(handles, worker, "127.0.0.1:0", datagram=True)
+    assert handles.is_shared(listener.datagram)
+    assert handles.address(listener.key) == ("127.0.0.1", port_of(listener), "udp4", None)
+    assert ask(handles, rig.worker(), f"127.0.0.1:{port_of(listener)}", datagram=True) is listener
+    # A port of TCP is another.
+    assert ask(handles, worker, f"127.0.0.1:{port_of(listener)}") is not listener
+    assert rig.distributor.handles.keys() <= {2}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.sendto(b"hello", ("127.0.0.1", port_of(listener)))
+    assert listener.sock.recv(10) == b"hello"
+    handles.leave_all(worker.id, crashed=False)
+    assert listener.is_open
+
+
+def test_both_families_of_udp(rig: Rig, handles: Handles) -> None:
+    worker = rig.worker()
+    first = ask(handles, worker, "[::]:0", datagram=True, v6only=True)
+    second = ask(handles, worker, f"0.0.0.0:{port_of(first)}", datagram=True)
+    assert handles.address(first.key).address_type == "udp6"
+    assert second is not first
+
+
+@pytest.mark.parametrize(("kind", "fits"), [(socket.SOCK_DGRAM, True), (socket.SOCK_STREAM, False)])
+def test_a_descriptor_of_the_masters_for_udp(rig: Rig, handles: Handles, kind: socket.SocketKind, fits: bool) -> None:
+    with socket.socket(socket.AF_INET, kind) as inherited:
+        inherited.bind(("127.0.0.1", 0))
+        bind = f"fd://{inherited.fileno()}"
+        if fits:
+            assert port_of(ask(handles, rig.worker(), bind, datagram=True)) == inherited.getsockname()[1]
+        else:
+            with pytest.raises(BindError, match="not a udp socket"):
+                ask(handles, rig.worker(), bind, datagram=True)
 
 
 # ── what cannot be had ──────────────────────────────────────────────────────────────────────────────────────────────

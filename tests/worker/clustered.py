@@ -19,7 +19,7 @@ from clusterserve.core.records import NO_ADDRESS, Kind, pack_offer, unpack_answe
 from clusterserve.errors import ProtocolError
 from clusterserve.worker.link import Link
 from clusterserve.worker.loop import cluster_loop
-from tests.helpers.loops import running, until
+from tests.helpers.loops import running, turns, until
 
 M = TypeVar("M")
 
@@ -138,6 +138,9 @@ class FakeMaster:
     # -- the end --------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
+        for server in tuple(self.link.servers):
+            server.close()
+        self.loop.run_until_complete(turns(2))
         self.link.receiver.cut()
 
     def close(self) -> None:

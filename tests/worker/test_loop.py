@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
+from clusterserve import listen_options
 from clusterserve.binds import Bind
-from clusterserve.core.messages import Closed, Listen, Listening
+from clusterserve.core.messages import Closed, Listen, Listened, Listening
 from clusterserve.core.records import Kind
+from clusterserve.listen_options import pack_data, unpack_data
 from clusterserve.worker.loop import ClusterLoopMixin
 from clusterserve.worker.server import BindSocket, FauxServer
 from tests.helpers import proc
 from tests.helpers.descriptors import room_for
-from tests.helpers.loops import until
+from tests.helpers.loops import turns, until
 from tests.worker.clustered import FakeMaster
 from tests.worker.harness import Recorder, Recorders
 
@@ -333,3 +335,199 @@ class TestPastTheMaster:
         with pytest.raises(ValueError, match="path was not specified"):
             await loop.create_unix_server(asyncio.Protocol)
         assert fake.messages == []
+
+
+# ── several listeners, and options ──────────────────────────────────────────────────────────────────────────────────
+
+
+class TestSeveral:
+    async def test_one_server_on_several_listeners(self, loop: Loop, fake: FakeMaster, recorders: Recorders) -> None:
+        server = await loop.create_server(recorders.on(data=echo), ["127.0.0.1", "127.0.0.2"], 0)
+        assert await fake.said(Listening, 2) == [Listening(1), Listening(2)]
+        for key in (1, 2):
+            (client,) = fake.hand(key, b"hello")
+            assert await fake.rest(client) == b"hello"
+        server.close()
+        assert server.sockets == ()
+        assert await fake.said(Closed, 2) == [Closed(1), Closed(2)]
+
+    async def test_under_policy_none(self, loop: Loop, fake: FakeMaster, recorders: Recorders) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+            sockets = [one, two]
+            fake.answers = lambda request: fake.share(sockets[request.request - 1])(request)
+            server = await loop.create_server(recorders.on(data=echo), ["127.0.0.1", "127.0.0.2"], 0)
+            assert [sock.getsockname() for sock in server.sockets] == [one.getsockname(), two.getsockname()]
+            assert server.is_serving()
+            for each in sockets:
+                assert await fetch(loop, each.getsockname()) == b"hello"
+            server.close()
+            await server.wait_closed()
+            assert server.sockets == ()
+            assert await fake.said(Closed, 2) == [Closed(1), Closed(2)]
+
+    async def test_all_or_none(self, loop: Loop, fake: FakeMaster) -> None:
+        refuse = fake.refuse(errno.EADDRINUSE, "taken")
+        fake.answers = lambda request: refuse(request) if "0.2" in request.bind else fake.grant(request)
+        with pytest.raises(OSError, match="taken"):
+            await loop.create_server(asyncio.Protocol, ["127.0.0.1", "127.0.0.2"], 80)
+        assert await fake.said(Closed) == [Closed(1)]
+        assert fake.of(Listening) == []
+
+    async def test_a_family_that_is_missing(self, loop: Loop, fake: FakeMaster) -> None:
+        """As asyncio: a machine without IPv6 has all addresses without those."""
+        refuse = fake.refuse(errno.EAFNOSUPPORT, "no such family")
+        fake.answers = lambda request: refuse(request) if "[" in request.bind else fake.grant(request)
+        server = await loop.create_server(asyncio.Protocol, None, 80)
+        assert len(server.sockets) == 1
+        with pytest.raises(OSError, match="no such family"):
+            await loop.create_server(asyncio.Protocol, "::1", 80)
+
+
+class TestOptions:
+    async def test_what_is_passed_on(self, loop: Loop, fake: FakeMaster) -> None:
+        await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, reuse_address=False, keep_alive=True)  # type: ignore[call-overload]
+        (request,) = fake.of(Listen)
+        assert (request.reuse_address, request.keep_alive) == (False, True)
+
+    @pytest.mark.parametrize("shared", [False, True])
+    async def test_serving_later(self, loop: Loop, fake: FakeMaster, recorders: Recorders, shared: bool) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            if shared:
+                fake.answers = fake.share(listener)
+            server = await loop.create_server(recorders, "127.0.0.1", 0, start_serving=False)
+            await turns(3)
+            assert not server.is_serving()
+            assert fake.of(Listening) == []
+            await server.start_serving()
+            assert server.is_serving()
+            assert await fake.said(Listening) == [Listening(1)]
+
+    async def test_closed_before_it_serves(self, loop: Loop, fake: FakeMaster) -> None:
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, start_serving=False)
+        server.close()
+        assert await fake.said(Closed) == [Closed(1)]
+        assert fake.of(Listening) == []
+
+    @pytest.mark.parametrize("data", [{"a": [1, None]}, b"\0\xff"])
+    async def test_data_for_all(self, loop: Loop, fake: FakeMaster, data: Any) -> None:
+        def answer(request: Listen) -> None:
+            fake.channel.send(Listened(request.request, 1, 0, "", 2, ["127.0.0.1", 1], False, data=pack_data("first")))
+
+        fake.answers = answer
+        with listen_options(data=data) as options:
+            await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+        (request,) = fake.of(Listen)
+        assert unpack_data(request.data) == data
+        assert options.data == "first"
+
+    def test_data_that_cannot_be(self) -> None:
+        with pytest.raises(TypeError, match="not JSON"):
+            listen_options(data=object())
+        with pytest.raises(ValueError, match="limited to 262144 bytes"):
+            listen_options(data="x" * 300_000)
+
+    async def test_ipv4_as_well(self, loop: Loop, fake: FakeMaster) -> None:
+        with listen_options(v6only=False):
+            await loop.create_server(asyncio.Protocol, "::", 0)
+        assert [(request.bind, request.v6only) for request in fake.of(Listen)] == [("[::]:0", False)]
+
+    @pytest.mark.parametrize("options", [{"ssl": True}, {"ssl_handshake_timeout": 1.0}])
+    async def test_what_asyncio_refuses(self, loop: Loop, fake: FakeMaster, options: dict[str, Any]) -> None:
+        with pytest.raises((TypeError, ValueError), match="ssl"):
+            await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, **options)
+        assert fake.messages == []
+
+    @pytest.mark.parametrize("shared", [False, True])
+    async def test_withdrawing_a_server_whose_program_goes_on(
+        self, loop: Loop, fake: FakeMaster, recorders: Recorders, shared: bool
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            if shared:
+                fake.answers = fake.share(listener)
+            server = await loop.create_server(recorders, "127.0.0.1", 0)
+            serving = loop.create_task(server.serve_forever())
+            await turns(2)
+            if shared:
+                client = socket.create_connection(listener.getsockname())
+            else:
+                (client,) = fake.hand(1, b"")
+            await until(lambda: recorders.all, "it is connected")
+            (known,) = fake.link.servers
+            withdrawn = loop.create_task(known.withdraw())
+            assert await fake.said(Closed) == [Closed(1)]
+            await turns(5)
+            assert not serving.done()
+            # Of the connections of a faux server others know.
+            assert withdrawn.done() is not shared
+            client.close()
+            await withdrawn
+            server.close()
+            await serving
+            assert fake.of(Closed) == [Closed(1)]
+
+
+# ── what a transport that was handed over must be able to do ────────────────────────────────────────────────────────
+
+
+class TestTheTransport:
+    async def test_start_tls(self, loop: Loop, fake: FakeMaster) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(CERTIFICATE)
+
+        class Upgrading(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                self.transport = transport
+
+            def data_received(self, data: bytes) -> None:
+                if data == b"STARTTLS":
+                    self.task = loop.create_task(self.upgrade())
+                else:
+                    self.transport.write(b"secret " + data)
+                    self.transport.close()
+
+            async def upgrade(self) -> None:
+                self.transport.write(b"go")
+                new = await loop.start_tls(self.transport, self, context, server_side=True)
+                assert new is not None
+                self.transport = new
+                new.write(b"ready")
+
+        await loop.create_server(Upgrading, "127.0.0.1", 0)
+        (client,) = fake.hand(1, b"STARTTLS")
+        assert await loop.sock_recv(client, 2) == b"go"
+        trusting = ssl.create_default_context(cafile=str(CERTIFICATE))
+        reader, writer = await asyncio.open_connection(sock=client.dup(), ssl=trusting, server_hostname="localhost")
+        client.close()
+        assert await reader.readexactly(5) == b"ready"
+        writer.write(b"hello")
+        assert await reader.read() == b"secret hello"
+        writer.close()
+        await writer.wait_closed()
+        # The master hears of the end all the same.
+        await fake.answered(1, Kind.CLOSED)
+
+    async def test_sendfile(self, loop: Loop, fake: FakeMaster, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(bytes(range(256)) * 1000)
+        answers: list[asyncio.Task[int]] = []
+
+        async def serve(transport: asyncio.Transport) -> int:
+            try:
+                with (tmp_path / "file").open("rb") as file:
+                    return await loop.sendfile(transport, file, 0, 200_000)
+            finally:
+                transport.close()
+
+        class Sending(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                answers.append(loop.create_task(serve(transport)))
+
+        await loop.create_server(Sending, "127.0.0.1", 0)
+        (client,) = fake.hand(1, b"")
+        sent = await fake.rest(client)
+        if isinstance(loop, asyncio.SelectorEventLoop):
+            assert sent == (bytes(range(256)) * 1000)[:200_000]
+            assert await answers[0] == 200_000
+        else:
+            # uvloop has none, here or elsewhere.
+            with pytest.raises(NotImplementedError):
+                await answers[0]

@@ -10,6 +10,7 @@ import pytest
 
 from clusterserve.binds import Bind
 from clusterserve.core.messages import Listened
+from clusterserve.errors import ClusterError
 from clusterserve.worker.server import BindSocket, Entrance, FauxServer, FauxSocket
 from tests.helpers.loops import turns
 
@@ -144,3 +145,47 @@ class TestBindSocket:
         assert sock.proto == (0 if family == socket.AF_UNIX else socket.IPPROTO_TCP)
         sock.close()
         assert sock.fileno() == -1
+
+
+class TestHandleConnection:
+    """Connections that come by another way, as in a message."""
+
+    async def test_it_is_served_as_an_accepted_one(self, loop: Loop, server: Server) -> None:
+        class Greeter(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                transport.write(b"hello")  # type: ignore[attr-defined]
+                transport.close()
+
+        server.factory = Greeter
+        near, far = socket.socketpair()
+        with far:
+            server.handle_connection(near)
+            far.setblocking(False)
+            assert await loop.sock_recv(far, 99) == b"hello"
+            assert await loop.sock_recv(far, 99) == b""
+        server.close()
+
+    async def test_a_factory_that_raises_costs_the_connection(
+        self, loop: Loop, server: Server, complaints: list[dict[str, Any]]
+    ) -> None:
+        def broken() -> asyncio.Protocol:
+            raise LookupError("no protocol")
+
+        server.factory = broken
+        near, far = socket.socketpair()
+        with far:
+            server.handle_connection(near)
+            far.setblocking(False)
+            assert await loop.sock_recv(far, 99) == b""
+        assert [type(each["exception"]) for each in complaints] == [LookupError]
+        complaints.clear()
+        server.close()
+
+    async def test_a_closed_server_leaves_it_to_its_owner(self, loop: Loop, server: Server) -> None:
+        server.factory = asyncio.Protocol
+        server.close()
+        near, far = socket.socketpair()
+        with near, far:
+            with pytest.raises(ClusterError, match=r"^<FauxServer listener 7 closed> takes no connections$"):
+                server.handle_connection(near)
+            assert near.fileno() >= 0

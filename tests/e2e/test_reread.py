@@ -1,0 +1,89 @@
+"""SIGHUP reads the configuration again: what holds at once, what does not, and a file that is no good."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from tests.helpers.server import Serve, Server
+from tests.helpers.waiting import eventually
+
+APP = """
+import os
+
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": os.getcwd().encode() + b" RELEASE"})
+"""
+
+FILE = 'app = "site_main:app"\nworkers = 1\nbind = "127.0.0.1:0"\nlifespan = "off"\n'
+
+
+def start(serve: Serve, directory: Path, text: str = FILE) -> Server:
+    (directory / "site_main.py").write_text(APP)
+    (directory / "clusterserve.toml").write_text(text)
+    return serve("--chdir", str(directory), app="run", workers=None, bind=None)
+
+
+def reload(server: Server, directory: Path, text: str) -> None:
+    (directory / "clusterserve.toml").write_text(text)
+    server.signal(signal.SIGHUP)
+
+
+def test_what_has_changed_holds_for_the_new_workers(serve: Serve, tmp_path: Path) -> None:
+    server = start(serve, tmp_path)
+    assert "x-new" not in server.get("/").headers
+    reload(server, tmp_path, FILE.replace("= 1", "= 2") + 'backlog = 7\nheader = "X-New: yes"\n')
+    server.wait_for("The configuration has changed: workers, headers$")
+    server.wait_for("Changed too, but only from the next start on: backlog$")
+    server.wait_for("is listening", count=3)
+    eventually(lambda: len(server.workers) == 2, "the old one has left, and there are two")
+    assert server.get("/").headers["x-new"] == "yes"
+    assert server.found("Scaling from 1 to 2 workers")
+
+
+def test_a_configuration_that_did_not_change_is_not_mentioned(serve: Serve, tmp_path: Path) -> None:
+    server = start(serve, tmp_path)
+    server.signal(signal.SIGHUP)
+    server.wait_for("is listening", count=2)
+    assert not server.found("hanged")
+
+
+def test_a_bad_file_is_refused_and_nothing_is_done(serve: Serve, tmp_path: Path) -> None:
+    server = start(serve, tmp_path)
+    worker = server.workers[0]
+    reload(server, tmp_path, FILE + "wokers = 2\n")
+    server.wait_for(
+        "Reload refused, nothing was done: clusterserve.toml: there is no setting 'wokers'; did you mean 'workers'"
+    )
+    assert server.get("/").status == 200
+    assert server.announced == [worker]
+    reload(server, tmp_path, FILE)
+    server.wait_for("is listening", count=2)
+
+
+def test_settings_with_which_nothing_starts_are_taken_back(serve: Serve, tmp_path: Path) -> None:
+    server = start(serve, tmp_path)
+    reload(server, tmp_path, FILE.replace("site_main:app", "site_nowhere:app"))
+    server.wait_for("Reload failed, generation 2 cannot start")
+    # Its replacement is of what was good.
+    os.kill(server.workers[0].pid, signal.SIGKILL)
+    server.wait_for("is listening", count=2)
+    assert server.get("/").status == 200
+
+
+def test_a_release_is_switched_by_its_link(serve: Serve, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "site_main.py").write_text(APP.replace("RELEASE", name))
+        (tmp_path / name / "clusterserve.toml").write_text(FILE)
+    link = tmp_path / "current"
+    link.symlink_to("one")
+    server = serve("--chdir", str(link), app="run", workers=None, bind=None)
+    assert server.get("/").body == f"{tmp_path}/one one".encode()
+    link.unlink()
+    link.symlink_to("two")
+    server.signal(signal.SIGHUP)
+    server.wait_for("is listening", count=2)
+    eventually(lambda: server.get("/").body == f"{tmp_path}/two two".encode(), "the new release serves")
