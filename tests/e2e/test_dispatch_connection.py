@@ -80,6 +80,8 @@ def test_a_websocket_is_its_workers_alone(serve: Serve, dispatch: str) -> None:
         inode = proc.accepted_inodes(server.address.port, [port])[port]
         eventually(lambda: inode not in proc.socket_inodes(server.pid), "the master has closed its copy")
         assert inode in proc.socket_inodes(server.workers[0].pid)
+        # One after the other: when the worker answers this, it has done with what came before.
+        assert server.get("/").status == 200
         os.kill(server.workers[0].pid, signal.SIGKILL)
         with pytest.raises(ConnectionClosed):
             websocket.recv(DEADLINE)
