@@ -177,6 +177,12 @@ def headers(setting: str, value: object) -> tuple[tuple[str, str], ...]:
     return tuple(_header(setting, item) for item in value)
 
 
+def usual_attribute(module: str) -> str:
+    """What an application in a module of this name is called, most likely."""
+    # Django's files.
+    return "application" if module.rpartition(".")[2] in ("asgi", "wsgi") else "app"
+
+
 def module(setting: str, value: object) -> str:
     """The dotted name of a module; nothing is imported."""
     if not isinstance(value, str) or not all(part.isidentifier() for part in value.split(".")):

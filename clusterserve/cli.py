@@ -20,7 +20,7 @@ from clusterserve.errors import ClusterError, SettingsError
 from clusterserve.execline import SETTINGS, Line, refuse_foreign, split
 from clusterserve.options import COMMANDS, GROUPS, SPECS, Spec, refuse_command
 from clusterserve.settings import Settings
-from clusterserve.sources import Given, Layer, gather, settings_of
+from clusterserve.sources import Given, Layer, gather, settings_of, unread
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
@@ -88,6 +88,8 @@ def run(argv: Sequence[str]) -> int:
             check(settings)
             click.echo(f"The configuration is good: {settings.app} can be served")
             return 0
+        if note := unread(given):
+            print(f"clusterserve: warning: {note}", file=sys.stderr)
         # Imported when there is something to run: --help and a mistyped option answer at once.
         from clusterserve.master.run import run_settings
 

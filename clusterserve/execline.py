@@ -12,7 +12,7 @@ from clusterserve.options import GROUPS, SPECS
 _APPLICATION_GROUPS: Final = ("Application", "Binding", "HTTP", "WebSocket", "Proxies")
 _APPLICATION: Final = frozenset(
     {
-        "dispatch", "timeout", "limit_max_requests", "limit_max_requests_jitter", "timeout_request", "access_log",
+        "dispatch", "limit_max_requests", "limit_max_requests_jitter", "timeout_request", "access_log",
         "check_config", "print_config",
     }
 )  # fmt: skip

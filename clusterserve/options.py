@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, NamedTuple, NoReturn
 
-from clusterserve.checks import near_match
+from clusterserve.checks import near_match, usual_attribute
 from clusterserve.errors import SettingsError
 
 
@@ -252,5 +252,5 @@ def refuse_command(word: str) -> NoReturn:
     if word in COMMANDS:
         raise SettingsError(f"{word!r} is reserved and not available in this version")
     hint = word.removesuffix(".py").strip("./").replace("/", ".")
-    near = near_match(word, COMMANDS, 0.75) or (f"; did you mean '{hint}:app'?" if hint else "")
+    near = near_match(word, COMMANDS, 0.75) or (f"; did you mean '{hint}:{usual_attribute(hint)}'?" if hint else "")
     raise SettingsError(f"no such command {word!r}{near}")

@@ -31,6 +31,7 @@ from clusterserve.checks import (
     size,
     text,
     texts,
+    usual_attribute,
     whole,
 )
 from clusterserve.errors import SettingsError
@@ -166,8 +167,11 @@ class Settings(Launch):
 
     @property
     def borrows(self) -> bool:
-        """Whether workers give connections back: only under a policy, and not if connections are the unit."""
-        return self.dispatch != "connection" and self.policy != "none"
+        """Whether workers give connections back: only under a policy, and not if connections are the unit.
+
+        What a program's servers say to their clients is not ours to know: their connections are theirs to the end.
+        """
+        return self.dispatch != "connection" and self.policy != "none" and not self.exec
 
     @property
     def socket_mode(self) -> int:
@@ -273,7 +277,9 @@ def _app(value: object) -> tuple[str, bool]:
     where, colon, attribute = value.partition(":")
     if not colon:
         hint = value.removesuffix(".py").strip("./").replace("/", ".") or "module"
-        raise SettingValueError("app", value, f"an app is MODULE:ATTRIBUTE; did you mean '{hint}:app'?")
+        raise SettingValueError(
+            "app", value, f"an app is MODULE:ATTRIBUTE; did you mean '{hint}:{usual_attribute(hint)}'?"
+        )
     name = attribute.removesuffix("()")
     if not is_import(f"{where}:{name}"):
         raise SettingValueError("app", value, "an app is MODULE:ATTRIBUTE, or MODULE:FACTORY()")

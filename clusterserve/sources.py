@@ -129,6 +129,14 @@ def settings_of(given: Layer) -> Settings:
         raise given[error.setting].refused(error) from None
 
 
+def unread(given: Layer) -> str:
+    """A sentence about gunicorn's own file, where it lies about and nothing of ours takes its place; else nothing."""
+    ours = "config" in given or any(item.origin.startswith((f"{FILE}: ", f"{PROJECT}: ")) for item in given.values())
+    if ours or os.path.exists(FILE) or not os.path.exists("gunicorn.conf.py"):
+        return ""
+    return f"gunicorn.conf.py is not read; write its settings to a {FILE} (docs/settings.md)"
+
+
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 

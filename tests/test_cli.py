@@ -122,6 +122,7 @@ def test_a_reserved_command_behind_an_option(refused: Refused) -> None:
         ("myapp", "'myapp:app'"),
         ("myapp.py", "'myapp:app'"),
         ("./src/myapp.py", "'src.myapp:app'"),
+        ("mysite.asgi", "'mysite.asgi:application'"),
         ("help", "'help:app'"),
         ("runn", "'run'"),
         ("confg", "'config'"),
@@ -671,7 +672,7 @@ def test_the_platform_is_checked_before_anything_starts(
 
 
 def program(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_python_m_clusterserve_is_the_same() -> None:
@@ -684,7 +685,7 @@ def test_python_m_clusterserve_is_the_same() -> None:
 
 def test_an_argument_that_is_not_utf_8_is_refused_in_one_line() -> None:
     argv = [sys.executable.encode(), b"-m", b"clusterserve", b"a:b", b"-w", b"\xff"]
-    done = subprocess.run(argv, capture_output=True, timeout=30, check=False)
+    done = subprocess.run(argv, capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
     assert done.stderr.startswith(b"clusterserve: error: --workers '\\udcff': must be")
 

@@ -13,7 +13,7 @@ from clusterserve.options import ONCE, SPECS
 from clusterserve.peers import NOT_TAKEN
 from clusterserve.report import report
 from clusterserve.settings import Settings
-from clusterserve.sources import Layer, gather, settings_of
+from clusterserve.sources import Layer, gather, settings_of, unread
 
 COUNT = "must be a whole number of at least 1, or 'auto'"
 POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
@@ -353,3 +353,19 @@ def test_the_report_is_printed_and_nothing_started(argv: list[str], capsys: pyte
 
 def test_a_report_of_what_is_wrong_is_refused(refused: Refused) -> None:
     assert refused("config", "-w", "0") == f"--workers 0: {COUNT}"
+
+
+# -- gunicorn's own file -----------------------------------------------------------------------------------------------
+
+
+def test_gunicorns_own_file_is_not_ignored_in_silence(tmp_path: Path) -> None:
+    assert unread(layer("a:b")) == ""
+    write("workers = 3", "gunicorn.conf.py")
+    said = "gunicorn.conf.py is not read; write its settings to a clusterserve.toml (docs/settings.md)"
+    assert unread(layer("a:b")) == said
+    assert unread(layer("a:b", "-c", "/dev/null")) == ""
+    write("[tool.clusterserve]\nworkers = 2\n", "pyproject.toml")
+    assert unread(layer("a:b")) == ""
+    Path("pyproject.toml").unlink()
+    write("")
+    assert unread(layer("a:b")) == ""

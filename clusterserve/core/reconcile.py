@@ -204,7 +204,11 @@ def _kill(roster: Roster) -> _Due:
         if member.aborted is not None:
             yield member.aborted + limits.abort, Kill(member.id, "it was hung, and did not die of SIGABRT")
         elif member.state is WorkerState.DISCONNECTED and member.disconnected is not None:
-            yield member.disconnected + limits.disconnected, Kill(member.id, "it closed its channel but did not exit")
+            due = member.disconnected + limits.disconnected
+            if member.drained is not None and roster.programs:
+                # It has handlers for this moment, which have what is left of its grace.
+                due = max(due, member.drained + (limits.quick if member.quick else limits.graceful))
+            yield due, Kill(member.id, "it closed its channel but did not exit")
         elif member.drained is not None:
             grace = limits.quick if member.quick else limits.graceful
             yield member.drained + grace, Kill(member.id, f"it did not finish within {grace:g} s")

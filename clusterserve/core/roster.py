@@ -60,6 +60,8 @@ class Member:
     wear: Wear = field(default_factory=Wear)
     #: When it was last heard of, and for how long the master has listened since, in vain.
     heard: float = 0.0
+    #: It has sent a heartbeat: a program does from when it listens, which it may never do.
+    beats: bool = False
     silence: float = 0.0
 
     @property
@@ -165,7 +167,7 @@ class Roster:
     def heard(self, id: int, served: int, now: float) -> bool:
         """Worker `id` has sent a heartbeat; whether it is worn."""
         member = self.members[id]
-        member.heard, member.silence = now, 0.0
+        member.heard, member.silence, member.beats = now, 0.0, True
         member.wear.count(served)
         return bool(member.worn(now))
 
@@ -186,7 +188,7 @@ class Roster:
             return False
         overdue = False
         for member in self.members.values():
-            if member.serving and not member.debugged:
+            if member.serving and not member.debugged and (member.beats or not self.programs):
                 member.silence += min(now - max(since, member.heard), pace(self.limits.timeout))
                 overdue = overdue or self.hung(member)
         return overdue

@@ -240,7 +240,8 @@ class Cluster(Emitter):
 
         `debug_port` is as in `setup`, but no function; without it the one that is set counts, or 127.0.0.1:5678.  Done
         when every worker that is there listens for its debugger, with `debug_addresses`: a worker takes a second or
-        two for it, in which it serves nobody, and one that starts does it when its application is there.
+        two for it, in which it serves nobody, and one that starts does it when its application is there.  Before the
+        start it is only noted.
         """
         port = self._settings.debug_port if debug_port is None else check_debug_port("debug_port", debug_port)
         if callable(port):
@@ -248,7 +249,16 @@ class Cluster(Emitter):
         port = DEFAULT if port is None else port
         require_debugpy("debug_port", port)
         self._settings = dataclasses.replace(self._settings, debug_port=port)
+        if not self._thread.is_started:
+            return Pending.of({})
         return self._change(lambda engine: engine.start_debugging(port))
+
+    def log_stacks(self) -> None:
+        """Log the stacks of every worker's threads and tasks, as SIGPWR does for the command line.
+
+        Does nothing if the cluster does not run, and never waits: the log has them within about a second.
+        """
+        self._thread.post(Engine.show_stacks)
 
     @property
     def debug_addresses(self) -> dict[int, str]:

@@ -13,16 +13,11 @@ import errno
 import itertools
 import logging
 import os
-import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 from .. import faults
-from ..channel.message import MessageChannel, Riders
+from ..channel.message import Riders
 from ..core.connection import IllegalStep
 from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
 from ..core.envelope import Envelope
@@ -32,24 +27,17 @@ from ..core.events import (
     Disconnected,
     Event,
     Exited,
-    Forked,
     Messaged,
     Scaled,
-    StartedDraining,
     StartedListening,
     StartedReload,
     StartedShutdown,
     Stopped,
-    WasKilled,
-    WentWrong,
-    WorkerName,
 )
 from ..core.lifecycle import WorkerEvent, WorkerState
 from ..core.messages import (
     Beat,
-    Boot,
     Closed,
-    Debug,
     Debugged,
     Failed,
     Leave,
@@ -60,18 +48,20 @@ from ..core.messages import (
     Online,
     Stacks,
 )
-from ..core.messages import Drain as DrainMessage
-from ..core.reconcile import Abort, Action, Drain, Spawn, Stop, Target, Verdict, plan
-from ..core.roster import Limits, Member, Roster
+from ..core.reconcile import Drain, Spawn, Stop, Target, Verdict, plan
+from ..core.roster import Limits, Roster
 from ..errors import BindError, BootError, ClusterError, ProtocolError
 from ..settings import Settings
+from .changes import Changes
+from .crew import Crew, Environment
+from .debuggers import Debuggers
 from .dispatcher import Dispatcher
 from .handles import Handles
 from .health import Health
 from .listeners import Access
 from .outbox import Outbox
 from .policies import policy_factory
-from .process import Exit, WorkerProcess
+from .process import Exit
 from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
@@ -79,28 +69,6 @@ logger = logging.getLogger("clusterserve")
 #: Between SIGTERM and the closing of the listeners (seconds): clients whose handshake is done, but whose first bytes
 #: are still under way, are not in the backlog yet that TCP_DEFER_ACCEPT keeps.
 LISTENER_LINGER = 0.05
-
-#: What a worker that was told to disconnect, and then to die, has to end by itself in between (seconds).
-FAREWELL = 0.5
-
-#: Variables for a worker, as pairs.
-Environment = tuple[tuple[str, str], ...]
-
-
-@dataclass
-class Seat:
-    """A worker's place in the engine: its record for `plan`, its process, its message channel."""
-
-    member: Member
-    process: WorkerProcess
-    channel: MessageChannel
-    listening: set[int] = field(default_factory=set)
-    #: Where it writes its threads' stacks; -1 until it is online.  Ours to close.
-    stacks: int = -1
-    #: The signal that `destroy` has left for it; 0 for none.
-    farewell: int = 0
-    #: Where a debugger can attach, HOST:PORT; empty: nowhere.
-    debugger: str = ""
 
 
 class Engine:
@@ -116,12 +84,11 @@ class Engine:
     ) -> None:
         self.settings = settings
         self._emit = emit
-        self.seats: dict[int, Seat] = {}
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
         self._loop = loop
         #: What the program sends to workers.
-        self.outbox = Outbox(loop, self._channel)
+        self.outbox = Outbox(loop, lambda worker: self._crew.channel(worker))
         policy = policy_factory(settings.policy, slots=max(1, settings.workers), long_lived=not settings.borrows)
         patience = REQUEST_PATIENCE if settings.borrows else PATIENCE
         self._distributor = Distributor(
@@ -132,7 +99,7 @@ class Engine:
             narrows=settings.borrows,
         )
         self._dispatcher = Dispatcher(
-            loop, self._distributor, settings.max_pending, self._broke_protocol, self._queue_is_empty
+            loop, self._distributor, settings.max_pending, self.misbehaved, self._queue_is_empty
         )
         owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
         self.handles = Handles(
@@ -146,26 +113,25 @@ class Engine:
                 backoff_max=settings.restart_backoff_max,
                 min_uptime=settings.min_uptime,
                 surge=settings.reload_surge,
-                # What a program does with its event loop, if it has one, is its own business.
-                timeout=0.0 if settings.exec else settings.timeout,
+                timeout=settings.timeout,
             ),
             programs=bool(settings.exec),
         )
         self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
         self._stacks = StackCollector(loop)
-        #: Who waits for workers to be ready for their debuggers, and for which workers each.
-        self._debug_orders: dict[asyncio.Future[dict[int, str]], set[int]] = {}
+        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self)
+        #: Who is there, by id.
+        self.seats = self._crew.seats
+        self._debuggers = Debuggers(loop, self._roster, self.seats)
         self._target = Target(settings.workers, manual=not settings.respawn)
         #: What held before a reload brought other settings, until they are proved.
         self._before: Settings | None = None
-        #: What `fork` was given, by slot: replacements inherit it.
-        self._environments: dict[int, Environment] = {}
         #: Who waits for the last worker's end, in a cluster whose program says how many there are.
-        self._departures: list[asyncio.Future[None]] = []
+        self._departures = Changes(loop)
         self._ready = False
         self._hasty, self._repeats = faults.on("disconnect-first"), faults.on("disconnect-again")
         self._generation = 1
-        self._changes: list[asyncio.Future[None]] = []
+        self._changes = Changes(loop)
         self._stopping = Stop.NO
         self._stop_deadline = 0.0
         self._deadline: asyncio.TimerHandle | None = None
@@ -173,7 +139,6 @@ class Engine:
         self._failure: Failed | None = None
         #: The one that nobody was told of when the stop was ordered: the others were still booting.
         self._untold: Failed | None = None
-        self._last_exit = "no worker process could be started"
 
     # -- start and stop -------------------------------------------------------------------------------------------
 
@@ -261,7 +226,10 @@ class Engine:
 
     def setup(self, settings: Settings) -> None:
         """Launch workers as these settings say from now on; what else they say stays as it was."""
-        self.settings = settings
+        self._use_launch(settings)
+
+    def _use_launch(self, settings: Settings) -> None:
+        self.settings = self._crew.settings = settings
 
     def adopt(self, settings: Settings) -> None:
         """Launch workers as these settings say from now on, `rereading.FIXED` being what it was.
@@ -275,7 +243,7 @@ class Engine:
             self.scale(settings.workers)
 
     def _use(self, settings: Settings) -> None:
-        self.settings = settings
+        self._use_launch(settings)
         self._roster.limits = dataclasses.replace(
             self._roster.limits,
             boot=settings.timeout_boot,
@@ -292,39 +260,12 @@ class Engine:
 
         Done when all that are there have answered or gone, with the addresses.  A worker that has a debugger keeps it.
         """
-        self.settings = dataclasses.replace(self.settings, debug_port=port)
-        order: asyncio.Future[dict[int, str]] = self._loop.create_future()
-        self._debug_orders[order] = set()
-        for worker, seat in self.seats.items():
-            if seat.member.current and not seat.debugger:
-                self._roster.debugging(worker)
-                self._debug_orders[order].add(worker)
-                seat.channel.send(Debug(port))
-        self._settle_debug_orders()
-        return order
+        self._use_launch(dataclasses.replace(self.settings, debug_port=port))
+        return self._debuggers.start(port)
 
     def debuggers(self) -> dict[int, str]:
         """Where debuggers can attach, by worker."""
-        return {worker: seat.debugger for worker, seat in self.seats.items() if seat.debugger}
-
-    def _settle_debug_orders(self, answered: int = 0) -> None:
-        for order, waiting in list(self._debug_orders.items()):
-            waiting.discard(answered)
-            if not waiting:
-                del self._debug_orders[order]
-                order.set_result(self.debuggers())
-
-    def _debugged(self, worker: int, message: Debugged) -> None:
-        seat = self.seats[worker]
-        if message.address != seat.debugger:
-            seat.debugger = message.address
-            who = (worker, seat.member.slot, seat.process.pid, message.address)
-            logger.info("Worker %d (slot %d, pid %d) can be debugged at %s", *who)
-            if message.wanted:
-                logger.warning("Worker %d is not at %s: %s", worker, message.wanted, message.why)
-        elif not message.address:
-            logger.error("Worker %d cannot be debugged at %s: %s", worker, message.wanted, message.why)
-        self._settle_debug_orders(worker)
+        return self._debuggers.addresses()
 
     def fork(self, env: Environment = (), debug_port: int | None = None) -> int:
         """One worker more, now; its id.  Raises `ClusterError` if the cluster is stopping.
@@ -342,53 +283,40 @@ class Engine:
             self._emit(Scaled(slot + 1, slot))
             self._target = dataclasses.replace(self._target, count=slot + 1)
             taken = set(range(slot))
-        self._environments[slot] = env
+        self._crew.environments[slot] = env
         self._distributor.resize(max(taken | {slot}) + 1)
         with self._as_one():
-            return self._spawn(Spawn(slot, self._target.generation), self._loop.time(), debug_port)
+            return self._crew.spawn(Spawn(slot, self._target.generation), self._health.wear(), debug_port)
 
     def disconnect(self, worker: int) -> None:
         """Have a worker finish what it holds and leave.  Nothing happens if it leaves already, or is gone."""
         seat = self.seats.get(worker)
         if seat is not None and (seat.member.current or self._repeats):
-            self._perform(Drain(worker, quick=False, interrupt=False, keep=True), self._loop.time())
+            self._crew.perform(Drain(worker, quick=False, interrupt=False, keep=True))
             self._reconcile()
 
     def destroy(self, worker: int, number: int) -> None:
         """`disconnect`, and once its channel is closed and it has not ended by itself, a signal."""
         self.disconnect(worker)
-        seat = self.seats.get(worker)
-        if seat is not None:
-            seat.farewell = number
-            if seat.member.state is WorkerState.DISCONNECTED:
-                self._bid_farewell(seat)
-
-    def _bid_farewell(self, seat: Seat) -> None:
-        self._loop.call_later(FAREWELL, seat.process.send_signal, seat.farewell)
+        self._crew.destroy(worker, number)
 
     def send_signal(self, worker: int, number: int) -> None:
         """Deliver a signal to a worker's process.  Nothing happens if it is gone."""
-        seat = self.seats.get(worker)
-        if seat is not None:
-            seat.process.send_signal(number)
-            if number == signal.SIGTERM and not self._roster.programs:
-                self._roster.terminated(worker, self._loop.time())
-                self._reconcile()
+        self._crew.send_signal(worker, number)
+        self._reconcile()
 
     def disconnect_all(self) -> asyncio.Future[None]:
         """Have every worker leave; done when the last is dead.  The cluster goes on, and can fork again."""
         if not self._target.manual:
             return self.scale(0)
-        departure: asyncio.Future[None] = self._loop.create_future()
-        self._departures.append(departure)
+        departure = self._departures.begin()
         for worker in tuple(self.seats):
             self.disconnect(worker)
         self._reconcile()
         return departure
 
     def _change(self) -> asyncio.Future[None]:
-        change: asyncio.Future[None] = self._loop.create_future()
-        self._changes.append(change)
+        change = self._changes.begin()
         if self._roster.proven:
             # A fresh start for every slot: before anybody listened, who failed stays where it is.
             self._failure = None
@@ -396,21 +324,9 @@ class Engine:
         self._reconcile()
         return change
 
-    def _changed(self, error: ClusterError | None) -> None:
-        changes, self._changes = self._changes, []
-        for change in changes:
-            if change.cancelled():
-                continue
-            if error is None:
-                change.set_result(None)
-            else:
-                change.set_exception(error)
-                # Nobody may be waiting: a signal asked for it, and the log has told.
-                change.exception()
-
     def _reject(self) -> None:
         """The new generation cannot start: back to the one that serves."""
-        failure = self._failure or Failed(self._last_exit, "")
+        failure = self._failure or Failed(self._crew.last_exit, "")
         reason = f"generation {self._target.generation} cannot start: {failure.reason}"
         logger.error("Reload failed, %s; generation %d stays", reason, self._roster.proven)
         error = BootError(reason, failure.traceback)
@@ -418,12 +334,12 @@ class Engine:
         if self._before is not None:
             self._use(self._before)
             self._before = None
-        self._changed(error)
+        self._changes.over(error)
         self._reconcile()
 
     def _give_up(self, slots: tuple[int, ...]) -> None:
         """What was ordered may never be: let nobody wait for it, and go on trying."""
-        failure = self._failure or Failed(self._last_exit, "")
+        failure = self._failure or Failed(self._crew.last_exit, "")
         where = ", ".join(map(str, slots))
         reason = f"workers die again and again before they are of use, in slot {where}: {failure.reason}"
         logger.error("Not done yet: %s; the cluster goes on trying", reason)
@@ -431,7 +347,7 @@ class Engine:
             self.settled.set_exception(BootError(reason, failure.traceback))
             # Nobody may be waiting: a program of our own goes on with the others.
             self.settled.exception()
-        self._changed(BootError(f"{reason}; the cluster goes on trying", failure.traceback))
+        self._changes.over(BootError(f"{reason}; the cluster goes on trying", failure.traceback))
 
     def _close_listeners(self) -> None:
         if self.handles.open:
@@ -463,8 +379,8 @@ class Engine:
 
     def _finish(self, error: BootError | None) -> None:
         if not self.finished.done():
-            self._changes += self._departures
-            self._changed(ClusterError("the cluster has stopped"))
+            for waiting in (self._changes, self._departures):
+                waiting.over(ClusterError("the cluster has stopped"))
             self._close()
             self._emit(Stopped())
             self.finished.set_result(error)
@@ -478,10 +394,12 @@ class Engine:
             return
         self._planning = True
         while True:
-            now = self._loop.time()
-            current = plan(self._target, self._roster, now)
+            current = plan(self._target, self._roster, self._loop.time())
             for action in current.actions:
-                self._perform(action, now)
+                if isinstance(action, Spawn):
+                    self._crew.spawn(action, self._health.wear())
+                else:
+                    self._crew.perform(action)
             if not current.actions:
                 break
         self._planning = False
@@ -491,9 +409,7 @@ class Engine:
         if current.deadline is not None:
             self._deadline = self._loop.call_at(current.deadline, self._reconcile)
         if not self._roster.members or self._hasty:
-            departures, self._departures = self._departures, []
-            for departure in departures:
-                departure.set_result(None)
+            self._departures.over()
         if current.verdict is Verdict.SETTLED:
             if not self._ready:
                 self._ready = True
@@ -501,13 +417,13 @@ class Engine:
             if not self.settled.done():
                 self.settled.set_result(None)
             self._before = None
-            self._changed(None)
+            self._changes.over()
         elif current.verdict is Verdict.REJECTED:
             self._reject()
         elif current.verdict is Verdict.FAILED:
             failure = self._failure
             if failure is None:
-                self._finish(BootError(f"no worker came to listen: {self._last_exit}"))
+                self._finish(BootError(f"no worker came to listen: {self._crew.last_exit}"))
             else:
                 self._finish(BootError(failure.reason, failure.traceback))
         elif current.verdict is Verdict.STOPPED:
@@ -527,116 +443,21 @@ class Engine:
             self._planning = planning
         self._reconcile()
 
-    def _perform(self, action: Action, now: float) -> None:
-        if isinstance(action, Spawn):
-            self._spawn(action, now)
-            return
-        seat = self.seats[action.worker]
-        if isinstance(action, Drain):
-            if seat.member.drained is None:
-                self._tell(seat, StartedDraining)
-            self._roster.drained(action.worker, action.quick, now)
-            self._dispatcher.distributor.drain_worker(action.worker)
-            limits = self._roster.limits
-            grace = limits.quick if action.quick else limits.graceful
-            # Behind the program's messages, so that they arrive; an order to hurry goes first.
-            send = seat.channel.send if action.quick else seat.channel.send_in_line
-            send(DrainMessage(grace, action.quick, action.keep))
-            if action.interrupt:
-                seat.process.send_signal(signal.SIGTERM)
-        elif isinstance(action, Abort):
-            self._roster.aborted(action.worker, now)
-            self._dispatcher.distributor.drain_worker(action.worker)
-            who = (action.worker, seat.member.slot, seat.process.pid)
-            logger.error("Worker %d (slot %d, pid %d) is hung: %s; its stacks follow, it is replaced", *who, action.why)
-            self._last_exit = f"worker {action.worker} was hung, {action.why}"
-            seat.process.send_signal(signal.SIGABRT)
-        else:
-            self._roster.killed(action.worker)
-            # Before anybody ever listened, the story is told once, when the cluster fails.
-            level = logging.WARNING if self._roster.proven else logging.DEBUG
-            logger.log(level, "Worker %d (pid %d) is killed: %s", action.worker, seat.process.pid, action.why)
-            self._last_exit = f"worker {action.worker} was killed, {action.why}"
-            self._tell(seat, WasKilled, action.why)
-            seat.process.send_signal(signal.SIGKILL)
-
-    def _spawn(self, action: Spawn, now: float, debug_port: int | None = None) -> int:
-        """The id of the worker that was started, or could not be."""
-        member = self._roster.spawned(action.slot, action.generation, now, self._health.wear())
-        self._tell_why(action, member)
-        try:
-            env = self._environments.get(action.slot, ())
-            process = WorkerProcess(action.slot, self._loop, partial(self._exited, member.id), self.settings, env)
-        except OSError as exc:
-            self._last_exit = f"worker {member.id} could not be spawned: {exc}"
-            logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, exc)
-            name = WorkerName(member.id, member.slot, 0)
-            self._emit(WentWrong(name, exc))
-            if not faults.on("no-exit-of-the-unborn"):
-                self._emit(Exited(name, None, None))
-            self._roster.happened(member.id, WorkerEvent.EXITED, now)
-            return member.id
-        channel = MessageChannel(
-            self._loop,
-            process.messages,
-            partial(self._on_message, member.id),
-            partial(self._on_closed, member.id),
-            partial(self._on_envelope, member.id),
-        )
-        seat = self.seats[member.id] = Seat(member, process, channel)
-        self._tell(seat, Forked)
-        self._dispatcher.add_worker(
-            member.id, action.slot, process.connections, process.board, process.kept, process.pid
-        )
-        # Python overlooks what is no text there, a Path for one; so do we.
-        entries: list[object] = [*sys.path]
-        path = [entry for entry in entries if isinstance(entry, str)]
-        if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
-            path.insert(0, first)
-        launch = self.settings.to_worker()
-        if debug_port is not None:
-            launch["debug_port"] = debug_port
-        if launch["debug_port"] is not None:
-            self._roster.debugging(member.id)
-        channel.send(Boot(member.id, action.slot, self.settings.to_json(), path, launch))
-        return member.id
-
-    def _tell_why(self, action: Spawn, member: Member) -> None:
-        if action.worn:
-            who = (member.id, action.worn, action.slot, self.seats[action.worn].process.pid)
-            logger.info("Worker %d is to replace worker %d (slot %d, pid %d), which %s", *who, action.why)
-        if self._roster.rejected > action.generation:
-            # There is no other way to get at the old code; what it does then, its log lines say.
-            logger.warning(
-                "Worker %d starts from the files as they are now, from which generation %d could not start; "
-                "repair them, and reload",
-                member.id,
-                self._roster.rejected,
-            )
-
     # -- messages of the program --------------------------------------------------------------------------------------
 
-    def _channel(self, worker: int) -> MessageChannel | None:
-        seat = self.seats.get(worker)
-        return None if seat is None else seat.channel
-
-    def _on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None:
-        self._tell(self.seats[worker], Messaged, envelope, riders)
+    def on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None:
+        self._crew.tell(self.seats[worker], Messaged, envelope, riders)
 
     def misbehaved(self, worker: int, error: ProtocolError) -> None:
         """What came of a worker's program could not be read, and no honest sender sends that."""
         if worker in self.seats:
-            self._broke_protocol(worker, error)
+            self._crew.broke_protocol(worker, error)
 
     # -- facts about workers --------------------------------------------------------------------------------------
 
     def _happened(self, worker: int, event: WorkerEvent) -> None:
         self._roster.happened(worker, event, self._loop.time())
         self._reconcile()
-
-    def _tell(self, seat: Seat, kind: Callable[..., Event], *details: Any) -> None:
-        """Emit an event about this worker."""
-        self._emit(kind(WorkerName(seat.member.id, seat.member.slot, seat.process.pid), *details))
 
     def _says(self, worker: int, event: WorkerEvent) -> None:
         """What a worker says of itself; what cannot be is its fault."""
@@ -645,7 +466,7 @@ class Engine:
         except IllegalStep as exc:
             raise ProtocolError(str(exc)) from None
 
-    def _on_message(self, worker: int, message: Message, descriptors: list[int]) -> None:
+    def on_message(self, worker: int, message: Message, descriptors: list[int]) -> None:
         if isinstance(message, Online) and descriptors and self.seats[worker].stacks < 0:
             self.seats[worker].stacks = descriptors.pop(0)
         for fd in descriptors:
@@ -659,11 +480,11 @@ class Engine:
         elif isinstance(message, Online):
             with self._as_one():
                 self._says(worker, WorkerEvent.ONLINE)
-                self._tell(self.seats[worker], CameOnline)
+                self._crew.tell(self.seats[worker], CameOnline)
         elif isinstance(message, Beat):
             self._health.heard(worker, message.served)
         elif isinstance(message, Debugged):
-            self._debugged(worker, message)
+            self._debuggers.answered(worker, message)
         elif isinstance(message, Stacks):
             self._stacks.answered(worker, message)
         elif isinstance(message, Leave):
@@ -677,8 +498,8 @@ class Engine:
         """Somebody sent it SIGTERM: drain and replace it, unless all go anyway, each in its time."""
         seat = self.seats[worker]
         if self._stopping is Stop.NO and seat.member.current:
-            logger.info("Worker %d (slot %d, pid %d) was told to go", worker, seat.member.slot, seat.process.pid)
-            self._perform(Drain(worker, quick=False, interrupt=False, keep=True), self._loop.time())
+            logger.info("Worker %d (slot %d, pid %d) was told to go", *seat.who)
+            self._crew.perform(Drain(worker, quick=False, interrupt=False, keep=True))
             self._reconcile()
 
     def _failed(self, worker: int, message: Failed) -> None:
@@ -688,50 +509,37 @@ class Engine:
             # The cluster serves already: this one's story would not be told otherwise.
             logger.error("Worker %d: %s\n%s", worker, message.reason, message.traceback.rstrip())
 
-    def _on_closed(self, worker: int, error: ProtocolError | None) -> None:
+    def on_closed(self, worker: int, error: ProtocolError | None) -> None:
         if error is not None:
-            self._broke_protocol(worker, error)
+            self._crew.broke_protocol(worker, error)
         # Its process may live on for a while, but it is not ours to rely on any more.
         self._distributor.drain_worker(worker)
         seat = self.seats[worker]
-        self._tell(seat, Disconnected)
-        if seat.farewell:
-            self._bid_farewell(seat)
+        self._crew.tell(seat, Disconnected)
+        self._crew.bid_farewell(seat)
         self._happened(worker, WorkerEvent.DISCONNECTED)
 
-    def _broke_protocol(self, worker: int, error: ProtocolError) -> None:
-        seat = self.seats[worker]
-        if seat.member.killed:
-            # It goes on talking until it is dead.
-            return
-        self._roster.killed(worker)
-        logger.error("Worker %d (pid %d) is killed: %s", worker, seat.process.pid, error)
-        self._last_exit = f"worker {worker} was killed: {error}"
-        self._tell(seat, WasKilled, str(error))
-        self._dispatcher.distributor.drain_worker(worker)
-        seat.process.send_signal(signal.SIGKILL)
-
-    def _exited(self, worker: int, ended: Exit) -> None:
+    def on_exit(self, worker: int, ended: Exit) -> None:
         seat = self.seats[worker]
         with self._as_one():
             # What it said last counts: why it failed, above all.
             seat.channel.drain()
             seat.channel.close()
             if seat.member.state is not WorkerState.DISCONNECTED:
-                self._tell(seat, Disconnected)
-            self._tell(seat, Exited, ended.code, ended.signal)
+                self._crew.tell(seat, Disconnected)
+            self._crew.tell(seat, Exited, ended.code, ended.signal)
             self._dispatcher.remove_worker(worker, hung=seat.member.aborted is not None)
             self._stacks.gone(worker)
             if seat.stacks >= 0:
                 os.close(seat.stacks)
             del self.seats[worker]
-            self._settle_debug_orders(worker)
+            self._debuggers.settle(worker)
             asked = seat.member.drained is not None
             self.handles.leave_all(worker, crashed=not asked)
-            self._last_exit = self._last_exit if seat.member.doomed else f"worker {worker} {ended}"
+            self._crew.last_exit = self._crew.last_exit if seat.member.doomed else f"worker {worker} {ended}"
             known = self._roster.proven or self._target.manual
             level = logging.ERROR if known and not asked else logging.DEBUG
-            logger.log(level, "Worker %d (slot %d, pid %d) %s", worker, seat.member.slot, seat.process.pid, ended)
+            logger.log(level, "Worker %d (slot %d, pid %d) %s", *seat.who, ended)
             self._happened(worker, WorkerEvent.EXITED)
 
     # -- listeners ------------------------------------------------------------------------------------------------
@@ -760,12 +568,12 @@ class Engine:
             self.handles.attach(worker, key)
             seat.listening.add(key)
             if seat.member.current:
-                self._tell(seat, StartedListening, self.handles.address(key))
+                self._crew.tell(seat, StartedListening, self.handles.address(key))
             if seat.member.state is WorkerState.LISTENING:
                 return
             if self._roster.programs or self.handles.pinned <= seat.listening:
                 if seat.member.current:
-                    logger.info("Worker %d (slot %d, pid %d) is listening", worker, seat.member.slot, seat.process.pid)
+                    logger.info("Worker %d (slot %d, pid %d) is listening", *seat.who)
                 self._says(worker, WorkerEvent.LISTENING)
 
     # -- looking in -----------------------------------------------------------------------------------------------

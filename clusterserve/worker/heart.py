@@ -18,12 +18,17 @@ class Heart:
         self._wanted = bool(settings.timeout or settings.limit_max_requests)
         self._send = send
         self._served = served
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Beat on `loop`, if anybody wants to know."""
+        """Beat on `loop` from now on, and on no other, if anybody wants to know."""
+        self._loop = loop
         if self._wanted:
             loop.call_later(self._pause, self._beat, loop)
 
     def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
+        if loop is not self._loop:
+            # Another one is to prove itself.
+            return
         self._send(Beat(self._served()))
         loop.call_later(self._pause, self._beat, loop)

@@ -110,7 +110,7 @@ def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, 
         return BOOT_FAILURE
     _send(channel, Online(os.getpid()), told)
     with _watched(boot, channel, worker):
-        return Program(module, link, worker).run()
+        return Program(module, Settings.from_json(boot.settings), link, worker).run()
 
 
 def place_descriptors(places: str) -> None:

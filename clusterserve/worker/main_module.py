@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import runpy
@@ -25,9 +26,20 @@ class MainModule:
         if first == "-m" and rest.strip():
             self._module = rest.strip()
             sys.path.insert(0, os.getcwd())
+            self._find()
         else:
             self._path = what
             self._load()
+
+    def _find(self) -> None:
+        try:
+            found = importlib.util.find_spec(self._module) is not None
+        except ModuleNotFoundError:
+            found = False
+        except Exception:  # noqa: BLE001 - of the packages around it, which will tell again when it is run
+            return
+        if not found:
+            raise BootError(f"there is no module {self._module!r}")
 
     def _load(self) -> None:
         if os.path.isdir(self._path) or self._path.endswith((".zip", ".pyz")):

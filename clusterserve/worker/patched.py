@@ -20,13 +20,21 @@ _METHODS: Final = ("create_server", "create_unix_server", "create_datagram_endpo
 class Patches:
     """Applied once, before the program runs.  `ours` is the loop of our thread, which is none of the program's.
 
-    `on_exit` is called when a SystemExit has ended a loop.
+    `on_close` is called with a loop that is about to be closed, `on_exit` when a SystemExit has ended one.
     """
 
-    def __init__(self, link: Link, home: Home, ours: asyncio.AbstractEventLoop, on_exit: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        home: Home,
+        ours: asyncio.AbstractEventLoop,
+        on_close: Callable[[asyncio.AbstractEventLoop], None],
+        on_exit: Callable[[], None],
+    ) -> None:
         self._link = link
         self._home = home
         self._ours = ours
+        self._on_close = on_close
         self._on_exit = on_exit
 
     def apply(self) -> None:
@@ -57,7 +65,7 @@ class Patches:
     def _close(self, original: Callable[[Any], None]) -> Callable[[Any], None]:
         def close(loop: Any) -> None:
             if not loop.is_closed() and not loop.is_running():
-                self._link.loop_closes(loop)
+                self._on_close(loop)
             original(loop)
 
         return close

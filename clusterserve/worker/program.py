@@ -21,8 +21,11 @@ from typing import Final
 
 from ..channel.message import Riders
 from ..core.envelope import Envelope
+from ..core.messages import Beat
 from ..currentworker import CurrentWorker
 from ..home import Home
+from ..settings import Settings
+from .heart import Heart
 from .link import Link
 from .main_module import MainModule
 from .patched import Patches
@@ -43,14 +46,18 @@ LAST_WORDS: Final = 5.0
 class Program:
     """One per process, made in the main thread before anything is sent that the program could be asked for."""
 
-    def __init__(self, module: MainModule, link: Link, worker: CurrentWorker) -> None:
+    def __init__(self, module: MainModule, settings: Settings, link: Link, worker: CurrentWorker) -> None:
         self._module = module
+        self._heart = Heart(settings, link.send, lambda: 0)
+        #: Whether the master wants to know of loops that stand still.
+        self._judged = settings.timeout > 0
         self._link = link
         self._worker = worker
         self._loop = asyncio.SelectorEventLoop()
         self._home = Home(self._loop)
         self._main = threading.main_thread()
         self._drain: tuple[float, bool] | None = None
+        self._beats_for: asyncio.AbstractEventLoop | None = None
         self._started = False
         self._left = False
         self._ends = False
@@ -67,7 +74,7 @@ class Program:
         ready = threading.Event()
         threading.Thread(target=self._control, args=(ready,), name="clusterserve", daemon=True).start()
         ready.wait()
-        Patches(self._link, self._home, self._loop, self._exits).apply()
+        Patches(self._link, self._home, self._loop, self._closes, self._exits).apply()
         try:
             return self._module.run()
         finally:
@@ -118,6 +125,13 @@ class Program:
             self._code = code
             self._interrupt()
 
+    def _closes(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A loop of the program's is about to be closed."""
+        if self._link.receives and self._link.receiver.loop is loop:
+            # There is nothing any more whose standing still would matter, until another loop listens.
+            self._loop.call_soon_threadsafe(self._heart.start, self._loop)
+        self._link.loop_closes(loop)
+
     def _exits(self) -> None:
         """A loop of the program's ends by a SystemExit."""
         self._ends = self._ends or threading.current_thread() is self._main
@@ -144,6 +158,12 @@ class Program:
 
     def _on_listening(self) -> None:
         self._worker.tell("listening", state="listening")
+        if self._beats_for != (loop := asyncio.get_running_loop()):
+            self._beats_for = loop
+            self._heart.start(loop)
+            if self._judged:
+                # From now on: also if it never comes to a second one.
+                self._link.send(Beat(0))
         self._loop.call_soon_threadsafe(self._start_up_is_over)
 
     def _start_up_is_over(self) -> None:

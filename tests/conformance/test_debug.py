@@ -399,6 +399,13 @@ def test_I10_debugging_starts_in_all_workers_and_those_to_come(cluster: Callable
     assert all(answers(place) for place in master.debug_addresses.values())
 
 
+def test_I10_asked_for_before_the_start(cluster: Callable[..., Cluster], host: str) -> None:
+    master = cluster(workers=1)
+    assert master.start_debugging(f"{host}:7000").result() == {}
+    master.start()
+    assert master.debug_addresses == {1: f"{host}:7000"}
+
+
 def test_I10_asked_again_changes_nothing(cluster: Callable[..., Cluster], host: str) -> None:
     master = cluster(workers=1, debug_port=f"{host}:7000")
     master.start()

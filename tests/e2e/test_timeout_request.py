@@ -12,7 +12,7 @@ from tests.helpers.server import KEEP, Serve
 from tests.helpers.waiting import eventually
 
 FULL = "tests.helpers.apps.full:app"
-TIMEOUT = "1"
+TIMEOUT = "2"
 ENDED = r"ERROR: +{} has been running for \d+\.\d s and is cancelled; {}"
 
 MODES = pytest.mark.parametrize(

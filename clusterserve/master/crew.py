@@ -1,0 +1,239 @@
+"""`Crew`: the worker processes of a cluster, started and told what `plan` has decided.
+
+What becomes of them is a fact, and the engine's business (`Ears`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, Protocol
+
+from .. import faults
+from ..channel.message import MessageChannel, Riders
+from ..core.envelope import Envelope
+from ..core.events import Event, Exited, Forked, StartedDraining, WasKilled, WentWrong, WorkerName
+from ..core.lifecycle import WorkerEvent, WorkerState
+from ..core.messages import Boot, Message
+from ..core.messages import Drain as DrainMessage
+from ..core.reconcile import Abort, Drain, Kill, Spawn
+from ..core.roster import Member, Roster
+from ..core.wear import Wear
+from ..errors import ProtocolError
+from ..settings import Settings
+from .dispatcher import Dispatcher
+from .process import Exit, WorkerProcess
+
+logger = logging.getLogger("clusterserve")
+
+#: What a worker that was told to disconnect, and then to die, has to end by itself in between (seconds).
+FAREWELL: Final = 0.5
+
+#: Variables for a worker, as pairs.
+Environment = tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Seat:
+    """A worker's place: its record for `plan`, its process, its message channel."""
+
+    member: Member
+    process: WorkerProcess
+    channel: MessageChannel
+    listening: set[int] = field(default_factory=set)
+    #: Where it writes its threads' stacks; -1 until it is online.  Ours to close.
+    stacks: int = -1
+    #: The signal that `destroy` has left for it; 0 for none.
+    farewell: int = 0
+    #: Where a debugger can attach, HOST:PORT; empty: nowhere.
+    debugger: str = ""
+
+    @property
+    def who(self) -> tuple[int, int, int]:
+        """For the log: "Worker %d (slot %d, pid %d)"."""
+        return self.member.id, self.member.slot, self.process.pid
+
+
+class Ears(Protocol):
+    """Who hears of the workers."""
+
+    def on_message(self, worker: int, message: Message, descriptors: list[int]) -> None: ...
+    def on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None: ...
+    def on_closed(self, worker: int, error: ProtocolError | None) -> None: ...
+    def on_exit(self, worker: int, ended: Exit) -> None: ...
+
+
+class Crew:
+    """Every worker that is not dead, by id.  `settings` are for those to come."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        settings: Settings,
+        roster: Roster,
+        dispatcher: Dispatcher,
+        emit: Callable[[Event], None],
+        ears: Ears,
+    ) -> None:
+        self.settings = settings
+        self.seats: dict[int, Seat] = {}
+        #: What `fork` was given, by slot: replacements inherit it.
+        self.environments: dict[int, Environment] = {}
+        #: How the last one ended that was not told to.
+        self.last_exit = "no worker process could be started"
+        self._loop = loop
+        self._roster = roster
+        self._dispatcher = dispatcher
+        self._emit = emit
+        self._ears = ears
+
+    def channel(self, worker: int) -> MessageChannel | None:
+        """Its message channel; None if it is gone."""
+        seat = self.seats.get(worker)
+        return None if seat is None else seat.channel
+
+    def tell(self, seat: Seat, kind: Callable[..., Event], *details: Any) -> None:
+        """Emit an event about this worker."""
+        self._emit(kind(WorkerName(*seat.who), *details))
+
+    # -- starting -------------------------------------------------------------------------------------------------
+
+    def spawn(self, action: Spawn, wear: Wear, debug_port: int | None = None) -> int:
+        """Start one; the id of the worker that was started, or could not be."""
+        now = self._loop.time()
+        member = self._roster.spawned(action.slot, action.generation, now, wear)
+        self._say_why(action, member)
+        try:
+            process = WorkerProcess(
+                action.slot,
+                self._loop,
+                partial(self._ears.on_exit, member.id),
+                self.settings,
+                self.environments.get(action.slot, ()),
+            )
+        except OSError as exc:
+            self._stillborn(member, exc, now)
+            return member.id
+        channel = MessageChannel(
+            self._loop,
+            process.messages,
+            partial(self._ears.on_message, member.id),
+            partial(self._ears.on_closed, member.id),
+            partial(self._ears.on_envelope, member.id),
+        )
+        seat = self.seats[member.id] = Seat(member, process, channel)
+        self.tell(seat, Forked)
+        self._dispatcher.add_worker(
+            member.id, action.slot, process.connections, process.board, process.kept, process.pid
+        )
+        channel.send(self._boot(member, debug_port))
+        return member.id
+
+    def _stillborn(self, member: Member, error: OSError, now: float) -> None:
+        self.last_exit = f"worker {member.id} could not be spawned: {error}"
+        logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, error)
+        name = WorkerName(member.id, member.slot, 0)
+        self._emit(WentWrong(name, error))
+        if not faults.on("no-exit-of-the-unborn"):
+            self._emit(Exited(name, None, None))
+        self._roster.happened(member.id, WorkerEvent.EXITED, now)
+
+    def _boot(self, member: Member, debug_port: int | None) -> Boot:
+        # Python overlooks what is no text there, a Path for one; so do we.
+        entries: list[object] = [*sys.path]
+        path = [entry for entry in entries if isinstance(entry, str)]
+        if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
+            path.insert(0, first)
+        launch = self.settings.to_worker()
+        if debug_port is not None:
+            launch["debug_port"] = debug_port
+        if launch["debug_port"] is not None:
+            self._roster.debugging(member.id)
+        return Boot(member.id, member.slot, self.settings.to_json(), path, launch)
+
+    def _say_why(self, action: Spawn, member: Member) -> None:
+        if action.worn:
+            who = (member.id, action.worn, action.slot, self.seats[action.worn].process.pid)
+            logger.info("Worker %d is to replace worker %d (slot %d, pid %d), which %s", *who, action.why)
+        if self._roster.rejected > action.generation:
+            # There is no other way to get at the old code; what it does then, its log lines say.
+            logger.warning(
+                "Worker %d starts from the files as they are now, from which generation %d could not start; "
+                "repair them, and reload",
+                member.id,
+                self._roster.rejected,
+            )
+
+    # -- ending ---------------------------------------------------------------------------------------------------
+
+    def perform(self, action: Drain | Abort | Kill) -> None:
+        """Do it, which is a fact from then on."""
+        seat, now = self.seats[action.worker], self._loop.time()
+        if isinstance(action, Drain):
+            self._drain(seat, action, now)
+        elif isinstance(action, Abort):
+            self._roster.aborted(action.worker, now)
+            self._dispatcher.distributor.drain_worker(action.worker)
+            logger.error(
+                "Worker %d (slot %d, pid %d) is hung: %s; its stacks follow, it is replaced", *seat.who, action.why
+            )
+            self.last_exit = f"worker {action.worker} was hung, {action.why}"
+            seat.process.send_signal(signal.SIGABRT)
+        else:
+            # Before anybody ever listened, the story is told once, when the cluster fails.
+            self._kill(seat, action.why, logging.WARNING if self._roster.proven else logging.DEBUG, ", ")
+
+    def _drain(self, seat: Seat, action: Drain, now: float) -> None:
+        if seat.member.drained is None:
+            self.tell(seat, StartedDraining)
+        self._roster.drained(action.worker, action.quick, now)
+        self._dispatcher.distributor.drain_worker(action.worker)
+        limits = self._roster.limits
+        grace = limits.quick if action.quick else limits.graceful
+        # Behind the program's messages, so that they arrive; an order to hurry goes first.
+        send = seat.channel.send if action.quick else seat.channel.send_in_line
+        send(DrainMessage(grace, action.quick, action.keep))
+        if action.interrupt:
+            seat.process.send_signal(signal.SIGTERM)
+
+    def broke_protocol(self, worker: int, error: ProtocolError) -> None:
+        """It costs it its life."""
+        seat = self.seats[worker]
+        if not seat.member.killed:
+            # Or else it goes on talking until it is dead.
+            self._dispatcher.distributor.drain_worker(worker)
+            self._kill(seat, str(error), logging.ERROR, ": ")
+
+    def _kill(self, seat: Seat, why: str, level: int, joint: str) -> None:
+        self._roster.killed(seat.member.id)
+        logger.log(level, "Worker %d (pid %d) is killed: %s", seat.member.id, seat.process.pid, why)
+        self.last_exit = f"worker {seat.member.id} was killed{joint}{why}"
+        self.tell(seat, WasKilled, why)
+        seat.process.send_signal(signal.SIGKILL)
+
+    def destroy(self, worker: int, number: int) -> None:
+        """Send a signal to one that was told to disconnect, once it has and does not end by itself."""
+        seat = self.seats.get(worker)
+        if seat is not None:
+            seat.farewell = number
+            if seat.member.state is WorkerState.DISCONNECTED:
+                self.bid_farewell(seat)
+
+    def bid_farewell(self, seat: Seat) -> None:
+        """Its channel is closed: what `destroy` has left for it comes soon."""
+        if seat.farewell:
+            self._loop.call_later(FAREWELL, seat.process.send_signal, seat.farewell)
+
+    def send_signal(self, worker: int, number: int) -> None:
+        """Deliver a signal to a worker's process.  Nothing happens if it is gone."""
+        seat = self.seats.get(worker)
+        if seat is not None:
+            seat.process.send_signal(number)
+            if number == signal.SIGTERM and not self._roster.programs:
+                self._roster.terminated(worker, self._loop.time())
