@@ -15,6 +15,7 @@ class Pending(concurrent.futures.Future[T]):
 
     `await pending` on any event loop, or `pending.result(timeout)` in a thread that may wait.  It cannot be cancelled:
     who awaits it may be, and what is under way goes on.  Nobody needs to ask: an error that nobody asks for is lost.
+    What `add_done_callback` is given may run on a thread of the cluster's, and must not wait for anything.
     """
 
     def __init__(self) -> None:
