@@ -23,15 +23,26 @@ class listen_options:  # noqa: N801 - it reads as a statement: `with listen_opti
 
     `data` (what JSON can say, or bytes; up to 256 KiB) goes with the request to listen: of all workers that listen
     there, the first one's counts, and each finds that in `data` when the call returns, before a connection comes.
-    `v6only` says whether a host "::" means IPv6 alone; None leaves it to asyncio: yes for TCP, no for UDP.  Nothing
-    happens where servers do not go through a master.
+    `v6only` says whether a host "::" means IPv6 alone; None leaves it to asyncio: yes for TCP, no for UDP.
+
+    `max_connections` is how many connections this *worker* holds at a time (the least of its servers' limits; 0: none
+    at all): more go to other workers, or wait in the master until somebody has room.  With `drop=True` they are closed
+    instead, and counted in the server's `drops`.  Under policy none, where nobody hands connections out, it says
+    nothing.  All of this does nothing where servers do not go through a master.
     """
 
-    def __init__(self, *, data: Any = None, v6only: bool | None = None) -> None:
+    def __init__(
+        self, *, data: Any = None, v6only: bool | None = None, max_connections: int | None = None, drop: bool = False
+    ) -> None:
+        if max_connections is not None and max_connections < 0:
+            raise ValueError(f"max_connections is at least 0, not {max_connections}")
         self.v6only = v6only
+        self.max_connections = max_connections
+        self.drop = drop
         #: What all workers of this listener have; of the last one if several are opened in the block.
         self.data = data
-        self._text = "" if data is None else pack_data(data)
+        #: The data as it travels.
+        self.text = "" if data is None else pack_data(data)
         self._token: contextvars.Token[listen_options | None] | None = None
 
     def __enter__(self) -> listen_options:
@@ -45,10 +56,9 @@ class listen_options:  # noqa: N801 - it reads as a statement: `with listen_opti
         _current.reset(self._token)
 
 
-def given() -> tuple[str, bool | None]:
-    """The data, as it travels, and `v6only` of the innermost block."""
-    options = _current.get()
-    return ("", None) if options is None else (options._text, options.v6only)
+def given() -> listen_options:
+    """Those of the innermost block."""
+    return _current.get() or listen_options()
 
 
 def agreed(text: str) -> None:

@@ -73,7 +73,9 @@ class Listen:
     v6only: bool = False
     reuse_address: bool = True
     keep_alive: bool = False
-    #: For every worker that listens there: the first one's counts.  See `clusterserve.listening`.
+    #: The master sends this worker no more than so many connections at a time; -1: no limit.
+    max_connections: int = -1
+    #: For every worker that listens there: the first one's counts.  See `clusterserve.listen_options`.
     data: str = ""
 
 

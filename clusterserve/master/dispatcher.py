@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from .. import faults
 from ..channel.board import UNTOUCHED, Board
 from ..channel.connection import MAX_BATCH, MasterEnd
 from ..core.connection import Connection, State
@@ -67,7 +68,7 @@ class Dispatcher:
     ) -> None:
         self._loop = loop
         self.distributor = distributor
-        self._max_pending = max_pending
+        self._max_pending = 1 << 30 if faults.on("endless-queue") else max_pending
         self._on_fault = on_fault
         self._on_idle = on_idle
         self._epoll = select.epoll()
@@ -376,12 +377,14 @@ class Dispatcher:
         self._starvation.forget(self._pids.pop(worker, 0))
         record, _ = self._channels.pop(end.fileno())
         self._read_answers(record, end, now)
-        self._recall(record, end)
+        loses = faults.on("lost-offers")
+        if not loses:
+            self._recall(record, end)
         board = self._lookout.board(worker)
         untouched = []
         for connection in self.distributor.remove_worker(worker):
             fate = fate_of(connection.fd, board.mark(connection.fd))
-            if fate is Fate.UNTOUCHED:
+            if fate is Fate.UNTOUCHED and not loses:
                 untouched.append(connection)
                 continue
             if fate is Fate.IDLE and self.distributor.idle(connection, now):

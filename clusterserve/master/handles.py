@@ -71,6 +71,8 @@ class Handles:
         self._ports: dict[_Free, int] = {}
         self._kept: dict[Endpoint, socket.socket] = {}
         self._orphans: dict[int, asyncio.TimerHandle] = {}
+        # How many connections a worker may hold, as its server on a listener says.
+        self._limits: dict[tuple[int, int], int] = {}
         self._keys = 0
         self._closed = False
 
@@ -128,6 +130,9 @@ class Handles:
         if not listener.workers and not listener.data:
             listener.data = request.data
         listener.workers.add(worker)
+        if request.max_connections >= 0:
+            self._limits[worker, listener.key] = request.max_connections
+            self._limit(worker)
         orphan = self._orphans.pop(listener.key, None)
         if orphan is not None:
             orphan.cancel()
@@ -137,6 +142,12 @@ class Handles:
             if listener.is_open:
                 self._dispatcher.add_listener(listener, client_speaks_first=first)
         return listener
+
+    def _limit(self, worker: int) -> None:
+        """The least that any of its servers says."""
+        if worker in self._distributor.workers:
+            limits = [limit for (each, _), limit in self._limits.items() if each == worker]
+            self._distributor.workers[worker].capacity = min(limits, default=None)
 
     def _pinned(self, worker: int, bind: Bind, request: Listen) -> Listener:
         """The listener of `--bind` that this text names; of several on port 0 the first that the worker is not on."""
@@ -249,10 +260,12 @@ class Handles:
         if listener is None or worker not in listener.workers:
             return
         listener.workers.discard(worker)
+        if self._limits.pop((worker, key), None) is not None:
+            self._limit(worker)
         if worker in self._distributor.workers and key in self._distributor.handles:
             self._distributor.detach(worker, key)
         if not listener.pinned and not listener.workers:
-            if crashed:
+            if crashed and not faults.on("no-orphans"):
                 self._orphans[key] = self._loop.call_later(ORPHAN_TIME, self._release, key)
             else:
                 self._release(key)

@@ -128,10 +128,10 @@ async def create_datagram_endpoint(
             loop, host or None, port, options.get("family", 0), options.get("flags", 0), socket.SOCK_DGRAM
         )
         binds = [str(Bind("tcp", host=address[0], port=address[1])) for address in found]
-    data, v6only = given()
+    said = given()
     first: OSError | None = None
     for bind in binds:
-        request = Listen(0, bind, 0, False, False, datagram=True, v6only=bool(v6only), data=data)
+        request = Listen(0, bind, 0, False, False, datagram=True, v6only=bool(said.v6only), data=said.text)
         try:
             answer, descriptors = await link.listen(request)
             break

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Final
@@ -58,6 +58,7 @@ class Program:
         self._main = threading.main_thread()
         self._drain: tuple[float, bool] | None = None
         self._beats_for: asyncio.AbstractEventLoop | None = None
+        self._withdrawn: list[asyncio.Future[None]] = []
         self._started = False
         self._left = False
         self._ends = False
@@ -195,8 +196,12 @@ class Program:
         receiver = self._link.receiver
         # Every offer was sent before the order to go: none is left behind.
         receiver.drain()
-        withdrawn = [server.withdraw() for server in tuple(self._link.servers)]
-        ends = asyncio.ensure_future(_all([each for each in withdrawn if each is not None]))
+        for server in tuple(self._link.servers):
+            connections = server.withdraw()
+            if connections is not None:
+                # Kept: the next time that this is asked (a second order, the end of the start-up) they count too.
+                self._withdrawn.append(asyncio.ensure_future(connections))
+        ends = asyncio.ensure_future(_all(self._withdrawn))
         if self._drain[1] or self._worker.farewell:
             receiver.cut()
             self._idle()
@@ -223,5 +228,5 @@ class Program:
         self._worker.leave(lambda: self.end(0))
 
 
-async def _all(waits: list[Awaitable[None]]) -> None:
+async def _all(waits: list[asyncio.Future[None]]) -> None:
     await asyncio.gather(*waits)

@@ -17,6 +17,7 @@ from resource import RUSAGE_THREAD, getrusage, struct_rusage
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
+from .. import faults
 from ..channel.board import READING, Board
 from ..channel.connection import MAX_ANSWERS, WorkerEnd
 from ..core.cost import Cost
@@ -79,6 +80,7 @@ class Receiver:
         self._cost = Cost()
         self._board = board
         self._end = end
+        self._refuses = not faults.on("lost-refusals")
         self._on_lost = on_lost
         self._began = 0.0
         self._spent = 0.0
@@ -171,7 +173,8 @@ class Receiver:
             server = self.servers.get(key)
             if server is None or number >= arrived:
                 # No such server (any more), or the descriptor was lost at our limit: somebody else's, please.
-                self._fresh[id] = _REFUSED
+                if self._refuses:
+                    self._fresh[id] = _REFUSED
                 if number < arrived:
                     os.close(fds[number])
                 continue
@@ -224,6 +227,11 @@ class Receiver:
                 os.close(fd)
                 self._fresh[id] = _ACK | _CLOSED
                 return
+        elif server.most is not None and len(self.kept) >= server.most:
+            server.drops += 1
+            os.close(fd)
+            self._fresh[id] = _ACK | _CLOSED
+            return
         elif server.ssl:
             # A client that dribbles its handshake must not hold the acknowledgement.
             self._fresh[id] = _ACK

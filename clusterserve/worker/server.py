@@ -65,12 +65,16 @@ class Entrance:
         protocol_factory: Callable[[], asyncio.BaseProtocol],
         ssl: dict[str, Any],
         client_speaks_first: bool,
+        most: int | None = None,
     ) -> None:
         name: Any = tuple(answer.sockname) if isinstance(answer.sockname, list) else answer.sockname
         self.key = answer.listener
         self.protocol_factory: Callable[[], Any] = protocol_factory
         self.ssl = ssl
         self.client_speaks_first = client_speaks_first
+        #: Connections of this worker above which a new one is closed, and how many have been.
+        self.most = most
+        self.drops = 0
         self.socket = FauxSocket(answer.family, name)
         #: The local address of its connections, in the shape of `peername`; None: ask the kernel for each.
         self.sockname: tuple[str, int] | str | None = None
@@ -186,6 +190,11 @@ class FauxServer(_Server):
     def keys(self) -> list[int]:
         """Its listeners'."""
         return [entrance.key for entrance in self.entrances]
+
+    @property
+    def drops(self) -> int:
+        """How many connections were closed because there were too many: see `listen_options`."""
+        return sum(entrance.drops for entrance in self.entrances)
 
     @property
     def sockets(self) -> tuple[Any, ...]:

@@ -59,7 +59,9 @@ async def serve(
     if had[0][0].shared:
         server = await _shared_server(loop, link, base, protocol_factory, had, ssl, closed)
     else:
-        entrances = [Entrance(answer, protocol_factory, ssl, first) for answer, _ in had]
+        said = given()
+        most = said.max_connections if said.drop else None
+        entrances = [Entrance(answer, protocol_factory, ssl, first, most) for answer, _ in had]
         server = FauxServer(loop, entrances, link.serve, closed)
     server.factory, server.ssl = protocol_factory, ssl
     link.servers.add(server)
@@ -138,7 +140,8 @@ def _give_back(link: Link, had: list[tuple[Listened, list[int]]]) -> None:
 
 def requests_for(binds: list[tuple[str, bool]], options: dict[str, Any]) -> list[Listen]:
     """One request for each address, and whether it is an IPv6 one, that is not given twice."""
-    data, v6only = given()
+    said = given()
+    limit = -1 if said.max_connections is None or said.drop else said.max_connections
     reuse, keep_alive = options.get("reuse_address"), bool(options.get("keep_alive"))
     return [
         Listen(
@@ -148,10 +151,11 @@ def requests_for(binds: list[tuple[str, bool]], options: dict[str, Any]) -> list
             False,
             False,
             # What asyncio does for a host of this family, always.
-            v6only=v6 if v6only is None else v6 and v6only,
+            v6only=v6 if said.v6only is None else v6 and said.v6only,
             reuse_address=True if reuse is None else bool(reuse),
             keep_alive=keep_alive,
-            data=data,
+            max_connections=limit,
+            data=said.text,
         )
         for bind, v6 in dict.fromkeys(binds)
     ]

@@ -66,8 +66,9 @@ def names(server):
 
 
 async def listen(name, host, port, options):
-    v6only = options.pop("v6only", None)
-    with clusterserve.listen_options(data=options.pop("data", None), v6only=v6only) as options_used:
+    names_of_ours = ("data", "v6only", "max_connections", "drop")
+    ours = {name: options.pop(name) for name in names_of_ours if name in options}
+    with clusterserve.listen_options(**ours) as options_used:
         servers[name] = await asyncio.start_server(answers, host, port, **options)
     return [names(servers[name]), options_used.data]
 
@@ -157,8 +158,21 @@ async def hold(seconds, name=None):
     asyncio.get_running_loop().call_later(0.05, busy)
 
 
-VERBS = dict(listen=listen, unix=unix, udp=udp, own=own, own_udp=own_udp, close=close, had=had, sockets=sockets,
-             go=go, send_udp=send_udp, give_up=give_up, hold=hold)
+async def drops(name):
+    return servers[name].drops
+
+
+async def reopened(name, host, port):
+    """Close it and open it again, at once."""
+    servers.pop(name).close()
+    [[first, *_], _] = await listen(name, host, port, {})
+    return first[1]
+
+
+VERBS = {name: globals()[name] for name in (
+    "drops", "reopened", "listen", "unix", "udp", "own", "own_udp", "close", "had", "sockets", "go",
+    "send_udp", "give_up", "hold",
+)}
 
 
 async def main():

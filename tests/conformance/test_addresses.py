@@ -281,6 +281,6 @@ def test_A16_closed_before_it_listens(scene: Scene, policy: str) -> None:
             assert await one.do("give_up", "listen", "a", "127.0.0.1", port, {})
             await one.listen("c")
             await told.when(lambda: not listeners(port), "no listener is left")
-            assert len(told.every("listening", one.worker)) == 2
+            assert len(await told.until("listening", one.worker, count=2)) == 2
 
     scene.run(main())
