@@ -714,3 +714,38 @@ def test_what_is_read_again_is_what_a_start_would_read(
     with pytest.raises(SettingsError):
         master.reread()
     assert Path.cwd() == tmp_path / "site"
+
+
+# -- exec --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "program", "args"),
+    [
+        (["pyproject.toml"], "pyproject.toml", ()),
+        (["-w", "3", "--log-level=debug", "pyproject.toml", "-w", "7"], "pyproject.toml", ("-w", "7")),
+        (["-w3", "--no-use-colors", "pyproject.toml", "--", "x"], "pyproject.toml", ("--", "x")),
+        (["--policy", "least", "-m", "package.tool", "-m", "x"], "-m package.tool", ("-m", "x")),
+        (["--", "pyproject.toml", "x"], "pyproject.toml", ("x",)),
+    ],
+)
+def test_exec(argv: list[str], program: str, args: tuple[str, ...], parsed: Parsed) -> None:
+    settings = parsed("exec", *argv)
+    assert (settings.exec, settings.args, settings.app, settings.binds) == (program, args, "", ())
+    assert not settings.borrows
+
+
+def test_exec_overlooks_what_variables_say_for_applications(parsed: Parsed, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("CLUSTERSERVE_APP", "a:b")
+    environment.setenv("CLUSTERSERVE_BIND", ":1")
+    environment.setenv("CLUSTERSERVE_WORKERS", "3")
+    settings = parsed("exec", "pyproject.toml")
+    assert (settings.app, settings.binds, settings.workers) == ("", (), 3)
+
+
+def test_exec_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["exec", "--help"]) == 0
+    help = capsys.readouterr().out
+    assert help.startswith("Usage: clusterserve exec [OPTIONS] {SCRIPT | -m MODULE} [ARGUMENTS]")
+    assert "--policy" in help
+    assert "--bind" not in help

@@ -22,6 +22,7 @@ import uvicorn
 from uvicorn.importer import ImportFromStringError, import_from_string
 
 from .. import faults
+from ..core.address import Address
 from ..currentworker import CurrentWorker
 from ..errors import BootError
 from ..settings import Settings
@@ -92,10 +93,10 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
     _Drainer(server, link, borrowing, draining, member)
     expected = len(settings.binds)
 
-    def listening() -> None:
+    def listening(address: Address) -> None:
         nonlocal expected
         expected -= 1
-        member.listens()
+        member.listens(address)
         if not expected:
             boot.release()
             member.started()

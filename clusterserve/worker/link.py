@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple
 from ..channel.board import Board
 from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel, Riders
+from ..core.address import Address
 from ..core.envelope import Envelope
 from ..core.messages import Closed, Debug, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
 from ..current import current_worker
@@ -67,8 +68,10 @@ class Link:
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
         #: Called with each message of the program that has the cluster.
         self.on_envelope: Callable[[Envelope, Riders], None] = lambda envelope, riders: riders.close()
+        #: Where this worker's listeners listen.
+        self._addresses: dict[int, Address] = {}
         #: Called when a server is in place, on its loop.
-        self.on_listening: Callable[[], None] = lambda: None
+        self.on_listening: Callable[[Address], None] = lambda address: None
         #: What this process exits with when the master has closed the channels.
         self.gone = MASTER_GONE
 
@@ -189,6 +192,7 @@ class Link:
             raise
         if listened.errno:
             raise OSError(listened.errno, listened.reason)
+        self._addresses[listened.listener] = _address(listened, request.datagram)
         return listened, descriptors
 
     def serve(self, server: FauxServer) -> None:
@@ -201,12 +205,13 @@ class Link:
     def listening(self, key: int) -> None:
         """Tell the master that the server on listener `key` is in place."""
         # First, so that whatever it prepares is in place when the first connection comes, and the first signal.
-        self.on_listening()
+        self.on_listening(self._addresses[key])
         self.send(Listening(key))
 
     def leave(self, key: int) -> None:
         """The server on listener `key` has gone, or never came: the master may let go of it."""
         self.receiver.servers.pop(key, None)
+        self._addresses.pop(key, None)
         self.send(Closed(key))
 
     def ask_to_leave(self) -> None:
@@ -260,3 +265,10 @@ class Link:
     def _on_closed(self, error: ProtocolError | None) -> None:
         """The master is gone, and with it the reason to live: what the kernel's parent-death signal does, for sure."""
         os._exit(self.gone)
+
+
+def _address(answer: Listened, datagram: bool) -> Address:
+    if isinstance(answer.sockname, str):
+        return Address(answer.sockname)
+    version = 6 if answer.family == socket.AF_INET6 else 4
+    return Address(str(answer.sockname[0]), int(answer.sockname[1]), f"udp{version}" if datagram else version)

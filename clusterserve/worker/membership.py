@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from ..channel.message import Riders
+from ..core.address import Address
 from ..core.envelope import Envelope
 from ..currentworker import CurrentWorker
 from ..home import Home
@@ -36,9 +37,9 @@ class Membership:
     def _received(self, envelope: Envelope, riders: Riders) -> None:
         self._worker.received(envelope, riders)
 
-    def listens(self) -> None:
+    def listens(self, address: Address) -> None:
         """A server is in place."""
-        self._worker.tell("listening", state="listening")
+        self._worker.tell("listening", address, state="listening")
 
     def started(self) -> None:
         """The application has started: messages that nobody listens to are dropped from now on."""

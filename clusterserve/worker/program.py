@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Final
 
 from ..channel.message import Riders
+from ..core.address import Address
 from ..core.envelope import Envelope
 from ..core.messages import Beat
 from ..currentworker import CurrentWorker
@@ -157,8 +158,8 @@ class Program:
     def _on_envelope(self, envelope: Envelope, riders: Riders) -> None:
         self._home.run(self._worker.received, envelope, riders)
 
-    def _on_listening(self) -> None:
-        self._worker.tell("listening", state="listening")
+    def _on_listening(self, address: Address) -> None:
+        self._worker.tell("listening", address, state="listening")
         if self._beats_for != (loop := asyncio.get_running_loop()):
             self._beats_for = loop
             self._heart.start(loop)

@@ -151,7 +151,7 @@ class TestGivenUp:
 class TestServe:
     async def test_connections_come(self, loop: Loop, fake: FakeMaster, recorders: Recorders) -> None:
         told: list[list[Message]] = []
-        fake.link.on_listening = lambda: told.append(fake.of(Listening))
+        fake.link.on_listening = lambda address: told.append(fake.of(Listening))
         await serve(fake, recorders.on(data=echo))
         assert await fake.said(Listening) == [Listening(1)]
         # Before the master is told, so that what is prepared then is in place for the first connection.
