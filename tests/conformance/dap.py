@@ -7,7 +7,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from tests.helpers.waiting import DEADLINE
+#: For each thing that is waited for (seconds); busy machines take their time.
+PATIENCE = 60.0
 
 Message = dict[str, Any]
 
@@ -16,7 +17,7 @@ class Debugger:
     """One connection to a debug adapter.  Use it in a `with` block."""
 
     def __init__(self, host: str, port: int) -> None:
-        self._sock = socket.create_connection((host, port), DEADLINE)
+        self._sock = socket.create_connection((host, port), PATIENCE)
         self._file = self._sock.makefile("rb")
         self._number = 0
         #: Every message so far that nobody has asked for.
