@@ -52,7 +52,8 @@ class Streams:
         entries: Sequence[str | int] = launch.stdio or (_SILENT if launch.silent else ())
         self._base = len(entries) + 3
         try:
-            for number, entry in enumerate(entries):
+            # The master's own first: what is opened here must not pass for one of a number that was not open.
+            for number, entry in sorted(enumerate(entries), key=lambda each: each[1] in ("pipe", "ignore", "ipc")):
                 self._open(number, entry)
         except OSError:
             self.close()
@@ -99,7 +100,7 @@ class Streams:
     @property
     def extra(self) -> dict[int, int]:
         """By its number in the worker, what it is a copy of."""
-        return {number: fd for number, fd in self.theirs.items() if number >= 3 and fd is not None}
+        return {number: fd for number, fd in sorted(self.theirs.items()) if number >= 3 and fd is not None}
 
     def close(self) -> None:
         for fd in self._owned:
