@@ -178,7 +178,8 @@ class Link:
         for other in tuple(self._requests.values()):
             if (other.bind, other.datagram) == (request.bind, request.datagram) and other.answer.cancelled():
                 # Given up, but not yet given back: the master would take this for a second server there.
-                await asyncio.wrap_future(other.over)
+                # Shielded: who gives up waiting must not cancel what others wait for, and the answer sets.
+                await asyncio.shield(asyncio.wrap_future(other.over))
         number = next(self._numbers)
         asked = _Request(request.bind, request.datagram, concurrent.futures.Future(), concurrent.futures.Future())
         self._requests[number] = asked

@@ -113,7 +113,9 @@ class TestGivenUp:
     ) -> None:
         """The master would take it for a second server there."""
         request = await self.given_up(loop, fake)
-        again = loop.create_task(listen(fake))
+        impatient, again = loop.create_task(listen(fake)), loop.create_task(listen(fake))
+        await turns(5)
+        impatient.cancel()
         await turns(5)
         assert len(fake.of(Listen)) == 1
         fake.answers = fake.grant
