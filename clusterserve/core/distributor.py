@@ -147,9 +147,7 @@ class Distributor:
         """The cluster has `slots` slots from now on; for the policies that care, also those that are still to come."""
         self._slots = slots
         for handle in self.handles.values():
-            resize = getattr(handle.policy, "resize", None)
-            if resize is not None:
-                resize(slots)
+            handle.resize(slots)
 
     def add_worker(self, id: int, slot: int, capacity: int | None = None) -> Worker:
         """A worker exists; it gets nothing before it is attached to a handle."""
@@ -202,6 +200,7 @@ class Distributor:
         for connection in record.lost.values():
             connection.relics -= 1
         record.lost.clear()
+        record.taken.clear()
         return held
 
     # -- facts about connections ----------------------------------------------------------------------------------
@@ -275,8 +274,14 @@ class Distributor:
         connection = worker.unacked.get(id)
         if connection is None:
             connection = worker.borrowed.get(id)
+            if connection is None and kind == _CLOSED and id in worker.taken:
+                worker.taken.remove(id)
+                return None
             if connection is None or not (kind in _ENDINGS or (kind == _KEPT and connection.state is State.BORROWED)):
                 raise ProtocolError(f"worker {worker.id} answered {kind} for connection {id}, which it was not offered")
+            if kind == _TAKEN and connection.relics:
+                # Another worker still has a copy of it, and cannot hear: ours is needed to end it.
+                return None
             del worker.borrowed[id]
             if connection.state is State.KEPT:
                 self._release(worker, connection)
@@ -284,6 +289,8 @@ class Distributor:
             if kind not in _ANSWERS:
                 raise ProtocolError(f"worker {worker.id} answered {kind} for connection {id}, which is no answer")
             del worker.unacked[id]
+            if kind == _ACK | _TAKEN and connection.relics:
+                kind = _ACK
             # A peak counts at once and fades over some hundred answers: see `held`.
             worker.held = max(held, worker.held - (worker.held >> 6) - 1)
             worker.narrow = self.narrows and worker.held > EXPENSIVE
@@ -308,6 +315,7 @@ class Distributor:
             return connection if self._back((connection,)) else None
         if kind & _TAKEN:
             connection.step(Event.TAKE)
+            worker.taken.add(id)
         elif kind & _SILENT and connection.listener in self.handles:
             connection.step(Event.RETURN)
             connection.worker = 0

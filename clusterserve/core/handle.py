@@ -27,6 +27,16 @@ class Handle:
         #: Its connections wait for one worker and no other: taking them back from it would only delay them.
         self.sticky = bool(getattr(policy, "sticky", False))
 
+    def resize(self, slots: int) -> None:
+        """The cluster has `slots` slots from now on: who waits may have to wait elsewhere."""
+        resize = getattr(self.policy, "resize", None)
+        if resize is not None:
+            resize(slots)
+            waiting = sorted((one for lane in self.lanes.values() for one in lane), key=lambda one: one.ticket)
+            self.lanes = {}
+            for connection in waiting:
+                self.lane(connection).append(connection)
+
     def lane(self, connection: Connection) -> deque[Connection]:
         """The queue this connection waits in."""
         name = None if self._lane is None else self._lane(connection)

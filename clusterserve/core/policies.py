@@ -51,10 +51,11 @@ class Waiting(Protocol):
 class Policy(Protocol):
     """What `--policy package.module:Class` must provide; the class is called without arguments, once per listener.
 
-    Three attributes are optional.  `sticky` (bool): a connection waits for one worker and no other, so what that worker
+    Four attributes are optional.  `sticky` (bool): a connection waits for one worker and no other, so what that worker
     has not read is left with it.  `wake_at` (float or None): ask again at this time, on the clock of `pick`'s `now`,
     even if nothing changed.  `lane(connection)`: connections with the same lane wait in one queue; without it all of
-    a listener do, and a connection that must wait holds up those behind it.
+    a listener do, and a connection that must wait holds up those behind it.  `resize(slots)`: the cluster has that many
+    slots from now on; called at the start as well, and every connection that waits is asked for its lane anew.
     """
 
     def add(self, worker: Candidate) -> None:

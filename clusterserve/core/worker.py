@@ -20,7 +20,7 @@ class Worker:
 
     __slots__ = (
         "ahead", "borrowed", "capacity", "excuses", "held", "id", "kept", "listeners", "lost", "narrow", "open",
-        "progress", "resting", "retry", "running", "slot", "stalled", "stuck", "suspect", "turns", "unacked",
+        "progress", "resting", "retry", "running", "slot", "stalled", "stuck", "suspect", "taken", "turns", "unacked",
         "unclaimed", "unread",
     )  # fmt: skip
 
@@ -39,6 +39,8 @@ class Worker:
         self.running = 0
         #: What was taken back from it and it has not confirmed: nothing it says of these counts.
         self.lost: dict[int, Connection] = {}
+        #: What it has for good (WebSockets): counted, and no concern of ours otherwise.
+        self.taken: set[int] = set()
         #: At the last look: how often its loop had turned, and whether requests lay unclaimed.
         self.turns = 0
         self.unclaimed = False
@@ -71,7 +73,7 @@ class Worker:
     @property
     def load(self) -> int:
         """Connections with a request in progress, or on their way to it."""
-        return len(self.unacked) + len(self.borrowed) - len(self.kept) + self.running
+        return len(self.unacked) + len(self.borrowed) + len(self.taken) - len(self.kept) + self.running
 
     @property
     def window(self) -> int:
@@ -88,7 +90,7 @@ class Worker:
             and not self.stuck
             and not self.resting
             and len(self.unacked) < self.window
-            and (self.capacity is None or len(self.unacked) + len(self.borrowed) < self.capacity)
+            and (self.capacity is None or len(self.unacked) + len(self.borrowed) + len(self.taken) < self.capacity)
         )
 
     def __repr__(self) -> str:

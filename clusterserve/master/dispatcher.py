@@ -243,8 +243,19 @@ class Dispatcher:
             self._on_fault(worker.id, exc)
 
     def _park(self, connection: Connection) -> None:
-        self._parked[connection.fd] = connection
-        self._epoll.register(connection.fd, _PARKED)
+        try:
+            self._epoll.register(connection.fd, _PARKED)
+        except OSError as exc:
+            # The kernel bounds how many entries a user's epolls may have in all.
+            if self._may_complain():
+                logger.warning(
+                    "Cannot watch an idle connection, it is closed: %s (said once in %g s)",
+                    exc.strerror,
+                    _COMPLAINT_PAUSE,
+                )
+            _end(self.distributor.hung_up(connection.id))
+        else:
+            self._parked[connection.fd] = connection
 
     def _end_idle(self, connections: Sequence[Connection]) -> None:
         """Close these parked connections, but none whose client has asked for more: the epoll will tell of it."""
@@ -282,9 +293,7 @@ class Dispatcher:
 
     def _exhausted(self, exc: OSError) -> None:
         idle = self.distributor.longest_idle(_SHED)
-        now = self._loop.time()
-        if now >= self._complain_after:
-            self._complain_after = now + _COMPLAINT_PAUSE
+        if self._may_complain():
             what = f"closing the {len(idle)} connections idle longest" if idle else "waiting"
             logger.warning("Cannot accept: %s; %s (said once in %g s)", exc.strerror, what, _COMPLAINT_PAUSE)
         self._end_idle(idle)
@@ -292,6 +301,14 @@ class Dispatcher:
             return
         self._set_accepting(False)
         self._pause = self._loop.call_later(_EXHAUSTED_PAUSE, self._resume)
+
+    def _may_complain(self) -> bool:
+        """Whether nothing of the kind was said for a while."""
+        now = self._loop.time()
+        may = now >= self._complain_after
+        if may:
+            self._complain_after = now + _COMPLAINT_PAUSE
+        return may
 
     def _resume(self) -> None:
         self._pause = None
@@ -388,6 +405,11 @@ class Dispatcher:
         if self._retiring:
             self.end_idle()
         self._distribute(now)
+
+    def resize(self, slots: int) -> None:
+        """The cluster has `slots` slots from now on."""
+        self.distributor.resize(slots)
+        self._distribute(self._loop.time())
 
     def forget(self, key: int) -> None:
         """The listener is gone for good: close what still waits for it."""

@@ -198,7 +198,7 @@ class Engine:
             logger.info("Scaling from %d to %d workers", self._target.count, count)
             self._emit(Scaled(count, self._target.count))
             self._target = dataclasses.replace(self._target, count=count)
-            self._distributor.resize(count)
+            self._dispatcher.resize(count)
         return self._change()
 
     def scale_by(self, difference: int) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Hashable
 from importlib import import_module
 from math import isfinite
+from typing import Any
 
 from ..core.policies import NAMES, TURN, Candidate, Policy, RoundRobin, Waiting, make_policy
 from ..errors import SettingsError
@@ -49,6 +50,11 @@ class GuardedPolicy:
             self._complain("raised", exc)
         return self._fallback.pick(connection, now)
 
+    def resize(self, slots: int) -> None:
+        resize = getattr(self._policy, "resize", None)
+        if resize is not None:
+            self._call(resize, slots)
+
     def lane(self, connection: Waiting) -> Hashable:
         try:
             lane = getattr(self._policy, "lane", None)
@@ -72,9 +78,9 @@ class GuardedPolicy:
             self._complain("raised", exc)
         return None
 
-    def _call(self, method: Callable[[Candidate], None], worker: Candidate) -> None:
+    def _call(self, method: Callable[[Any], None], argument: object) -> None:
         try:
-            method(worker)
+            method(argument)
         except Exception as exc:  # noqa: BLE001 - as above
             self._complain("raised", exc)
 
@@ -114,9 +120,11 @@ def policy_factory(name: str, *, slots: int, long_lived: bool) -> Callable[[], P
 
     def make() -> Policy:
         try:
-            return GuardedPolicy(found(), name)
+            policy = GuardedPolicy(found(), name)
         except Exception:  # as above
             logger.exception("Policy %s cannot be made any more; connections go round robin", name)
             return RoundRobin()
+        policy.resize(slots)
+        return policy
 
     return make

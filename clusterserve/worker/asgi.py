@@ -34,7 +34,7 @@ from .link import Link
 from .loop import cluster_loop
 from .membership import Membership
 from .output import stdout_for_logs
-from .protocols import Borrowing, borrowing_protocol, take_over
+from .protocols import Borrowing, borrowing_protocol
 from .server import BindSocket
 from .title import Title
 
@@ -160,7 +160,9 @@ def _could_not_load(app: str, boot: _BootLog, exc: Exception) -> BootError:
 
 def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Membership) -> uvicorn.Config:
     options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
-    options["http"] = borrowing_protocol(settings.http, borrowing) if settings.borrows else settings.http
+    # Under `none` the workers accept, and everything is uvicorn's.
+    handed = settings.policy != "none"
+    options["http"] = borrowing_protocol(settings.http, borrowing) if handed else settings.http
     if settings.log_config is not None:
         options["log_config"] = settings.log_config
     config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
@@ -170,9 +172,11 @@ def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Member
         loop = loop_class()
         link.attach(loop)
         member.begin(loop)
-        if settings.borrows:
+        if handed:
             link.receiver.borrow(
-                link.kept, keep=settings.dispatch == "auto", head_timeout=settings.timeout_request_header
+                link.kept if settings.borrows else None,
+                keep=settings.dispatch != "request",
+                head_timeout=settings.timeout_request_header,
             )
         return loop
 
@@ -262,9 +266,6 @@ class _Drainer:
         self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]
         self._server.should_exit = True
         self._link.receiver.stop_keeping()
-        if keep:
-            for protocol in tuple(self._server.server_state.connections):
-                take_over(protocol, self._borrowing)
         if quick:
             self._link.receiver.cut()
             self._draining.cut()

@@ -4,8 +4,8 @@ The second file that knows uvicorn, and the only one that knows the insides of i
 contract test (tests/worker/test_borrow_contract.py).  Relied upon, of both: `on_response_complete` is called from the
 application's task when a response is complete, `shutdown` when the server stops, `cycle` is the newest request (None
 before the first), `cycle.response_started`, `cycle.response_complete`, `flow`, `server_state.total_requests`,
-`transport`.  Of httptools': `pipeline` holds the requests that wait, `on_message_begin` and `on_message_complete`
-enclose a request.  Of h11's: `conn`.
+`transport`; between two requests neither `cycle` nor `scope` nor `headers` is needed.  Of httptools': `pipeline` holds
+the requests that wait, `on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
 
 A connection is idle when its last response is complete, the request was read to its end, and nothing beyond it has been
 read: what lies unread in the kernel goes to whoever gets the connection next.  Under policy `none` the transport is the
@@ -41,18 +41,19 @@ REQUEST_TIMEOUT: Final = (
 class Borrowing:
     """What this worker does with idle connections; shared by all its protocols."""
 
-    #: Let go of a connection after every response (`--dispatch request`, `auto`), or only while the worker drains.
+    #: Let go of a connection after every response (`--dispatch request`, `auto`), or only while the worker drains:
+    #: until then uvicorn's own timer ends what is idle.
     after_response: bool = False
 
 
 def _borrower(base: Any) -> Any:
-    """One of uvicorn's protocol classes, able to give back; `_idle` is the only difference between them.
-
-    A subclass of one base and no mixin: `take_over` changes an instance's class, and that needs one layout.
-    """
+    """One of uvicorn's protocol classes, able to give back; `_idle` is the only difference between them."""
 
     class _Borrower(base):  # type: ignore[misc]  # whichever it is
         borrowing: Borrowing
+        cycle: Any
+        scope: Any
+        headers: Any
         _late_head: object = None
         _looks = 0
 
@@ -66,18 +67,29 @@ def _borrower(base: Any) -> Any:
 
         def give_back(self) -> bool:
             """Give the connection back if it is idle; False if it is not, or cannot be given back."""
-            transport = self.transport
-            if not isinstance(transport, HandedTransport) or transport.is_closing() or not self._idle():
-                return False
-            if transport.get_protocol() is not self:
-                # It has been upgraded, and is a WebSocket's now.
+            if not self._at_rest():
                 return False
             self._unset_keepalive_if_required()
             # The same protocol may get the next request.
             self.flow.resume_reading()
             self._next_cycle()
-            transport.rest()
+            self._rest()
             return True
+
+        def _rest(self) -> None:
+            # Nothing is left of the request: a connection waits much longer than it is served, and there are many.
+            self.cycle = self.scope = self.headers = self._late_head = None
+            self.transport.rest()
+
+        def _at_rest(self) -> bool:
+            transport = self.transport
+            return (
+                isinstance(transport, HandedTransport)
+                and not transport.is_closing()
+                and self._idle()
+                # Else it has been upgraded, and is a WebSocket's now.
+                and transport.get_protocol() is self
+            )
 
         def _next_cycle(self) -> None:
             """Make the parser ready for the next request."""
@@ -118,12 +130,17 @@ def _borrower(base: Any) -> Any:
                 self.server_state.total_requests += 1
             else:
                 super().on_response_complete()
+                if not self.borrowing.after_response and self._at_rest():
+                    self._rest()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             # A response may be complete before its request is: the connection goes back when the body has ended.
-            if self.borrowing.after_response and self._answered():
-                self.give_back()
+            if self._answered():
+                if self.borrowing.after_response:
+                    self.give_back()
+                elif self._at_rest():
+                    self._rest()
 
         def shutdown(self) -> None:
             # With `after_response` set, a request in flight gives its connection back at its end.
@@ -140,7 +157,6 @@ class BorrowingHttpTools(_borrower(HttpToolsProtocol)):  # type: ignore[misc]
 
     #: A request has begun and has not been read to its end.
     _reading = False
-    _taken_over = False
 
     def on_message_begin(self) -> None:
         self._reading = True
@@ -151,8 +167,7 @@ class BorrowingHttpTools(_borrower(HttpToolsProtocol)):  # type: ignore[misc]
         self._reading = False
 
     def _idle(self) -> bool:
-        reading = self._partly_read() if self._taken_over else self._reading
-        return not reading and not self.pipeline and (self.cycle is None or self._answered())
+        return not self._reading and not self.pipeline and (self.cycle is None or self._answered())
 
     def _midway(self) -> bool:
         return self._reading
@@ -161,16 +176,6 @@ class BorrowingHttpTools(_borrower(HttpToolsProtocol)):  # type: ignore[misc]
         if not self._reading or (self.cycle is not None and self.cycle.scope is self.scope):
             return None
         return self.scope
-
-    def _partly_read(self) -> bool:
-        """The same without the help of `on_message_*`, which the parser of a protocol taken over does not call.
-
-        What was answered before its body ended looks unfinished for ever, and stays with this worker.
-        """
-        cycle = self.cycle
-        if cycle is None:
-            return self.headers is not None
-        return self.scope is not cycle.scope or bool(cycle.more_body)
 
 
 class BorrowingH11(_borrower(H11Protocol)):  # type: ignore[misc]
@@ -196,28 +201,6 @@ class BorrowingH11(_borrower(H11Protocol)):  # type: ignore[misc]
     def _head_begun(self) -> object:
         begun = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]
         return (self.cycle or self) if begun else None
-
-
-def take_over(protocol: Any, borrowing: Borrowing) -> None:
-    """Make one of uvicorn's own protocols give its connection back, now or when its request is answered.
-
-    `--dispatch connection` runs uvicorn's classes as they are, which costs a kept connection nothing; only when the
-    worker drains they change into ours.  What is not plain HTTP/1 over a transport of ours is left alone.
-    """
-    kinds: dict[type[Any], type[Any]] = {HttpToolsProtocol: BorrowingHttpTools, H11Protocol: BorrowingH11}
-    kind = kinds.get(type(protocol))
-    if kind is None or not isinstance(protocol.transport, HandedTransport):
-        return
-    transport, cycle = protocol.transport, protocol.cycle
-    protocol._taken_over = True
-    protocol.__class__ = _with(kind, borrowing)
-    # Who remembers bound methods of the old class: the loop's transport, and the requests in progress.
-    if transport.get_protocol() is protocol:
-        transport.set_protocol(protocol)
-    for one in (cycle, *(waiting for waiting, _ in getattr(protocol, "pipeline", ()))):
-        if one is not None and not one.response_complete:
-            one.on_response = protocol.on_response_complete
-    protocol.give_back()
 
 
 def _with(kind: type[Any], borrowing: Borrowing) -> type[Any]:

@@ -13,7 +13,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
-from resource import RUSAGE_THREAD, getrusage
+from resource import RUSAGE_THREAD, getrusage, struct_rusage
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +23,8 @@ from ..channel.connection import MAX_ANSWERS, WorkerEnd
 from ..core.cost import Cost
 from ..core.records import IPV4, IPV6, Flag, Kind, pack_answer, unpack_offers
 from ..errors import ProtocolError
-from .transport import CHUNK, HandedTransport
+from .lazy import CHUNK, LazyTransport
+from .transport import HandedTransport
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -32,11 +33,15 @@ if TYPE_CHECKING:
 #: A turn shorter than this (seconds) is taken at its word: asking the kernel is not worth it.
 _DOUBTFUL: Final = 0.0005
 
+#: For so many turns after a longer one the kernel is asked.
+EXACT: Final = 256
+
 _ACK: Final = int(Kind.ACK)
 _CLOSED: Final = int(Kind.CLOSED)
 _RETURNED: Final = int(Kind.RETURNED)
 _REFUSED: Final = int(Kind.REFUSED)
 _KEPT: Final = int(Kind.KEPT)
+_TAKEN: Final = int(Kind.TAKEN)
 _DROPPED: Final = int(Kind.DROPPED)
 _SILENT: Final = int(Kind.SILENT)
 _LOST: Final = int(Flag.LOST)
@@ -63,15 +68,15 @@ class Receiver:
         self.loop = loop
         self.servers: dict[int, Entrance] = {}
         #: Connections that outlive their first turn, for `cut`.
-        self.kept: dict[int, HandedTransport] = {}
+        self.kept: dict[int, LazyTransport] = {}
         #: What the master sees without a message: see `channel.board`.
         self.marks = board.marks
         self.counters = board.counters
-        #: Where HTTP connections wait that are borrowed; None if they are not (`borrow`).
+        #: Where HTTP connections wait; None for servers that are not HTTP (`borrow`).
         self.watch: Watch | None = None
         #: Whether a connection is worth keeping for its next request, now.
         self.keeps = False
-        self._may_keep = False
+        self._may_keep = self._weighs = False
         self._cost = Cost()
         self._board = board
         self._end = end
@@ -79,17 +84,18 @@ class Receiver:
         self._on_lost = on_lost
         self._began = 0.0
         self._spent = 0.0
-        self._usage = getrusage(RUSAGE_THREAD)
+        self._usage: struct_rusage | None = None
+        self._exact = EXACT
         # Of this turn: how many requests began, the lazy transports to settle, and the answers so far.
         self._requests = 0
-        self._lazy: list[HandedTransport] = []
+        self._lazy: list[LazyTransport] = []
         self._fresh: dict[int, int] = {}
-        self._open = False
+        self._open = self._weighed = False
         self._turning = False
         self._later_batch = self._postponed = False
         # Under which number those are kept of which the master is about to hear, and who is armed then.
         self._handles: dict[int, int] = {}
-        self._unarmed: list[HandedTransport] = []
+        self._unarmed: list[LazyTransport] = []
         # Those that are acknowledged when their protocol has its connection.
         self._making: set[int] = set()
         # Answers outside of a turn, and whether their sending is scheduled.
@@ -99,14 +105,17 @@ class Receiver:
         self._on_idle: Callable[[], None] | None = None
         loop.add_reader(end.fileno(), self._readable)
 
-    def borrow(self, kept: select.epoll, *, keep: bool, head_timeout: float) -> None:
-        """HTTP connections are given back after a request from now on; with `keep` only if that is worth it.
+    def borrow(self, kept: select.epoll | None, *, keep: bool, head_timeout: float) -> None:
+        """HTTP connections wait in a watch of ours from now on, and are given back after a request.
 
-        A request's head may take `head_timeout` seconds (0: for ever).  Owns `kept`, the epoll shared with the master.
+        With `keep` only if that is worth it; without `kept`, the epoll shared with the master, only when this worker
+        leaves.  A request's head may take `head_timeout` seconds (0: for ever).  Owns `kept`.
         """
         self.watch = Watch(self.loop, kept, self)
-        self._may_keep = self.keeps = keep
-        if keep:
+        self.keeps = keep
+        self._may_keep = keep and kept is not None
+        self._weighs = kept is not None
+        if self._may_keep:
             self.loop.call_later(IDLE_LOOK, self._look_for_idle)
         if head_timeout:
             self.loop.call_later(head_timeout / HEAD_LOOKS, self._look_at_heads, head_timeout / HEAD_LOOKS)
@@ -119,7 +128,10 @@ class Receiver:
         self.loop.call_later(pause, self._look_at_heads, pause)
 
     def stop_keeping(self) -> None:
-        """Give every connection back as soon as it is idle, those that are kept now."""
+        """Give every connection back as soon as it is idle, those that are kept for the next request now.
+
+        Those that nobody could take back belong to their protocols, which `shutdown` tells.
+        """
         self._may_keep = self.keeps = False
         for transport in tuple(self.kept.values()):
             transport.give_back_if_kept()
@@ -151,7 +163,7 @@ class Receiver:
                 os.close(fd)
             self._on_lost()
             return False
-        self.begin_turn(0)
+        self.begin_turn(weighed=True)
         arrived, number = len(fds), -1
         for _, family, flag, key, id, _, port, _, client, _, place in offers:
             if flag:
@@ -263,19 +275,27 @@ class Receiver:
 
     # -- turns ----------------------------------------------------------------------------------------------------
 
-    def begin_turn(self, requests: int) -> None:
-        """Something was read, or is about to be; so many requests, of those that are kept, begin with it."""
+    def begin_turn(self, requests: int = 0, *, weighed: bool = False) -> None:
+        """Something was read, or is about to be; so many requests, of those that are kept, begin with it.
+
+        `weighed`: it matters how long this turn holds the loop.
+        """
         self._requests += requests
         if not self._open:
             self._open = True
             self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
+        if weighed and not self._weighed:
+            self._weighed = True
+            if self._exact:
+                self._exact -= 1
             # In front of the tasks that are about to be created, as `_turned` is behind them: what else the loop has to
             # run in this turn is nobody's cost.
             self._begins()
             self.loop.call_soon(self._begins)
 
     def _begins(self) -> None:
-        self._usage = getrusage(RUSAGE_THREAD)
+        # A system call, a twentieth of a cheap request: only as long as some turn has been doubtful lately.
+        self._usage = getrusage(RUSAGE_THREAD) if self._exact else None
         self._began = perf_counter()
 
     def end_batch(self) -> None:
@@ -285,15 +305,15 @@ class Receiver:
             self._later_batch = True
         else:
             self._turning = True
-            self._spent = self._span()
+            self._spent = self._span() if self._weighed else 0.0
             self.loop.call_soon(self._turned)
 
-    def settle_later(self, transport: HandedTransport) -> None:
+    def settle_later(self, transport: LazyTransport) -> None:
         """Something has happened to a transport that waits in the watch; settle it when this turn ends."""
         self._lazy.append(transport)
         # In the midst of a batch its end will see to it.
         if not self._open:
-            self.begin_turn(0)
+            self.begin_turn()
             self.end_batch()
 
     def _turned(self) -> None:
@@ -305,12 +325,12 @@ class Receiver:
             self._requests = 0
             self.loop.call_soon(self._turned)
             return
-        self._open = self._turning = self._postponed = self._later_batch = False
+        self._open = self._weighed = self._turning = self._postponed = self._later_batch = False
         lazy, self._lazy = self._lazy, []
         requests, self._requests = self._requests, 0
         fresh = self._fresh
         held = self._spent + self._span() if requests else 0.0
-        if requests and self.watch is not None:
+        if requests and self._weighs and self.watch is not None:
             self._weigh(self.watch, held, requests)
         for transport in lazy:
             transport.settle()
@@ -340,10 +360,15 @@ class Receiver:
         took = perf_counter() - self._began
         if took < _DOUBTFUL:
             return took
+        self._exact = EXACT
+        before = self._usage
+        if before is None:
+            # Out of the blue: whether it worked or waited is known of the next ones.
+            return _DOUBTFUL
         usage = getrusage(RUSAGE_THREAD)
-        if usage.ru_nvcsw != self._usage.ru_nvcsw:
+        if usage.ru_nvcsw != before.ru_nvcsw:
             return took
-        return usage.ru_utime + usage.ru_stime - self._usage.ru_utime - self._usage.ru_stime
+        return usage.ru_utime + usage.ru_stime - before.ru_utime - before.ru_stime
 
     def made(self, id: int) -> None:
         """A connection has its protocol: if its client need not speak first, acknowledged one turn later."""
@@ -359,17 +384,27 @@ class Receiver:
             self._on_idle()
         kind = _RETURNED if returned else _CLOSED
         if id in self._fresh:
-            self._fresh[id] |= kind
+            self._fresh[id] = self._fresh[id] & ~_TAKEN | kind
         else:
             self._making.discard(id)
+            if self._answers.get(id) == _TAKEN:
+                # Taken for a moment, of which the master has not heard.
+                del self._answers[id]
             self._later(id, kind)
+
+    def taken(self, id: int) -> None:
+        """A connection is ours alone from now on: it is HTTP no more, and nobody else can do anything for it."""
+        if id in self._fresh:
+            self._fresh[id] |= _TAKEN
+        else:
+            self._later(id, _TAKEN)
 
     def dropped(self, id: int) -> None:
         """Our copy of a connection that the master has taken back is closed."""
         self.kept.pop(id, None)
         self._send([pack_answer(_DROPPED, id)])
 
-    def tell_kept(self, id: int, fd: int, transport: HandedTransport) -> None:
+    def tell_kept(self, id: int, fd: int, transport: LazyTransport) -> None:
         """Tell the master that it is kept; it is armed when that is said."""
         self._handles[id] = fd
         self._unarmed.append(transport)
@@ -433,7 +468,7 @@ class Receiver:
 
     # -- the ones that stay ---------------------------------------------------------------------------------------
 
-    def keep(self, id: int, transport: HandedTransport) -> None:
+    def keep(self, id: int, transport: LazyTransport) -> None:
         """A transport goes beyond its first turn."""
         self.kept[id] = transport
 

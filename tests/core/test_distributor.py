@@ -354,7 +354,41 @@ class TestAnswers:
         assert connection.state is ENDINGS[ending]
         assert connection.worker == 0
         assert list(distributor.parked) == ([1] if ending is Kind.RETURNED else [])
+        if ending is Kind.TAKEN:
+            # Nobody else's concern, but a load on its worker as long as it lasts.
+            assert distributor.workers[1].load == 1
+            assert say(distributor, 1, Kind.CLOSED, 1) is None
+            with pytest.raises(ProtocolError):
+                say(distributor, 1, Kind.CLOSED, 1)
         assert distributor.workers[1].load == 0
+
+    def test_what_another_still_has_a_copy_of_cannot_be_taken(self) -> None:
+        """The master's own copy is what ends it then."""
+        for with_the_ack in (True, False):
+            distributor = rig(1)
+            (connection,) = accept(distributor, 1)
+            distribute(distributor)
+            connection.relics = 1
+            if with_the_ack:
+                assert say(distributor, 1, Kind.ACK | Kind.TAKEN, 1) is None
+            else:
+                say(distributor, 1, Kind.ACK, 1)
+                assert say(distributor, 1, Kind.TAKEN, 1) is None
+            assert connection.state is State.BORROWED
+            assert distributor.workers[1].load == 1
+            assert say(distributor, 1, Kind.CLOSED, 1) is connection
+            assert distributor.workers[1].load == 0
+
+    def test_what_is_taken_counts_towards_the_capacity(self) -> None:
+        distributor = rig(0)
+        distributor.add_worker(1, 0, 1)
+        distributor.attach(1, 1)
+        accept(distributor, 1, 2)
+        assert len(distribute(distributor)) == 1
+        say(distributor, 1, Kind.ACK | Kind.TAKEN, 1)
+        assert distribute(distributor) == []
+        say(distributor, 1, Kind.CLOSED, 1)
+        assert len(distribute(distributor)) == 1
 
     def test_one_that_was_returned_is_offered_again_when_it_speaks(self) -> None:
         distributor = rig()

@@ -92,6 +92,22 @@ def test_resize_is_for_the_policies_that_care() -> None:
     assert lanes == {2, 5}
 
 
+def test_who_waits_for_a_slot_that_goes_waits_for_another_then() -> None:
+    """1. Clients of two slots wait for workers that do not listen yet.  2. There is one slot.  Result: all wait for it,
+    in the order of their arrival."""
+    distributor = Distributor()
+    distributor.add_handle(1, Hash(2), client_speaks_first=True)
+    for n in range(1, 21):
+        distributor.accepted(Connection(n, n, 1, bytes(15) + bytes([n])), waiting=True)
+    assert {len(lane) > 0 for lane in distributor.handles[1].lanes.values()} == {True}
+    assert len(distributor.handles[1].lanes) == 2
+    distributor.resize(1)
+    distributor.add_worker(1, 0)
+    distributor.attach(1, 1)
+    assert [connection.id for _, connection in distributor.distribute(0.0)] == list(range(1, 21))
+    assert distributor.queued == 0
+
+
 def test_a_listener_that_is_opened_later_knows_the_new_size() -> None:
     distributor = Distributor()
     distributor.resize(4)

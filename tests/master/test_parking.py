@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import socket
 
 import pytest
@@ -247,3 +249,38 @@ def _unread(fd: int) -> bool:
     """Whether something has arrived at a descriptor of the master's."""
     with socket.socket(fileno=os.dup(fd)) as sock:
         return readable(sock)
+
+
+def test_the_kernel_watches_no_more(
+    rig: Rig, listener: Listener, worker: FakeWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Entries of epolls are bounded per user: what cannot be watched is closed, and nothing else happens."""
+
+    class Full:
+        """The dispatcher's epoll, out of room."""
+
+        def __init__(self, epoll: select.epoll) -> None:
+            self.epoll = epoll
+
+        def register(self, fd: int, events: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.epoll, name)
+
+    client, other = rig.connect(listener, b"one"), rig.connect(listener, b"one")
+    offers = worker.receive(2)
+    epoll = rig.dispatcher._epoll
+    rig.dispatcher._epoll = Full(epoll)  # type: ignore[assignment]
+    for offer in offers:
+        assert offer.sock.recv(100)
+        offer.sock.close()
+        worker.answer(GIVEN_BACK, offer.id)
+    rig.loop.until(lambda: readable(client) and readable(other), "both have ended")
+    assert client.recv(1) == other.recv(1) == b""
+    rig.dispatcher._epoll = epoll
+    assert rig.distributor.statistics().parked == 0
+    (record,) = caplog.records
+    assert "No space left on device" in record.getMessage()
+    rig.connect(listener, b"one")
+    give_back(rig, worker)

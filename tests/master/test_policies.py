@@ -318,3 +318,29 @@ def test_a_broken_policy_in_the_dispatcher(rig: Rig, errors: Errors) -> None:
         rig.connect(listener)
     assert len(loyal.receive(3)) == 3
     assert len(errors()) == 1
+
+
+class Sized(First):
+    """Wants to know how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def resize(self, slots: int) -> None:
+        self.sizes.append(slots)
+        if slots > 8:
+            raise RuntimeError("too many for me")
+
+
+def test_a_guarded_policy_learns_how_many_slots_there_are(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Sized()
+    guard = GuardedPolicy(policy, "package.module:Sized")
+    for slots in (2, 3, 9):
+        guard.resize(slots)
+    assert policy.sizes == [2, 3, 9]
+    # What it raises is its own trouble.
+    (record,) = caplog.records
+    assert "package.module:Sized raised" in record.getMessage()
+    # Who does not want to know is not asked.
+    GuardedPolicy(First(), "package.module:First").resize(4)

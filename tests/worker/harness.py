@@ -59,6 +59,16 @@ class Handed:
         return any(kind & Kind.RETURNED for kind in self.answers)
 
     @property
+    def over(self) -> bool:
+        """The worker has nothing more to say of it."""
+        return self.closed or self.returned or self.silent or Kind.DROPPED in self.answers
+
+    @property
+    def silent(self) -> bool:
+        """Given back to be watched: nobody has said a word."""
+        return any(kind & Kind.SILENT for kind in self.answers)
+
+    @property
     def acked(self) -> bool:
         return any(kind & Kind.ACK for kind in self.answers)
 
@@ -180,7 +190,7 @@ class Master:
         peer = handed.copy.getpeername() if handed.client.fileno() != -1 else handed.copy.getsockname()
         if handed.copy.family == socket.AF_INET:
             address = b"\0" * 10 + b"\xff\xff" + socket.inet_pton(socket.AF_INET, peer[0])
-            return pack_offer(handed.id, listener, 0, IPV4, address, peer[1])
+            return pack_offer(handed.id, listener, 0, IPV4, address, peer[1], handed.copy.fileno())
         if handed.copy.family == socket.AF_INET6:
             address = socket.inet_pton(socket.AF_INET6, peer[0])
             return pack_offer(handed.id, listener, 0, IPV6, address, peer[1])
@@ -238,8 +248,8 @@ class Master:
         for id, kind, _ in self.messages[-1]:
             handed = self.connections[id]
             handed.answers.append(kind)
-            if kind & Kind.CLOSED:
-                # The master's last close ends the connection.
+            if kind & (Kind.CLOSED | Kind.TAKEN):
+                # The master's last close ends the connection, unless it is none of the master's.
                 handed.copy.close()
         return True
 
@@ -255,7 +265,7 @@ class Master:
         for handed in self.connections.values():
             handed.client.close()
         offered = [self.connections[id] for id in sorted(self.offered)]
-        while not all(handed.closed or handed.returned for handed in offered):
+        while not all(handed.over for handed in offered):
             self.receiver.cut()
             while self.read():
                 pass
@@ -282,8 +292,10 @@ class Master:
 #: What a worker may say of a connection in the course of its life.
 _LIVES = (
     [Kind.ACK, Kind.CLOSED], [Kind.ACK | Kind.CLOSED], [Kind.CLOSED], [Kind.REFUSED],
-    [Kind.ACK, Kind.RETURNED], [Kind.ACK | Kind.RETURNED], [Kind.RETURNED],
-    [Kind.ACK | Kind.KEPT, Kind.CLOSED], [Kind.ACK | Kind.KEPT, Kind.RETURNED],
+    [Kind.ACK, Kind.RETURNED], [Kind.ACK | Kind.RETURNED], [Kind.RETURNED], [Kind.ACK | Kind.SILENT],
+    [Kind.ACK, Kind.TAKEN, Kind.CLOSED], [Kind.ACK | Kind.TAKEN, Kind.CLOSED],
+    [Kind.ACK | Kind.KEPT, Kind.CLOSED], [Kind.ACK | Kind.KEPT, Kind.RETURNED], [Kind.ACK | Kind.KEPT | Kind.RETURNED],
+    [Kind.ACK | Kind.KEPT, Kind.DROPPED],
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from clusterserve.worker.draining import CANCELLED, Draining
 from clusterserve.worker.link import Link
 from clusterserve.worker.membership import Membership
 from clusterserve.worker.protocols import Borrowing
+from clusterserve.worker.receiver import Receiver
 from clusterserve.worker.server import FauxServer
 from tests.helpers.raw import request
 from tests.helpers.waiting import DEADLINE
@@ -312,9 +313,10 @@ def test_a_failure_when_it_serves_is_its_own(run: Any, trouble: BaseException, m
         raise trouble
 
     monkeypatch.setattr(FauxServer, "wait_closed", wait_closed)
+    # Without epolls of its own: the traceback keeps the loop alive, and nobody closes it.
+    monkeypatch.setattr(Receiver, "borrow", lambda *arguments, **options: None)
     with pytest.raises(type(trouble)) as caught:
-        # Without epolls of its own: the traceback keeps the loop alive, and nobody closes it.
-        run(master, settings(APP, dispatch="connection"))
+        run(master, settings(APP))
     assert caught.value is trouble
 
 

@@ -327,26 +327,40 @@ class TestUpgrade:
         await stays(handed)
 
 
+@pytest.fixture
+def for_good(master: Master, borrowing: Borrowing) -> None:
+    """`--dispatch connection`: connections wait in the worker's own watch, until it leaves."""
+    borrowing.after_response = False
+    master.receiver.borrow(None, keep=True, head_timeout=0.0)
+
+
+def drain(master: Master, borrowing: Borrowing, protocol: Any) -> None:
+    """The worker leaves, others go on."""
+    borrowing.after_response = True
+    master.receiver.stop_keeping()
+    protocol.shutdown()
+
+
+@pytest.mark.usefixtures("for_good")
 class TestShutdown:
     async def test_never_used(self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]) -> None:
         handed = master.hand()
-        await until(lambda: made and made[0].transport is not None, "it has its connection")
-        made[0].shutdown()
-        await returned(handed)
+        await until(lambda: handed.answers, "it is back")
+        assert handed.answers == [Kind.ACK | Kind.SILENT]
+        assert made == []
 
     async def test_idle(
         self, loop: Loop, master: Master, http: uvicorn.Config, borrowing: Borrowing, made: list[Any]
     ) -> None:
-        borrowing.after_response = False
         handed = master.hand(GET)
         for _ in range(2):
             assert (await response(handed))[1] == b"hello"
             await handed.sends(GET)
         await response(handed)
         await stays(handed)
-        borrowing.after_response = True
-        made[0].shutdown()
+        drain(master, borrowing, made[0])
         await returned(handed)
+        assert not was_real(made[0].transport)
 
     async def test_busy(
         self,
@@ -357,20 +371,15 @@ class TestShutdown:
         borrowing: Borrowing,
         made: list[Any],
     ) -> None:
-        borrowing.after_response = False
         handed = master.hand(request("GET", "/wait"))
         await master.answered(handed)
-        borrowing.after_response = True
-        made[0].shutdown()
+        drain(master, borrowing, made[0])
         await stays(handed)
         application.go.set()
         assert (await response(handed))[1] == b"waited"
         await returned(handed)
 
-    async def test_for_good(
-        self, loop: Loop, master: Master, http: uvicorn.Config, borrowing: Borrowing, made: list[Any]
-    ) -> None:
-        borrowing.after_response = False
+    async def test_for_good(self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]) -> None:
         handed = master.hand(GET)
         await response(handed)
         made[0].shutdown()
@@ -378,9 +387,8 @@ class TestShutdown:
         assert not handed.returned
 
     async def test_what_is_kept_is_closed_at_keep_alive(
-        self, loop: Loop, master: Master, http: uvicorn.Config, borrowing: Borrowing, made: list[Any]
+        self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]
     ) -> None:
-        borrowing.after_response = False
         handed = master.hand(GET)
         await response(handed)
         await until(lambda: made[0].timeout_keep_alive_task is not None, "its time runs")
