@@ -20,6 +20,6 @@ def test_it_prints_what_the_page_says(example: Example, tmp_path: Path) -> None:
 
 
 def test_there_are_some() -> None:
-    wanted = {"Messages", "Requests: a job pool", "Broadcast", "Sockets", "Any program", "A chat over WebSockets"}
-    wanted |= {"A rolling restart by hand"}
+    wanted = {"Messages", "Requests: a job pool", "Broadcast", "Sockets", "A chat over WebSockets", "Any program"}
+    wanted |= {"Listening", "A UDP collector", "A rolling restart by hand"}
     assert wanted <= set(EXAMPLES)

@@ -152,6 +152,7 @@ async def go(directory):
 async def hold(seconds, name=None):
     """Be busy for so long, soon; then close the server `name`, in the same turn."""
     def busy():
+        say("busy")
         time.sleep(seconds)
         if name is not None:
             servers.pop(name).close()

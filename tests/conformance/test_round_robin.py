@@ -47,9 +47,13 @@ async def connected(port: int, *said: bytes) -> socket.socket:
     loop = asyncio.get_running_loop()
     client = socket.socket()
     client.setblocking(False)
-    await loop.sock_connect(client, (LOOPBACK, port))
-    for each in said:
-        await loop.sock_sendall(client, each)
+    try:
+        await loop.sock_connect(client, (LOOPBACK, port))
+        for each in said:
+            await loop.sock_sendall(client, each)
+    except OSError:
+        client.close()
+        raise
     return client
 
 
@@ -142,7 +146,8 @@ def test_R04_R05_a_connection_that_is_declined_goes_to_another(scene: Scene) -> 
             before = len(await one.do("sockets"))
             async with stopped(told, two):
                 # Both are offered connections which they cannot take yet, and one closes its server before it looks.
-                await one.do("hold", 0.3, "a")
+                await one.do("hold", 1, "a")
+                await told.when(lambda: ["busy"] in scene.said(), "it is busy")
                 clients = [await connected(port, b"hello\n") for _ in range(10)]
                 await told.when(lambda: one.worker.is_connected(), "it is there")
             assert [await answer(client) for client in clients] == ["2"] * 10
@@ -453,10 +458,11 @@ async def all_dead(scene: Scene) -> None:
         assert await askers(port, 5) == ["3"] * 5
         workers[2].worker.kill("SIGKILL")
         await told.until("exit", workers[2].worker)
-        clients = [await connected(port, b"hello\n") for _ in range(5)]
-        four = await puppet(cluster)
-        assert await four.listen("a") == port
-        assert [await answer(client) for client in clients] == ["4"] * 5
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(await connected(port, b"hello\n")) for _ in range(5)]
+            four = await puppet(cluster)
+            assert await four.listen("a") == port
+            assert [await answer(client) for client in clients] == ["4"] * 5
 
 
 def test_R23_with_all_workers_dead_clients_wait(scene: Scene) -> None:
