@@ -62,7 +62,7 @@ def test_what_the_application_prints_goes_where_it_is_told(serve: Serve) -> None
 
 
 def entitled(server: Server, does: str) -> int:
-    """How many workers have this title, as far as it is shown: command lines make room for it, and paths may be short."""
+    """How many workers have this title, as far as it is shown: a command line makes room for it, and may be short."""
     count = 0
     for worker in server.workers:
         title = f"clusterserve: worker {worker.id} (slot {worker.slot}) [shop] {does}"
