@@ -265,7 +265,8 @@ class _Drainer:
         # Read by uvicorn when it begins to wait; a second, quick order comes while it waits and ends what it waits for.
         self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]
         self._server.should_exit = True
-        self._link.receiver.stop_keeping()
+        if self._gives_back:
+            self._link.receiver.stop_keeping()
         if quick:
             self._link.receiver.cut()
             self._draining.cut()

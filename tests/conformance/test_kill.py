@@ -217,7 +217,7 @@ def test_K08_destroy_of_a_worker_that_is_disconnected(scene: Scene) -> None:
 def test_destroy_signals_one_that_does_not_end_by_itself(scene: Scene) -> None:
     async def main() -> None:
         source = "worker.on('disconnect', forever)\nsay('up')\nasyncio.run(forever())"
-        async with scene.cluster(source) as (cluster, told):
+        async with scene.cluster(source, timeout_graceful_shutdown=2) as (cluster, told):
             worker = cluster.fork()
             await told.when(scene.said, "it is up")
             assert worker.destroy("SIGUSR2") is worker

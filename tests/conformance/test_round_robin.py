@@ -420,7 +420,7 @@ def test_R21_can_fail(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def saturated(scene: Scene) -> None:
-    async with scene.cluster(PUPPET, max_pending=50) as (cluster, told):
+    async with scene.cluster(PUPPET, max_pending=50, timeout_graceful_shutdown=2) as (cluster, told):
         one = await puppet(cluster)
         port = await one.listen("a", backlog=1000)
         before = own_sockets()
