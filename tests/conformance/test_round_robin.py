@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -42,10 +42,22 @@ async def all_listen(workers: list[Puppet], **options: object) -> int:
     return ports.pop()
 
 
+#: The clients of the test that runs: one that fails, as some must, does not come to closing its own.
+_CLIENTS: list[socket.socket] = []
+
+
+@pytest.fixture(autouse=True)
+def closed_in_the_end() -> Iterator[None]:
+    yield
+    while _CLIENTS:
+        _CLIENTS.pop().close()
+
+
 async def connected(port: int, *said: bytes) -> socket.socket:
     """A client that has said this much."""
     loop = asyncio.get_running_loop()
     client = socket.socket()
+    _CLIENTS.append(client)
     client.setblocking(False)
     try:
         await loop.sock_connect(client, (LOOPBACK, port))
