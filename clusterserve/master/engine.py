@@ -105,18 +105,7 @@ class Engine:
         self.handles = Handles(
             loop, self._dispatcher, policy, Access(settings.socket_mode, *owner), programs=bool(settings.exec)
         )
-        self._roster = Roster(
-            Limits(
-                boot=settings.timeout_boot,
-                graceful=settings.timeout_graceful_shutdown,
-                backoff=settings.restart_backoff,
-                backoff_max=settings.restart_backoff_max,
-                min_uptime=settings.min_uptime,
-                surge=settings.reload_surge,
-                timeout=settings.timeout,
-            ),
-            programs=bool(settings.exec),
-        )
+        self._roster = Roster(_limits(settings), programs=bool(settings.exec))
         self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
         self._stacks = StackCollector(loop)
         self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self)
@@ -244,15 +233,7 @@ class Engine:
 
     def _use(self, settings: Settings) -> None:
         self._use_launch(settings)
-        self._roster.limits = dataclasses.replace(
-            self._roster.limits,
-            boot=settings.timeout_boot,
-            graceful=settings.timeout_graceful_shutdown,
-            backoff=settings.restart_backoff,
-            backoff_max=settings.restart_backoff_max,
-            min_uptime=settings.min_uptime,
-            surge=settings.reload_surge,
-        )
+        self._roster.limits = _limits(settings)
         self._health.use(settings)
 
     def start_debugging(self, port: str | int) -> asyncio.Future[dict[int, str]]:
@@ -610,3 +591,15 @@ class Engine:
     def states(self) -> list[tuple[int, int, int, WorkerState]]:
         """(id, slot, pid, state) of every worker that is not dead."""
         return [(seat.member.id, seat.member.slot, seat.process.pid, seat.member.state) for seat in self.seats.values()]
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        boot=settings.timeout_boot,
+        graceful=settings.timeout_graceful_shutdown,
+        backoff=settings.restart_backoff,
+        backoff_max=settings.restart_backoff_max,
+        min_uptime=settings.min_uptime,
+        surge=settings.reload_surge,
+        timeout=settings.timeout,
+    )
