@@ -108,7 +108,8 @@ def _borrower(base: Any) -> Any:
                 self._late_head, self._looks = head, 0
             else:
                 self._looks += 1
-                if self._looks == HEAD_LOOKS - 1:
+                # The first look came after it began, by up to a quarter: a head is never ended early.
+                if self._looks == HEAD_LOOKS:
                     self.transport.write(REQUEST_TIMEOUT)
                     self.transport.close()
 

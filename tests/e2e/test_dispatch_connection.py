@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -47,11 +48,13 @@ def test_a_request_that_drips(serve: Serve, http: str, loop: str) -> None:
         for client in (later, idle, busy):
             assert client.ask("GET", "/").status == 200
         busy.send(request("GET", "/sleep?ms=3000"))
+        begun = time.monotonic()
         for client in (first, later):
             client.send(b"GET / HTTP/1.1\r\nHo")
         for client in (first, later):
             assert client.response().status == 408
             assert client.rest() == b""
+        assert time.monotonic() - begun >= 1.0, "ended early"
         # Neither who is idle nor who waits for an answer is slow.
         assert idle.ask("GET", "/").status == 200
         assert busy.response().status == 200
