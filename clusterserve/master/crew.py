@@ -20,7 +20,7 @@ from ..channel.message import MessageChannel, Riders
 from ..core.envelope import Envelope
 from ..core.events import Event, Exited, Forked, StartedDraining, WasKilled, WentWrong, WorkerName
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Boot, Message
+from ..core.messages import Boot, Message, Stopping
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Drain, Kill, Spawn
 from ..core.roster import Member, Roster
@@ -85,6 +85,8 @@ class Crew:
         self.seats: dict[int, Seat] = {}
         #: What `fork` was given, by slot: replacements inherit it.
         self.environments: dict[int, Environment] = {}
+        #: Whether the cluster was told to stop, and those that start all the same are to know it.
+        self.stopping = False
         #: How the last one ended that was not told to.
         self.last_exit = "no worker process could be started"
         self._loop = loop
@@ -133,6 +135,8 @@ class Crew:
             member.id, action.slot, process.connections, process.board, process.kept, process.pid
         )
         channel.send(self._boot(member, debug_port))
+        if self.stopping:
+            channel.send(Stopping())
         return member.id
 
     def _stillborn(self, member: Member, error: OSError, now: float) -> None:
@@ -201,6 +205,12 @@ class Crew:
         send(DrainMessage(grace, action.quick, action.keep))
         if action.interrupt:
             seat.process.send_signal(signal.SIGTERM)
+
+    def announce_stop(self) -> None:
+        """Let every worker know that the cluster was told to stop, those to come included."""
+        self.stopping = True
+        for seat in self.seats.values():
+            seat.channel.send(Stopping())
 
     def broke_protocol(self, worker: int, error: ProtocolError) -> None:
         """It costs it its life."""

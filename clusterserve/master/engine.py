@@ -123,6 +123,8 @@ class Engine:
         self._changes = Changes(loop)
         self._stopping = Stop.NO
         self._stop_deadline = 0.0
+        #: While it serves on although it was told to stop.
+        self._delay: asyncio.TimerHandle | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._planning = False
         self._failure: Failed | None = None
@@ -158,15 +160,35 @@ class Engine:
             for _ in range(count if self._target.manual else 0):
                 self.fork()
 
-    def stop(self, how: Stop) -> None:
-        """Stop the cluster: GRACEFUL serves what was accepted, QUICK does not.  May be called again, to hurry."""
-        if how.value <= self._stopping.value:
+    def stop(self, how: Stop, *, at_once: bool = False) -> None:
+        """Stop the cluster: GRACEFUL serves what was accepted, after `shutdown_delay`, QUICK does not.
+
+        May be called again, to hurry: `at_once` ends the delay.
+        """
+        first = self._stopping is Stop.NO
+        if how.value > self._stopping.value:
+            self._stopping = how
+        elif self._delay is None or not at_once:
             return
-        first, self._stopping = self._stopping is Stop.NO, how
         if first:
             self._emit(StartedShutdown())
             # What a worker says from now on may come of being interrupted.
             self._untold = None if self.served else self._failure
+            self._crew.announce_stop()
+            delay = 0.0 if at_once or how is Stop.QUICK or not self.served else self.settings.shutdown_delay
+            if delay:
+                logger.info("Told to stop: serving on for %g s, --shutdown-delay", delay)
+                self._delay = self._loop.call_later(delay, self._begin_stop)
+                return
+        self._begin_stop()
+
+    def _begin_stop(self) -> None:
+        """No delay, or it is over."""
+        if self._delay is not None:
+            self._delay.cancel()
+            self._delay = None
+        how, first = self._stopping, not self._stop_deadline
+        if first:
             self._stop_deadline = self._loop.time() + self.settings.timeout_graceful_shutdown
             logger.info("Stopping %s", "quickly" if how is Stop.QUICK else "when what was accepted is served")
         if how is Stop.QUICK or not self._roster.proven:
@@ -355,8 +377,9 @@ class Engine:
         self.handles.close()
         self._dispatcher.close()
         self.outbox.close()
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in (self._deadline, self._delay):
+            if timer is not None:
+                timer.cancel()
 
     def _finish(self, error: BootError | None) -> None:
         if not self.finished.done():
