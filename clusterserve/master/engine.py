@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from .. import faults
 from ..channel.message import Riders
 from ..core.connection import IllegalStep
-from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
+from ..core.distributor import Distributor, Statistics
 from ..core.envelope import Envelope
 from ..core.events import (
     BecameReady,
@@ -34,6 +34,7 @@ from ..core.events import (
     StartedShutdown,
     Stopped,
 )
+from ..core.lateness import PATIENCE, REQUEST_PATIENCE
 from ..core.lifecycle import WorkerEvent, WorkerState
 from ..core.messages import (
     Beat,
