@@ -21,6 +21,7 @@ from clusterserve.execline import SETTINGS, Line, refuse_foreign, split
 from clusterserve.options import COMMANDS, GROUPS, SPECS, Spec, refuse_command
 from clusterserve.settings import Settings
 from clusterserve.sources import Given, Layer, gather, settings_of, unread
+from clusterserve.succession import beginning
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(argv: Sequence[str]) -> int:
     """What `clusterserve ARGV` does; returns its exit code."""
+    # Before anything is changed: a new master is started likewise.
+    beginning()
     try:
         program = None
         if argv and argv[0] == "exec":

@@ -39,6 +39,19 @@ class Parking:
         if self._head:
             self._silent[connection.id] = connection.since + self._head
 
+    def inherited(self, connection: Connection, since: float) -> None:
+        """It was another master's, is idle, and has been since then."""
+        self.idle(connection, since)
+        # Who came first is due first no longer.
+        self._expiries = dict(sorted(self._expiries.items(), key=lambda item: item[1]))
+
+    def since(self, id: int, now: float) -> tuple[bool, float]:
+        """Whether it is idle, or else has never said anything; and for how long (seconds)."""
+        connection, expiry = self.connections[id], self._expiries.get(id)
+        if expiry is not None:
+            return True, max(0.0, now - expiry + self._keep_alive)
+        return False, max(0.0, now - connection.since)
+
     def leave(self, id: int) -> Connection:
         """It is parked no longer."""
         self._forget(id)

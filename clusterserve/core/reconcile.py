@@ -42,13 +42,15 @@ class Verdict(Enum):
 class Target:
     """What is wanted: `count` workers of `generation`, or none and how fast.
 
-    `manual`: how many there are is somebody else's business: nobody is started, replaced or sent away.
+    `manual`: how many there are is somebody else's business: nobody is started, replaced or sent away.  `keep`: when it
+    stops, another cluster goes on with what is idle.
     """
 
     count: int
     generation: int = 1
     stop: Stop = Stop.NO
     manual: bool = False
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _stop(target: Target, roster: Roster) -> _Due:
         if member.state is WorkerState.DISCONNECTED or member.doomed:
             continue
         if member.drained is None or (quick and not member.quick):
-            yield 0.0, Drain(member.id, quick, interrupt=member.listening is None, keep=False)
+            yield 0.0, Drain(member.id, quick, interrupt=member.listening is None, keep=target.keep)
 
 
 def _start(target: Target, roster: Roster, now: float) -> _Due:

@@ -14,14 +14,16 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from .. import faults
 from ..channel.board import UNTOUCHED, Board
 from ..channel.connection import MAX_BATCH, MasterEnd
+from ..core.bequest import Bequest, bequeath, inherit
 from ..core.connection import Connection, State
 from ..core.distributor import Distributor
+from ..core.handover import HandedConnection, Waits
 from ..core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
 from ..core.worker import EXPENSIVE, Worker
 from ..errors import ProtocolError
@@ -83,6 +85,11 @@ class Dispatcher:
         self._ids = 0
         self._accepting = True
         self._retiring = False
+        # Another master accepts what we could, until it has yielded.
+        self._held = False
+        # Who gets what no worker has, of which listeners: another master.
+        self._heir: Callable[[list[Bequest]], None] = lambda bequests: None
+        self._bequeathed: frozenset[int] = frozenset()
         self._pause: asyncio.TimerHandle | None = None
         self._complain_after = 0.0
         # uvloop's handle for a time that is not ahead does not know its time, so it is kept beside.
@@ -201,8 +208,9 @@ class Dispatcher:
 
     def _after(self, now: float) -> None:
         """What follows from how full the queue is, and when to look again."""
+        self._hand_on(now)
         queued = self.distributor.queued
-        if self._pause is None and self._accepting != (queued < self._max_pending):
+        if self._pause is None and not self._held and self._accepting != (queued < self._max_pending):
             self._set_accepting(queued < self._max_pending)
         if not queued:
             self._on_idle()
@@ -331,6 +339,8 @@ class Dispatcher:
 
     def accept_rest(self) -> None:
         """Accept what the kernel has accepted: closing a listener resets the clients in its backlog."""
+        if self._held:
+            return
         now = self._loop.time()
         for fd, listener in tuple(self._listeners.items()):
             listener.defer(False)
@@ -341,7 +351,58 @@ class Dispatcher:
     def end_idle(self) -> None:
         """The cluster stops: close every parked connection whose client has not asked for more, now and from now on."""
         self._retiring = True
+        self._hand_on(self._loop.time())
         self._end_idle(tuple(self._parked.values()))
+
+    # -- from one master to the next ------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Accept nothing before `release`."""
+        self._held = True
+        self._set_accepting(False)
+
+    def release(self) -> None:
+        """Accept from now on."""
+        self._held = False
+        self._after(self._loop.time())
+
+    def bequeath(self, listeners: Iterable[int], heir: Callable[[list[Bequest]], None]) -> None:
+        """What no worker has of these listeners is the heir's, now and whenever a worker gives something back.
+
+        It gets the descriptors too.
+        """
+        self._bequeathed, self._heir = frozenset(listeners), heir
+        self._hand_on(self._loop.time())
+
+    def disinherit(self) -> None:
+        """There is no heir any more, and nobody who could serve them: turn away who waits, and close the others."""
+        self._heir = self._refuse
+
+    def _refuse(self, bequests: list[Bequest]) -> None:
+        self._turn_away([each for each, waits, _ in bequests if waits is Waits.WORKER])
+        self._close([each for each, waits, _ in bequests if waits is not Waits.WORKER])
+
+    def _hand_on(self, now: float) -> None:
+        if self._bequeathed and (bequests := bequeath(self.distributor, self._bequeathed, now)):
+            for connection, waits, _ in bequests:
+                if waits is not Waits.WORKER and self._parked.pop(connection.fd, None) is not None:
+                    self._epoll.unregister(connection.fd)
+            self._heir(bequests)
+
+    def inherit(self, fd: int, handed: HandedConnection, key: int) -> None:
+        """Go on with a connection of another master's, which was handed over, for the listener `key`.  Takes `fd`."""
+        now = self._loop.time()
+        if key not in self.distributor.handles:
+            os.close(fd)
+            return
+        self._ids += 1
+        connection = Connection(self._ids, fd, key, handed.client, handed.port, handed.family)
+        inherit(self.distributor, connection, handed.waits, handed.since, now)
+        if handed.waits is Waits.WORKER:
+            self._distribute(now)
+        else:
+            self._park(connection)
+            self._after(now)
 
     def remove_listener(self, listener: Listener) -> None:
         """Accept nothing more from it; what was accepted stays.  The caller closes it."""

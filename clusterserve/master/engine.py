@@ -12,23 +12,21 @@ import dataclasses
 import itertools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from .. import faults
+from ..core.bequest import Bequest
 from ..core.distributor import Distributor, Statistics
 from ..core.events import (
     BecameReady,
     Event,
     Scaled,
     StartedReload,
-    StartedShutdown,
     Stopped,
 )
+from ..core.handover import HandedConnection
 from ..core.lateness import PATIENCE, REQUEST_PATIENCE
 from ..core.lifecycle import WorkerState
-from ..core.messages import (
-    Failed,
-)
 from ..core.reconcile import Drain, Plan, Spawn, Stop, Target, Verdict
 from ..core.roster import Limits, Roster
 from ..errors import BindError, BootError, ClusterError, ProtocolError
@@ -37,9 +35,11 @@ from .changes import Changes
 from .crew import Crew, Environment
 from .debuggers import Debuggers
 from .dispatcher import Dispatcher
+from .ending import Ending
 from .facts import Facts
 from .handles import Handles
 from .health import Health
+from .heritage import Heritage
 from .listeners import Access
 from .outbox import Outbox
 from .policies import policy_factory
@@ -48,21 +48,22 @@ from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
 
-#: Between SIGTERM and the closing of the listeners (seconds): clients whose handshake is done, but whose first bytes
-#: are still under way, are not in the backlog yet that TCP_DEFER_ACCEPT keeps.
-LISTENER_LINGER = 0.05
-
 
 class Engine:
     """One cluster.  All methods are for the loop's thread; `settled` and `finished` are futures of that loop.
 
     `emit` is told of every event, on that loop: it must not block.
     `settled` is done when every worker listens; `finished` when everything is over: its result is None after a stop, or
-    the `BootError` that kept the cluster from ever serving.
+    the `BootError` that kept the cluster from ever serving.  `heritage` is another master's, which accepts until
+    `take_over`.
     """
 
     def __init__(
-        self, settings: Settings, loop: asyncio.AbstractEventLoop, emit: Callable[[Event], None] = lambda event: None
+        self,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
+        emit: Callable[[Event], None] = lambda event: None,
+        heritage: Heritage | None = None,
     ) -> None:
         self.settings = settings
         self._emit = emit
@@ -81,12 +82,19 @@ class Engine:
             narrows=settings.borrows,
         )
         self._dispatcher = Dispatcher(
-            loop, self._distributor, settings.max_pending, self.misbehaved, self._queue_is_empty
+            loop, self._distributor, settings.max_pending, self.misbehaved, lambda: self._ending.queue_is_empty()
         )
         owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
         self.handles = Handles(
-            loop, self._dispatcher, policy, Access(settings.socket_mode, *owner), programs=bool(settings.exec)
+            loop,
+            self._dispatcher,
+            policy,
+            Access(settings.socket_mode, *owner),
+            programs=bool(settings.exec),
+            heritage=heritage,
         )
+        if heritage is not None:
+            self._dispatcher.hold()
         self._roster = Roster(_limits(settings), programs=bool(settings.exec))
         self._stacks = StackCollector(loop)
         self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit)
@@ -108,11 +116,7 @@ class Engine:
         self._ready = False
         self._hasty, self._repeats = faults.on("disconnect-first"), faults.on("disconnect-again")
         self._generation = 1
-        self._stop_deadline = 0.0
-        #: While it serves on although it was told to stop.
-        self._delay: asyncio.TimerHandle | None = None
-        #: The failure that nobody was told of when the stop was ordered: the others were still booting.
-        self._untold: Failed | None = None
+        self._ending = Ending(loop, self._reconciler, self._roster, self._crew, self._dispatcher, self.handles, emit)
 
     # -- start and stop -------------------------------------------------------------------------------------------
 
@@ -148,39 +152,32 @@ class Engine:
 
         May be called again, to hurry: `at_once` ends the delay.
         """
-        first = self._reconciler.stopping is Stop.NO
-        if how.value > self._reconciler.stopping.value:
-            self._reconciler.stopping = how
-        elif self._delay is None or not at_once:
-            return
-        if first:
-            self._emit(StartedShutdown())
-            # What a worker says from now on may come of being interrupted.
-            self._untold = None if self.served else self._crew.failure
-            self._crew.announce_stop()
-            delay = 0.0 if at_once or how is Stop.QUICK or not self.served else self.settings.shutdown_delay
-            if delay:
-                logger.info("Told to stop: serving on for %g s, --shutdown-delay", delay)
-                self._delay = self._loop.call_later(delay, self._begin_stop)
-                return
-        self._begin_stop()
+        self._ending.stop(how, at_once=at_once)
 
-    def _begin_stop(self) -> None:
-        """No delay, or it is over."""
-        if self._delay is not None:
-            self._delay.cancel()
-            self._delay = None
-        how, first = self._reconciler.stopping, not self._stop_deadline
-        if first:
-            self._stop_deadline = self._loop.time() + self.settings.timeout_graceful_shutdown
-            logger.info("Stopping %s", "quickly" if how is Stop.QUICK else "when what was accepted is served")
-        if how is Stop.QUICK or not self._roster.proven:
-            self._close_listeners()
-            self._stop_workers()
-        elif first:
-            self._dispatcher.accept_rest()
-            self._loop.call_later(LISTENER_LINGER, self._close_listeners)
-            self._loop.call_at(self._stop_deadline, self._stop_workers)
+    def leave(
+        self, shared: Collection[int], continued: Collection[int], heir: Callable[[list[Bequest]], None]
+    ) -> float:
+        """Another master goes on: finish what the workers hold, and stop.  See `Ending.leave`."""
+        return self._ending.leave(shared, continued, heir)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop, or another master goes on."""
+        return self._reconciler.stopping is not Stop.NO
+
+    def disinherit(self) -> None:
+        """The other master is gone: nobody goes on with what comes back from workers."""
+        self._dispatcher.disinherit()
+
+    def take_over(self) -> None:
+        """The old master has yielded: accept from now on, and what was its is ours."""
+        self.handles.take_over()
+        self._dispatcher.release()
+
+    def inherit(self, fd: int, handed: HandedConnection) -> None:
+        """Go on with a connection that the old master hands over.  Takes `fd`."""
+        listener = self.handles.taken().get(handed.listener)
+        self._dispatcher.inherit(fd, handed, 0 if listener is None else listener.key)
 
     def scale(self, count: int) -> asyncio.Future[None]:
         """Have `count` workers from now on.  Done when it is so; fails with `BootError` as `reload` does.
@@ -314,25 +311,6 @@ class Engine:
         self._reconciler.reconcile()
         return change
 
-    def _close_listeners(self) -> None:
-        if self.handles.open:
-            self._dispatcher.accept_rest()
-            self.handles.close()
-            self._dispatcher.end_idle()
-            self._queue_is_empty()
-
-    def _queue_is_empty(self) -> None:
-        """Once nothing more can come and nothing waits, the workers may go."""
-        if self._reconciler.stopping is not Stop.NO and not self.handles.open and not self._distributor.queued:
-            self._stop_workers()
-
-    def _stop_workers(self) -> None:
-        if self._reconciler.target.stop.value < self._reconciler.stopping.value:
-            self._reconciler.target = dataclasses.replace(self._reconciler.target, stop=self._reconciler.stopping)
-            left = max(0.0, self._stop_deadline - self._loop.time())
-            self._roster.limits = dataclasses.replace(self._roster.limits, graceful=left)
-            self._reconciler.reconcile()
-
     def _close(self) -> None:
         self._health.close()
         self._stacks.close()
@@ -340,8 +318,7 @@ class Engine:
         self._dispatcher.close()
         self.outbox.close()
         self._reconciler.close()
-        if self._delay is not None:
-            self._delay.cancel()
+        self._ending.close()
 
     # -- what has become of it ------------------------------------------------------------------------------------
 
@@ -365,7 +342,7 @@ class Engine:
             else:
                 self._finish(BootError(failure.reason, failure.traceback))
         elif current.verdict is Verdict.STOPPED:
-            untold = self._untold
+            untold = self._ending.untold
             self._finish(None if untold is None else BootError(untold.reason, untold.traceback))
         elif current.stuck and (self._changes or not self.settled.done()):
             self._give_up(current.stuck)

@@ -23,11 +23,13 @@ from ..binds import Bind
 from ..checks import MAX_INT
 from ..core.address import Address
 from ..core.endpoint import Endpoint
+from ..core.handover import HeldListener
 from ..core.messages import Listen
 from ..core.policies import Policy
 from ..errors import BindError, ProtocolError, SettingsError
 from .dispatcher import Dispatcher
-from .listeners import Access, Listener, open_listener
+from .heritage import Heritage
+from .listeners import Access, Listener, open_listener, own_file
 from .opening import ANY, any_host
 
 logger = logging.getLogger("clusterserve")
@@ -48,7 +50,8 @@ class _Free(NamedTuple):
 class Handles:
     """Owns the listeners.  `make_policy` gives each its own policy object; None: the workers accept.
 
-    `programs`: nobody but the workers' own servers serves what is pinned, so they may join it.
+    `programs`: nobody but the workers' own servers serves what is pinned, so they may join it.  `heritage`: what
+    another master has open, and is not opened again; until `take_over` it is still that one's.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class Handles:
         access: Access = Access(),  # noqa: B008 - frozen
         *,
         programs: bool = False,
+        heritage: Heritage | None = None,
     ) -> None:
         self._programs = programs
+        self._heritage = heritage
         self._loop = loop
         self._dispatcher = dispatcher
         self._distributor = dispatcher.distributor
@@ -88,6 +93,11 @@ class Handles:
     def open(self) -> bool:
         """Whether any listener is still open."""
         return any(listener.is_open for listener in self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether none is opened any more."""
+        return self._closed
 
     @property
     def pinned(self) -> set[int]:
@@ -285,6 +295,44 @@ class Handles:
             kept.close()
         self._kept.clear()
 
+    # -- from one master to the next ------------------------------------------------------------------------------
+
+    def held(self) -> list[tuple[HeldListener, socket.socket]]:
+        """What there is, for another master."""
+        found = []
+        for each in self:
+            if each.is_open:
+                speaks_first = bool(self.client_speaks_first(each.key))
+                held = HeldListener(each.key, str(each.bind), each.pinned, each.datagram, speaks_first, each.file)
+                found.append((held, each.sock))
+        return found
+
+    def client_speaks_first(self, key: int) -> bool | None:
+        """What the workers have said of a listener from which the master accepts; None for others."""
+        handle = self._distributor.handles.get(key)
+        return None if handle is None else handle.client_speaks_first
+
+    def taken(self) -> dict[int, Listener]:
+        """What was the old master's, by its key there."""
+        return {each.inherited: each for each in self if each.inherited}
+
+    def take_over(self) -> None:
+        """What we have of the old master is ours now, the files of its unix sockets too."""
+        for each in self:
+            if each.inherited and each.bind.kind == "unix" and not each.bind.path.startswith("@"):
+                try:
+                    each.file = own_file(each.bind.path, self._access)
+                except OSError as exc:
+                    logger.warning("The file of %s is not ours to set up: %s", each.address, exc.strerror)
+
+    def leave_to_another(self, keys: Iterable[int]) -> None:
+        """Another master has these too: close our copies, and nothing else."""
+        for key in keys:
+            listener = self._listeners.get(key)
+            if listener is not None and listener.is_open:
+                self._dispatcher.remove_listener(listener)
+                listener.leave()
+
     def _open(self, bind: Bind, backlog: int, *, pinned: bool, request: Listen | None = None) -> Listener:
         if self._closed:
             raise _stopping(str(bind))
@@ -295,10 +343,15 @@ class Handles:
             kept = self._kept.pop(_endpoint(bind, request), None)
             if kept is not None:
                 kept.close()
+        asked = {name: bool(options.get(name)) for name in ("datagram", "v6only")}
+        inherited = None if self._heritage is None else self._heritage.claim(bind, **asked)
+        if inherited is not None:
+            options["inherited"] = inherited.sock
         try:
             listener = open_listener(self._keys + 1, bind, min(backlog, MAX_INT), pinned=pinned, **options)
         except BindError as exc:
             raise self._explain(exc, bind, request) from None
+        listener.inherited = 0 if inherited is None else inherited.held.key
         self._keys += 1
         self._listeners[listener.key] = listener
         return listener

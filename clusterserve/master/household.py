@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable, Iterator
 
 from ..core.events import BecameReady, Event, StartedReload, StartedShutdown
-from ..errors import SettingsError
+from ..errors import ClusterError, SettingsError
 from ..settings import Settings
 from ..titles import titler
+from .heritage import Heritage
 from .pidfile import PidFile
 
 logger = logging.getLogger("clusterserve")
@@ -18,9 +19,35 @@ logger = logging.getLogger("clusterserve")
 _STATES = {BecameReady: "serving", StartedReload: "reloading", StartedShutdown: "stopping"}
 
 
+class House:
+    """What there is to say while it lasts; `entitle` renews the title."""
+
+    def __init__(self, entitle: Callable[[str], None], file: PidFile | None) -> None:
+        self._entitle = entitle
+        self._file = file
+
+    def __call__(self, event: Event) -> None:
+        """To be told of events, on any thread."""
+        if type(event) in _STATES:
+            self._entitle(_STATES[type(event)])
+
+    @property
+    def pid_file(self) -> str:
+        """The absolute path of the pid file; empty if there is none."""
+        return "" if self._file is None else self._file.path
+
+    def take_over(self) -> None:
+        """The old master has yielded: its pid file is ours."""
+        if self._file is not None:
+            try:
+                self._file.take_over()
+            except ClusterError as error:
+                logger.error("%s", error)
+
+
 @contextlib.contextmanager
-def household(settings: Settings) -> Iterator[Callable[[Event], None]]:
-    """Keep house inside the block; what it gives is to be told of events, on any thread.
+def household(settings: Settings, heritage: Heritage | None = None) -> Iterator[House]:
+    """Keep house inside the block.  If the old master of `heritage` has the same pid file, it has it until `take_over`.
 
     Raises `SettingsError` or `ClusterError` for what cannot be done.
     """
@@ -29,9 +56,13 @@ def household(settings: Settings) -> Iterator[Callable[[Event], None]]:
     with contextlib.ExitStack() as undo:
         if settings.umask is not None:
             undo.callback(os.umask, os.umask(settings.umask))
+        file = None
         if settings.pid is not None:
             file = PidFile(settings.pid)
-            file.write()
+            if heritage is not None and heritage.pid_file == file.path:
+                file.prepare()
+            else:
+                file.write()
             undo.callback(file.remove)
         title = titler()
         if title is None and settings.name is not None:
@@ -42,4 +73,4 @@ def household(settings: Settings) -> Iterator[Callable[[Event], None]]:
                 title(f"clusterserve: master [{settings.title}] {state}")
 
         entitle("starting")
-        yield lambda event: entitle(_STATES[type(event)]) if type(event) in _STATES else None
+        yield House(entitle, file)

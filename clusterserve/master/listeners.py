@@ -49,6 +49,8 @@ class Listener:
     workers: set[int] = field(default_factory=set)
     #: What the first of them sent for all.
     data: str = ""
+    #: Its key with the old master, whose it is until that has yielded; 0: it was always ours.
+    inherited: int = 0
 
     def __post_init__(self) -> None:
         # Remembered: while a cluster stops, its listeners are closed and its last workers may still be starting.
@@ -104,6 +106,11 @@ class Listener:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER if on else 0)
         return on
 
+    def leave(self) -> None:
+        """Close our copy of what another master has too."""
+        self.file = None
+        self.sock.close()
+
     def close(self) -> None:
         """Close it, and remove its file if it is still the one we made."""
         self.sock.close()
@@ -127,10 +134,14 @@ def open_listener(
     reuse_address: bool = True,
     keep_alive: bool = False,
     access: Access = Access(),  # noqa: B008 - frozen
+    inherited: socket.socket | None = None,
 ) -> Listener:
-    """Open what `bind` names and listen; raises `BindError`.  `datagram`: UDP."""
+    """Open what `bind` names and listen; raises `BindError`.  `datagram`: UDP.
+
+    `inherited` is the socket of another master, which is taken over, and its file left alone.
+    """
     try:
-        sock = open_socket(bind, datagram=datagram, v6only=v6only, reuse_address=reuse_address)
+        sock = inherited or open_socket(bind, datagram=datagram, v6only=v6only, reuse_address=reuse_address)
     except OSError as exc:
         raise _explain(exc, bind) from None
     file = None
@@ -138,13 +149,8 @@ def open_listener(
         sock.setblocking(False)
         if sock.family == socket.AF_UNIX and bind.kind == "fd" and faults.on("owns-inherited"):
             bind = Bind("unix", path=sock.getsockname())
-        if bind.kind == "unix" and not bind.path.startswith("@"):
-            made = os.stat(bind.path)
-            # The program that embeds us may be in another directory when it stops.
-            file = (os.path.abspath(bind.path), made.st_dev, made.st_ino)
-            if (access.uid, access.gid) != (-1, -1):
-                os.chown(bind.path, access.uid, access.gid)
-            os.chmod(bind.path, access.mode)
+        if inherited is None and bind.kind == "unix" and not bind.path.startswith("@"):
+            file = own_file(bind.path, access)
         if sock.family != socket.AF_UNIX and not datagram:
             # Accepted sockets inherit both: no system call for each of them.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -156,6 +162,16 @@ def open_listener(
         Listener(key, bind, sock, pinned, backlog, file).close()
         raise _explain(exc, bind) from None
     return listener
+
+
+def own_file(path: str, access: Access) -> tuple[str, int, int]:
+    """The socket file is ours from now on: who may connect to it, and what it is known by.  Raises OSError."""
+    made = os.stat(path)
+    if (access.uid, access.gid) != (-1, -1):
+        os.chown(path, access.uid, access.gid)
+    os.chmod(path, access.mode)
+    # The program that embeds us may be in another directory when it stops.
+    return os.path.abspath(path), made.st_dev, made.st_ino
 
 
 def _explain(exc: OSError, bind: Bind) -> BindError:

@@ -38,6 +38,8 @@ class Notifier:
         #: How long systemd waits for the next feeding (seconds); 0: it does not.
         self.watchdog = watchdog
         self._workers = ""
+        #: Another master is who systemd listens to: nothing is sent.
+        self.silent = False
         self._loop = loop
         self._unsent: list[bytes] = []
         self._socket: socket.socket | None = None
@@ -54,6 +56,8 @@ class Notifier:
 
     def send(self, *states: str, status: str = "") -> None:
         """Send these, as in "READY=1"; nothing happens if nobody listens."""
+        if self.silent:
+            return
         lines = [*states, f"STATUS={' '.join(status.split())[:_LONGEST]}"] if status else [*states]
         self._unsent.append("\n".join(lines).encode("utf-8", "replace"))
         self._flush()
@@ -74,6 +78,17 @@ class Notifier:
         """Who is the master, and that it has begun."""
         self._workers = _workers(settings.workers)
         self.send(f"MAINPID={os.getpid()}", status=f"Starting {self._workers} of {settings.title}")
+
+    def take_over(self, settings: Settings) -> None:
+        """This master serves from now on, instead of another."""
+        self.silent = False
+        self._workers = _workers(settings.workers)
+        self.send("READY=1", f"MAINPID={os.getpid()}", status=f"Serving with {self._workers}")
+
+    def pass_on(self, pid: int) -> None:
+        """Another master serves from now on: nothing more is said here."""
+        self.send(f"MAINPID={pid}")
+        self.silent = True
 
     def ready(self, status: str = "") -> None:
         """Every worker listens (again)."""
@@ -107,14 +122,17 @@ class Notifier:
         """Feed the watchdog from now on, whenever `healthy`, given how many seconds back to look, is true."""
         if self._socket is not None and self.watchdog:
             # Twice in that time, as its manual recommends.  What waits to be sent will do as well.
-            if not self._unsent and healthy(self.watchdog / 2):
+            if not self.silent and not self._unsent and healthy(self.watchdog / 2):
                 self.send("WATCHDOG=1")
             loop.call_later(self.watchdog / 2, self.watch, loop, healthy)
 
 
 @contextlib.contextmanager
-def notifier(settings: Settings, loop: asyncio.AbstractEventLoop) -> Iterator[Notifier]:
-    """Who tells systemd, inside the block.  What systemd has said to this process, it says to no worker."""
+def notifier(settings: Settings, loop: asyncio.AbstractEventLoop, *, silent: bool = False) -> Iterator[Notifier]:
+    """Who tells systemd, inside the block; from `take_over` on, if it is `silent`.
+
+    What systemd has said to this process, it says to no worker.
+    """
     sockets = passed()
     unused = sockets.keys() - {bind.fd for bind in settings.binds}
     if unused:
@@ -125,6 +143,7 @@ def notifier(settings: Settings, loop: asyncio.AbstractEventLoop) -> Iterator[No
     usec = int(watchdog) if for_us and watchdog.isdecimal() else 0
     before = {name: os.environ.pop(name) for name in _OURS if name in os.environ}
     teller = Notifier(before.get("NOTIFY_SOCKET", ""), usec / 1e6, loop)
+    teller.silent = silent
     try:
         teller.starting(settings)
         yield teller

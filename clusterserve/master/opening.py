@@ -43,7 +43,7 @@ def _open_inet(bind: Bind, datagram: bool, v6only: bool, reuse_address: bool) ->
     kind = socket.SOCK_DGRAM if datagram else socket.SOCK_STREAM
     proto = socket.IPPROTO_UDP if datagram else socket.IPPROTO_TCP
     # `proto` is spelled out: asyncio sets TCP_NODELAY only on sockets that say TCP.
-    family, address = _resolve(any_host() if bind.host == ANY else bind.host, bind.port, kind, proto)
+    family, address = resolve(any_host() if bind.host == ANY else bind.host, bind.port, kind, proto)
     sock = socket.socket(family, kind, proto)
     try:
         if reuse_address and not datagram:
@@ -57,7 +57,8 @@ def _open_inet(bind: Bind, datagram: bool, v6only: bool, reuse_address: bool) ->
     return sock
 
 
-def _resolve(host: str, port: int, kind: socket.SocketKind, proto: int) -> tuple[int, Any]:
+def resolve(host: str, port: int, kind: socket.SocketKind, proto: int) -> tuple[int, Any]:
+    """The family and the address that a host and a port mean.  Raises OSError (`gaierror`)."""
     # As uvicorn: a name means IPv4 where it has that, so that `localhost` is one address.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 
 from ..errors import ClusterError
 
@@ -19,51 +20,72 @@ class PidFile:
 
     def __init__(self, path: str) -> None:
         # Somebody may change the directory before the end.
-        self._path = os.path.abspath(path)
+        self.path = os.path.abspath(path)
         self._fd = -1
+        self._temporary = ""
 
     def write(self) -> None:
         """Write our process id.  Raises `ClusterError` if another master lives that has done so, or if it cannot be."""
+        self.prepare()
+        with self._explained():
+            self._put(self._temporary)
+            self._temporary = ""
+
+    def prepare(self) -> None:
+        """Have it ready beside that of another master, who lives and will leave its file to us: see `take_over`."""
+        with self._explained():
+            directory, name = os.path.split(self.path)
+            self._fd, self._temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
+            os.write(self._fd, f"{os.getpid()}\n".encode())
+            os.fchmod(self._fd, 0o644)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def take_over(self) -> None:
+        """What was prepared takes the place of the other master's file, which will not remove it."""
+        if self._temporary:
+            with self._explained():
+                os.rename(self._temporary, self.path)
+                self._temporary = ""
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong leaves nothing behind."""
         try:
-            directory, name = os.path.split(self._path)
-            self._fd, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
-            try:
-                os.write(self._fd, f"{os.getpid()}\n".encode())
-                os.fchmod(self._fd, 0o644)
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
-                self._put(temporary)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
-                self._close()
+            yield
+        except BaseException as error:
+            self.remove()
+            if not isinstance(error, OSError):
                 raise
-        except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise ClusterError(f"cannot write the pid file {self._path}: {reason}") from None
+            raise ClusterError(f"cannot write the pid file {self.path}: {reason}") from None
 
     def remove(self) -> None:
         """Remove it, if it is still ours."""
         if self._fd < 0:
             return
+        if self._temporary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+            self._temporary = ""
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
-                os.unlink(self._path)
+            if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                os.unlink(self.path)
         self._close()
 
     def _put(self, temporary: str) -> None:
         while True:
             try:
                 # Fails if there is one, unlike rename.
-                os.link(temporary, self._path)
+                os.link(temporary, self.path)
                 os.unlink(temporary)
                 return
             except FileExistsError:
                 pass
-            with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as old:
+            with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as old:
                 # Whoever replaces it holds its lock, so only one of several does.
                 self._claim(old.fileno(), old.read(32))
-                if os.path.samestat(os.stat(self._path), os.fstat(old.fileno())):
-                    os.rename(temporary, self._path)
+                if os.path.samestat(os.stat(self.path), os.fstat(old.fileno())):
+                    os.rename(temporary, self.path)
                     return
 
     def _claim(self, fd: int, content: bytes) -> None:
@@ -72,11 +94,11 @@ class PidFile:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             who = f"process {pid} is running" if pid else "another process holds it"
-            raise ClusterError(f"the pid file {self._path} is in use: {who}; stop it, or choose another file") from None
+            raise ClusterError(f"the pid file {self.path} is in use: {who}; stop it, or choose another file") from None
         # Another program's, which locks nothing: alive, and here when the file was written.
         if pid not in (0, os.getpid()) and _started(pid) <= os.fstat(fd).st_mtime:
             raise ClusterError(
-                f"the pid file {self._path} names process {pid}, which is running; stop it, or choose another file"
+                f"the pid file {self.path} names process {pid}, which is running; stop it, or choose another file"
             )
 
     def _close(self) -> None:

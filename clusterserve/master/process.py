@@ -37,6 +37,11 @@ class Exit:
     code: int | None
     signal: int | None
 
+    @property
+    def status(self) -> int:
+        """As a shell has it; 0 if nothing is known."""
+        return 128 + self.signal if self.signal is not None else self.code or 0
+
     def __str__(self) -> str:
         if self.signal is not None:
             # Most real-time signals have no name.
@@ -45,6 +50,19 @@ class Exit:
         if self.code is not None:
             return f"exited with code {self.code}"
         return "ended in an unknown way: another part of this program waits for all children"
+
+
+def wait_for(pidfd: int) -> Exit:
+    """How the process ended of which this is the pidfd; it has."""
+    try:
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except ChildProcessError:
+        result = None
+    if result is None:
+        return Exit(None, None)
+    if result.si_code == os.CLD_EXITED:
+        return Exit(result.si_status, None)
+    return Exit(None, result.si_status)
 
 
 def _identity(launch: Launch) -> dict[str, Any]:
@@ -149,18 +167,9 @@ class WorkerProcess:
 
     def _exited(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        try:
-            result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        except ChildProcessError:
-            result = None
+        ended = wait_for(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
-        if result is None:
-            ended = Exit(None, None)
-        elif result.si_code == os.CLD_EXITED:
-            ended = Exit(result.si_status, None)
-        else:
-            ended = Exit(None, result.si_status)
         # Popen must not wait for it again.
         self._popen.returncode = ended.code if ended.code is not None else -(ended.signal or 0)
         self._on_exit(ended)

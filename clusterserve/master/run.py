@@ -9,36 +9,27 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any
 
 import uvloop
 
 from ..core.envelope import Kind, declined
 from ..core.events import Event, Messaged
-from ..core.reconcile import Stop
-from ..errors import ClusterError
 from ..logs import configure
 from ..settings import Settings
+from ..succession import Claim, claim
 from .engine import Engine
+from .heritage import Heritage
 from .hooks import told_of_events
-from .household import household
+from .household import House, household
 from .notify import Notifier, notifier
 from .orphans import Orphans
-from .rereading import compare
+from .parent import Parent
+from .signals import HEARD, Signals
+from .succession import Succession
+from .upgrade import Upgrade
 
 logger = logging.getLogger("clusterserve")
-
-#: Exit codes of a forced end (128 + the signal's number).
-FORCED_INT: Final = 130
-FORCED_QUIT: Final = 131
-
-#: Understood, but not yet acted upon.  None of them may end the master while workers live.
-_LATER: Final = ("SIGUSR1", "SIGUSR2", "SIGWINCH")
-
-_HEARD: Final = tuple(
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTTIN", "SIGTTOU", "SIGPWR", *_LATER)
-)
 
 
 def run(app: str, **settings: Any) -> int:
@@ -57,6 +48,8 @@ def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[]
     the second on its way out, and read of a failure.
     """
     configure(settings)
+    claimed = claim()
+    inheritance = None if claimed is None else (claimed, Heritage.receive(claimed))
     if settings.app_dir is not None:
         # For a policy of the application's own, and its hooks; a program that embeds us has its path in order.
         sys.path.insert(0, os.path.abspath(settings.app_dir))
@@ -64,24 +57,28 @@ def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[]
     with _handlers_put_back(ignore=exits):
         try:
             # Its end may take a moment: the loop still has the signals then, and makes nothing of them.
-            with household(settings) as keep, notifier(settings, loop) as teller, told_of_events(settings) as hooks:
+            with (
+                household(settings, None if inheritance is None else inheritance[1]) as house,
+                notifier(settings, loop, silent=inheritance is not None) as teller,
+                told_of_events(settings) as hooks,
+            ):
 
                 def emit(event: Event) -> None:
-                    keep(event)
+                    house(event)
                     teller.on_event(event)
                     hooks(event)
 
-                return loop.run_until_complete(_serve(settings, loop, emit, teller, reread))
+                return loop.run_until_complete(_serve(settings, loop, emit, teller, house, reread, inheritance))
         finally:
             # The loop leaves the default behind for every signal it has handled, which for most of them is death.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+            signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
             loop.close()
 
 
 @contextlib.contextmanager
 def _handlers_put_back(*, ignore: bool) -> Iterator[None]:
     """Signals that come while the handlers change are held back, and are for those that are there afterwards."""
-    before = {number: signal.SIG_IGN if ignore else signal.getsignal(number) for number in _HEARD}
+    before = {number: signal.SIG_IGN if ignore else signal.getsignal(number) for number in HEARD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         yield
@@ -98,7 +95,9 @@ async def _serve(
     loop: asyncio.AbstractEventLoop,
     emit: Callable[[Event], None],
     teller: Notifier,
+    house: House,
     reread: Callable[[], Settings] | None,
+    inheritance: tuple[Claim, Heritage] | None,
 ) -> int:
     def told(event: Event) -> None:
         if not isinstance(event, Messaged):
@@ -107,83 +106,42 @@ async def _serve(
             # Nobody is here who could; whoever asks must not wait for ever.
             engine.outbox.post(event.worker.id, declined(event.envelope), [], lambda sent: None)
 
-    engine = Engine(settings, loop, told)
-    signals = _Signals(engine, loop, teller.on_reloaded, reread)
-    engine.start()
-    teller.watch(loop, engine.healthy)
-    orphans = Orphans(loop, engine.pids)
-    if os.getpid() == 1:
-        orphans.start()
-    error = await engine.finished
-    orphans.close()
-    if error is not None:
-        raise error
-    logger.info("Stopped, master process %d", os.getpid())
-    if not engine.served:
-        # Nobody is to take this for a success; and it is what a signal makes of a program that does not handle it, as
-        # this one does not in its first moments.
-        return signals.code or 128 + signals.first
-    return signals.code
+    def take_over() -> None:
+        house.take_over()
+        teller.take_over(settings)
 
-
-class _Signals:
-    """What each signal means (docs/settings.md, "Signals"), and the exit code that follows from them."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        loop: asyncio.AbstractEventLoop,
-        reloaded: Callable[[asyncio.Future[None]], None] = lambda change: None,
-        reread: Callable[[], Settings] | None = None,
-    ) -> None:
-        self._engine = engine
-        self._reloaded = reloaded
-        self._reread = reread
-        self._interrupted = False
-        self.code = 0
-        #: The signal that ended it.
-        self.first = 0
-        loop.add_signal_handler(signal.SIGTERM, self._terminate)
-        loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
-        loop.add_signal_handler(signal.SIGTTIN, engine.scale_by, 1)
-        loop.add_signal_handler(signal.SIGTTOU, engine.scale_by, -1)
-        loop.add_signal_handler(signal.SIGPWR, engine.show_stacks)
-        for name in _LATER:
-            loop.add_signal_handler(getattr(signal, name), self._later, name)
-
-    def _terminate(self) -> None:
-        self.first = self.first or signal.SIGTERM
-        self._engine.stop(Stop.GRACEFUL)
-
-    def _interrupt(self) -> None:
-        if self._interrupted:
-            self._quit(FORCED_INT)
-        self._interrupted = True
-        # Behind a SIGTERM it is somebody who does not want to wait for --shutdown-delay.
-        self._engine.stop(Stop.GRACEFUL, at_once=bool(self.first))
-        self.first = self.first or signal.SIGINT
-
-    def _quit(self, code: int) -> None:
-        self.code = self.code or code
-        self._engine.stop(Stop.QUICK)
-
-    def _reload(self) -> None:
-        if self._reread is not None:
-            try:
-                found = compare(self._engine.settings, self._reread())
-            except ClusterError as error:
-                # Its workers would be of a configuration that is none.
-                logger.error("Reload refused, nothing was done: %s", error)
-                return
-            if found.changed:
-                logger.info("The configuration has changed: %s", ", ".join(found.changed))
-                self._engine.adopt(found.settings)
-            if found.fixed:
-                logger.warning("Changed too, but only from the next start on: %s", ", ".join(found.fixed))
-        self._engine.reload().add_done_callback(self._reloaded)
-
-    def _later(self, name: str) -> None:
-        if name != "SIGWINCH":
-            logger.warning("%s means nothing yet in this version; nothing was done", name)
+    with contextlib.ExitStack() as undo:
+        engine = Engine(settings, loop, told, None if inheritance is None else inheritance[1])
+        succession = None
+        if inheritance is not None:
+            succession = Succession(loop, *inheritance, engine, take_over)
+            undo.callback(succession.close)
+        upgrade = Upgrade(loop, engine, teller, house.pid_file, succession)
+        parent = Parent(loop, upgrade) if os.getpid() == 1 else None
+        if parent is not None:
+            upgrade.on_yield = lambda: parent.forward(HEARD)
+        signals = Signals(engine, upgrade, loop, teller.on_reloaded, reread)
+        engine.start()
+        if succession is not None:
+            succession.start()
+        teller.watch(loop, engine.healthy)
+        orphans = Orphans(loop, lambda: [*engine.pids(), *upgrade.pids(), *([] if parent is None else parent.pids())])
+        if parent is not None:
+            undo.callback(orphans.close)
+            orphans.start()
+        error = await engine.finished
+        await upgrade.over()
+        if upgrade.yielded:
+            logger.info("Process %d has left everything to process %d", os.getpid(), upgrade.pid)
+            return upgrade.exit_code if parent is None else await parent.wait()
+        failure = error or (None if succession is None else succession.failure)
+        if failure is not None:
+            raise failure
+        if succession is not None and not signals.code:
+            await succession.left_alone()
+        logger.info("Stopped, master process %d", os.getpid())
+        if not engine.served:
+            # Nobody is to take this for a success; and it is what a signal makes of a program that does not handle it,
+            # as this one does not in its first moments.
+            return signals.code or 128 + signals.first
+        return signals.code

@@ -22,7 +22,8 @@ from clusterserve.core.messages import Listening, Online, encode
 from clusterserve.core.reconcile import Stop
 from clusterserve.errors import BindError, BootError, SettingsError
 from clusterserve.master.answers import BAD_GATEWAY
-from clusterserve.master.engine import LISTENER_LINGER, Engine
+from clusterserve.master.ending import LISTENER_LINGER
+from clusterserve.master.engine import Engine
 from clusterserve.settings import Settings
 from tests.helpers import proc
 from tests.helpers.waiting import DEADLINE, eventually

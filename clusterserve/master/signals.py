@@ -1,0 +1,100 @@
+"""What each signal to the master means (docs/settings.md, "Signals"), and the exit code that follows from them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from typing import Final
+
+from ..core.reconcile import Stop
+from ..errors import ClusterError
+from ..settings import Settings
+from .engine import Engine
+from .rereading import compare
+from .upgrade import Upgrade
+
+logger = logging.getLogger("clusterserve")
+
+#: Exit codes of a forced end (128 + the signal's number).
+FORCED_INT: Final = 130
+FORCED_QUIT: Final = 131
+
+#: Understood, but not yet acted upon.  None of them may end the master while workers live.
+_LATER: Final = ("SIGUSR1", "SIGWINCH")
+
+#: All of them.
+HEARD: Final = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTTIN", "SIGTTOU", "SIGPWR", "SIGUSR2", *_LATER)
+)
+
+
+class Signals:
+    """Handlers on the engine's loop, from now on."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        upgrade: Upgrade,
+        loop: asyncio.AbstractEventLoop,
+        reloaded: Callable[[asyncio.Future[None]], None] = lambda change: None,
+        reread: Callable[[], Settings] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._upgrade = upgrade
+        self._reloaded = reloaded
+        self._reread = reread
+        self._interrupted = False
+        self.code = 0
+        #: The signal that ended it.
+        self.first = 0
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGTTIN, engine.scale_by, 1)
+        loop.add_signal_handler(signal.SIGTTOU, engine.scale_by, -1)
+        loop.add_signal_handler(signal.SIGPWR, engine.show_stacks)
+        loop.add_signal_handler(signal.SIGUSR2, upgrade.begin)
+        for name in _LATER:
+            loop.add_signal_handler(getattr(signal, name), self._later, name)
+
+    def _terminate(self) -> None:
+        self.first = self.first or signal.SIGTERM
+        self._upgrade.abandon()
+        self._engine.stop(Stop.GRACEFUL)
+
+    def _interrupt(self) -> None:
+        if self._interrupted:
+            self._quit(FORCED_INT)
+        self._interrupted = True
+        self._upgrade.abandon()
+        # Behind a SIGTERM it is somebody who does not want to wait for --shutdown-delay.
+        self._engine.stop(Stop.GRACEFUL, at_once=bool(self.first))
+        self.first = self.first or signal.SIGINT
+
+    def _quit(self, code: int) -> None:
+        self.code = self.code or code
+        self._upgrade.abandon()
+        self._engine.stop(Stop.QUICK)
+
+    def _reload(self) -> None:
+        if self._reread is not None:
+            try:
+                found = compare(self._engine.settings, self._reread())
+            except ClusterError as error:
+                # Its workers would be of a configuration that is none.
+                logger.error("Reload refused, nothing was done: %s", error)
+                return
+            if found.changed:
+                logger.info("The configuration has changed: %s", ", ".join(found.changed))
+                self._engine.adopt(found.settings)
+            if found.fixed:
+                logger.warning("Changed too, but only from the next start on: %s", ", ".join(found.fixed))
+        self._engine.reload().add_done_callback(self._reloaded)
+
+    def _later(self, name: str) -> None:
+        if name != "SIGWINCH":
+            logger.warning("%s means nothing yet in this version; nothing was done", name)
