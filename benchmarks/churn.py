@@ -29,10 +29,13 @@ from benchmarks.schedule import Mix, mix_option, poisson
 from benchmarks.servers import Contender, Setup
 
 NAME = "churn"
-SUMMARY = "failed requests while workers are reloaded (HUP), killed (KILL) or replaced after some requests (RECYCLE)"
+SUMMARY = (
+    "failed requests while workers are reloaded (HUP), killed (KILL) or replaced after some requests (RECYCLE), "
+    "or the master is replaced (USR2)"
+)
 DEFAULT = ("clusterserve-rr", "uvicorn", "gunicorn", "gunicorn-asgi", "granian", "hypercorn", "node-rr", "haproxy")
-EVENTS = ("HUP", "KILL", "RECYCLE")
-EVENT_SECONDS = 2.0
+# From one to the next.  A master needs longer to be replaced.
+EVENT_SECONDS = {"HUP": 2.0, "KILL": 2.0, "RECYCLE": 2.0, "USR2": 3.0}
 MAX_REQUESTS = 150
 # Longer than a connection of the pool is ever left idle: closing it then would be no failure of the server's.
 KEEP_ALIVE_SECONDS = 60
@@ -50,7 +53,9 @@ class Churned:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("event", choices=EVENTS, help=f"RECYCLE: each worker serves {MAX_REQUESTS} requests")
+    parser.add_argument(
+        "event", choices=tuple(EVENT_SECONDS), help=f"RECYCLE: each worker serves {MAX_REQUESTS} requests"
+    )
     add_server_options(parser, DEFAULT, workers=4)
     add_dispatch_option(parser)
     add_seed_option(parser)
@@ -87,12 +92,16 @@ def run(options: argparse.Namespace) -> int:
         raise BenchmarkError("there is nobody to measure")
     results = {contender.name: measure(contender, setup, modes, options) for contender in able}
     print(f"\n{machine_facts(able)}; {options.loop}, {options.http}")
-    what = f"at most {MAX_REQUESTS} requests a worker" if options.event == "RECYCLE" else f"a {options.event} every 2 s"
+    what = f"at most {MAX_REQUESTS} requests a worker" if options.event == "RECYCLE" else every(options.event)
     print(
         f"\n{what}: {options.workers} workers, {options.rate:g} requests/s of {options.mix} ms, {options.seconds:g} s\n"
     )
     print(report(results))
     return 0 if all(len(by_mode) == len(modes) for by_mode in results.values()) else 1
+
+
+def every(event: str) -> str:
+    return f"a {event} every {EVENT_SECONDS[event]:g} s"
 
 
 def measure(contender: Contender, setup: Setup, modes: list[str], options: argparse.Namespace) -> dict[str, Churned]:
@@ -124,7 +133,7 @@ def churned(server: Server, mode: str, options: argparse.Namespace) -> Churned:
 
 
 class _Events:
-    """Beside the load, in a thread: every two seconds one, the first after two, none in the last two."""
+    """Beside the load, in a thread: one every so many seconds, the first after as many, none in the last as many."""
 
     def __init__(self, server: Server, event: str, chance: random.Random, seconds: float) -> None:
         self.done = 0
@@ -137,10 +146,11 @@ class _Events:
 
     def _run(self) -> None:
         began = time.monotonic()
-        at = EVENT_SECONDS
-        while at <= self._seconds - EVENT_SECONDS and not self._over.wait(max(0.0, began + at - time.monotonic())):
-            if self._event == "HUP":
-                self._server.signal_master(signal.SIGHUP)
+        pause = EVENT_SECONDS[self._event]
+        at = pause
+        while at <= self._seconds - pause and not self._over.wait(max(0.0, began + at - time.monotonic())):
+            if self._event in ("HUP", "USR2"):
+                self._server.signal_master(signal.SIGHUP if self._event == "HUP" else signal.SIGUSR2)
                 self.done += 1
             elif self._event == "KILL" and (workers := self._server.workers()):
                 try:
@@ -148,7 +158,7 @@ class _Events:
                     self.done += 1
                 except ProcessLookupError:
                     pass  # it ended by itself meanwhile
-            at += EVENT_SECONDS
+            at += pause
 
     def __enter__(self) -> None:
         self._thread.start()

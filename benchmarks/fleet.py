@@ -62,7 +62,7 @@ class Server:
         answered: set[int] = set()
         # A worker that died and was replaced counts once: the tree as it is decides.
         while len(answered & (tree := self.processes()).keys()) < self._workers:
-            if not tree[self._root.pid].alive:
+            if not any(process.alive for process in tree.values()):
                 raise ServerFailedError(f"ended while starting:\n{self._last_output()}")
             if time.monotonic() > deadline:
                 raise ServerFailedError(
@@ -92,13 +92,23 @@ class Server:
             if process.alive and pid not in parents and pid != self._root.pid and not processes.is_helper(pid)
         ]
 
+    @property
+    def master(self) -> int:
+        """Who takes the signals: the first process, or, when that has been succeeded, the last one to have children."""
+        tree = self.processes()
+        if not tree[self._root.pid].alive:
+            parents = {process.parent for process in tree.values() if process.alive}
+            if masters := [process for process in tree.values() if process.alive and process.pid in parents]:
+                return max(masters, key=lambda process: process.started).pid
+        return self._root.pid
+
     def signal_master(self, number: signal.Signals) -> None:
-        os.kill(self._root.pid, number)
+        os.kill(self.master, number)
 
     def ask_to_stop(self) -> None:
         self._members = self.processes()
         # Not Popen.send_signal, which would wait for a root that has ended.
-        os.kill(self._root.pid, signal.SIGTERM)
+        self.signal_master(signal.SIGTERM)
 
     def wait_until_gone(self) -> set[int]:
         """Wait for the whole tree, with KILL for what outlives its time; whatever is left even then is returned."""

@@ -33,6 +33,10 @@ FOREIGN_NAMES = frozenset({"WEB_CONCURRENCY", "NODE_OPTIONS", "PORT"})
 PROGRAMS = {"node": ["--version"], "haproxy": ["-v"]}
 
 
+#: What `churn` does to servers.
+EVENTS = frozenset({"HUP", "KILL", "RECYCLE", "USR2"})
+
+
 @dataclass(frozen=True)
 class Setup:
     """What all contenders of one run have in common."""
@@ -62,7 +66,7 @@ class Contender:
     #: A module without which the package is not enough.
     needs: str = ""
     #: The events of `churn` that this server has an answer to.
-    survives: frozenset[str] = frozenset({"HUP", "KILL", "RECYCLE"})
+    survives: frozenset[str] = EVENTS - {"USR2"}
 
     def missing(self) -> str:
         """Why this contender cannot take part; empty when it can."""
@@ -220,8 +224,8 @@ def _node(setup: Setup, port: int) -> list[str]:
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
-        Contender("clusterserve-rr", "clusterserve", _clusterserve("rr")),
-        Contender("clusterserve-none", "clusterserve", _clusterserve("none")),
+        Contender("clusterserve-rr", "clusterserve", _clusterserve("rr"), survives=EVENTS),
+        Contender("clusterserve-none", "clusterserve", _clusterserve("none"), survives=EVENTS),
         *(Contender(f"without-{step}", "clusterserve", _without(step)) for step in STEPS),
         Contender(REFERENCE, "uvicorn", _uvicorn),
         Contender("gunicorn", "gunicorn", _gunicorn),

@@ -29,7 +29,7 @@ from ..core.policies import Policy
 from ..errors import BindError, ProtocolError, SettingsError
 from .dispatcher import Dispatcher
 from .heritage import Heritage
-from .listeners import Access, Listener, open_listener, own_file
+from .listeners import Access, Listener, identity, open_listener, set_access
 from .opening import ANY, any_host
 
 logger = logging.getLogger("clusterserve")
@@ -321,7 +321,8 @@ class Handles:
         for each in self:
             if each.inherited and each.bind.kind == "unix" and not each.bind.path.startswith("@"):
                 try:
-                    each.file = own_file(each.bind.path, self._access)
+                    each.file = identity(each.bind.path)
+                    set_access(each.bind.path, self._access)
                 except OSError as exc:
                     logger.warning("The file of %s is not ours to set up: %s", each.address, exc.strerror)
 

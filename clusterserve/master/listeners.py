@@ -150,7 +150,8 @@ def open_listener(
         if sock.family == socket.AF_UNIX and bind.kind == "fd" and faults.on("owns-inherited"):
             bind = Bind("unix", path=sock.getsockname())
         if inherited is None and bind.kind == "unix" and not bind.path.startswith("@"):
-            file = own_file(bind.path, access)
+            file = identity(bind.path)
+            set_access(bind.path, access)
         if sock.family != socket.AF_UNIX and not datagram:
             # Accepted sockets inherit both: no system call for each of them.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -164,14 +165,17 @@ def open_listener(
     return listener
 
 
-def own_file(path: str, access: Access) -> tuple[str, int, int]:
-    """The socket file is ours from now on: who may connect to it, and what it is known by.  Raises OSError."""
+def identity(path: str) -> tuple[str, int, int]:
+    """What a socket file is known by, wherever the program that embeds us goes.  Raises OSError."""
     made = os.stat(path)
+    return os.path.abspath(path), made.st_dev, made.st_ino
+
+
+def set_access(path: str, access: Access) -> None:
+    """Let those connect who may.  Raises OSError."""
     if (access.uid, access.gid) != (-1, -1):
         os.chown(path, access.uid, access.gid)
     os.chmod(path, access.mode)
-    # The program that embeds us may be in another directory when it stops.
-    return os.path.abspath(path), made.st_dev, made.st_ino
 
 
 def _explain(exc: OSError, bind: Bind) -> BindError:

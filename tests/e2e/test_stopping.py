@@ -303,7 +303,6 @@ def test_quit_does_not_wait_for_a_blocked_worker(serve: Serve) -> None:
 # What HUP, TTIN and TTOU mean instead is in test_reload.py and test_scale.py.
 NOTHING = [
     signal.SIGUSR1,
-    signal.SIGUSR2,
     signal.SIGWINCH,
     signal.SIGCHLD,
     signal.SIGPIPE,

@@ -37,6 +37,7 @@ IN_TURN = ("--dispatch", "connection")
 
 LISTENING_ON = re.compile(r"\bListening on ((?:unix:|https?://)[^\s,;]+)")
 WORKER_LISTENS = re.compile(r"\bWorker (\d+) \(slot (\d+), pid (\d+)\) .*listening")
+TAKES_OVER = re.compile(r"\bProcess (\d+) takes over")
 # What no run may print unless its test says that it must.
 NOISE = re.compile(r"Traceback \(most recent|never retrieved|never awaited|Exception ignored|\b\w+Warning:")
 
@@ -271,6 +272,22 @@ class Server:
         return self._process.pid
 
     @property
+    def master(self) -> int:
+        """The process that is the master now: the first one, or, behind upgrades, the last that took over."""
+        found = self.found(TAKES_OVER)
+        return int(found[-1][1]) if found else self.pid
+
+    def upgrade(self) -> int:
+        """Have another master take over, and the one before it leave; its process id."""
+        before, count = self.master, len(self.found(TAKES_OVER)) + 1
+        self.signal(signal.SIGUSR2)
+        self.wait_for(TAKES_OVER, count=count)
+        self.wait_for("has left everything to process", count=count)
+        if before != 1:
+            eventually(lambda: not proc.alive(before), "the old master is gone")
+        return self.master
+
+    @property
     def announced(self) -> list[Worker]:
         """Every worker that ever said it listens, in that order."""
         return [Worker(int(m[1]), int(m[2]), int(m[3])) for m in self.found(WORKER_LISTENS)]
@@ -290,7 +307,10 @@ class Server:
         return self._process.poll() is None
 
     def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
+        if self.master == self.pid:
+            self._process.send_signal(number)
+        else:
+            os.kill(self.master, number)
 
     def terminate(self) -> None:
         self.signal(signal.SIGTERM)
@@ -311,8 +331,9 @@ class Server:
             raise AssertionError(f"still running after {within:g} s\n{self.output}") from None
 
     def stop(self) -> int:
-        """Stop by SIGTERM; the exit code."""
+        """Stop by SIGTERM; the exit code, of the first master if there were several."""
         self.terminate()
+        eventually(lambda: self.master == self.pid or not proc.alive(self.master), "the last master is gone")
         return self.wait()
 
     @contextlib.contextmanager
@@ -355,7 +376,7 @@ class Server:
     def close(self) -> None:
         faults: list[str] = []
         try:
-            if self._process.poll() is None:
+            if self._process.poll() is None or (self.master != self.pid and proc.alive(self.master)):
                 code = self.stop()
                 if code != 0:
                     faults.append(f"exit code {code} on SIGTERM")

@@ -128,3 +128,29 @@ def test_a_place_where_it_cannot_be(tmp_path: Path, name: str, reason: str) -> N
     with pytest.raises(ClusterError, match=f"^cannot write the pid file .*: {reason}$"):
         PidFile(f"{tmp_path}/{name}").write()
     assert list(tmp_path.iterdir()) == []
+
+
+class TestFromOneMasterToTheNext:
+    def test_the_file_is_replaced_and_never_gone(self, tmp_path: Path) -> None:
+        old, new = PidFile(str(tmp_path / "x")), PidFile(str(tmp_path / "x"))
+        old.write()
+        first = (tmp_path / "x").stat().st_ino
+        new.prepare()
+        assert (tmp_path / "x").stat().st_ino == first
+        new.take_over()
+        assert (tmp_path / "x").stat().st_ino != first
+        old.remove()
+        assert (tmp_path / "x").read_text() == f"{os.getpid()}\n"
+        with pytest.raises(ClusterError, match="is in use"):
+            PidFile(str(tmp_path / "x")).write()
+        new.remove()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_one_that_never_takes_over_leaves_nothing(self, tmp_path: Path) -> None:
+        old, new = PidFile(str(tmp_path / "x")), PidFile(str(tmp_path / "x"))
+        old.write()
+        new.prepare()
+        new.remove()
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
+        old.remove()
+        assert list(tmp_path.iterdir()) == []
