@@ -126,6 +126,8 @@ class Engine:
         self._deadline: asyncio.TimerHandle | None = None
         self._planning = False
         self._failure: Failed | None = None
+        #: Nothing could be started, and a change of the files is waited for.
+        self._waiting = False
         #: The one that nobody was told of when the stop was ordered: the others were still booting.
         self._untold: Failed | None = None
 
@@ -166,7 +168,7 @@ class Engine:
         if first:
             self._emit(StartedShutdown())
             # What a worker says from now on may come of being interrupted.
-            self._untold = None if self.served else self._failure
+            self._untold = None if self.served or self._waiting else self._failure
             self._stop_deadline = self._loop.time() + self.settings.timeout_graceful_shutdown
             logger.info("Stopping %s", "quickly" if how is Stop.QUICK else "when what was accepted is served")
         if how is Stop.QUICK or not self._roster.proven:
@@ -298,9 +300,10 @@ class Engine:
 
     def _change(self) -> asyncio.Future[None]:
         change = self._changes.begin()
-        if self._roster.proven:
-            # A fresh start for every slot: before anybody listened, who failed stays where it is.
-            self._failure = None
+        if self._roster.proven or self.settings.reload:
+            # A fresh start for every slot: before anybody listened, who failed stays where it is, save where whoever
+            # repairs it is at work.
+            self._failure, self._waiting = None, False
             self._roster.forgiven(self._loop.time())
         self._reconcile()
         return change
@@ -309,7 +312,8 @@ class Engine:
         """The new generation cannot start: back to the one that serves."""
         failure = self._failure or Failed(self._crew.last_exit, "")
         reason = f"generation {self._target.generation} cannot start: {failure.reason}"
-        logger.error("Reload failed, %s; generation %d stays", reason, self._roster.proven)
+        stays = "the old code serves on until the next change" if self.settings.reload else ""
+        logger.error("Reload failed, %s; %s", reason, stays or f"generation {self._roster.proven} stays")
         error = BootError(reason, failure.traceback)
         self._target = dataclasses.replace(self._target, generation=self._roster.proven)
         if self._before is not None:
@@ -329,6 +333,17 @@ class Engine:
             # Nobody may be waiting: a program of our own goes on with the others.
             self.settled.exception()
         self._changes.over(BootError(f"{reason}; the cluster goes on trying", failure.traceback))
+
+    def _fail(self) -> None:
+        """No worker could start: that is the end, unless somebody is at work on the files."""
+        failure = self._failure or Failed(f"no worker came to listen: {self._crew.last_exit}", "")
+        error = BootError(failure.reason, failure.traceback)
+        if not self.settings.reload:
+            self._finish(error)
+        elif not self._waiting:
+            self._waiting = True
+            logger.error("%s", error)
+            logger.error("Nothing is served: waiting for a change of the files")
 
     def _close_listeners(self) -> None:
         if self.handles.open:
@@ -402,11 +417,7 @@ class Engine:
         elif current.verdict is Verdict.REJECTED:
             self._reject()
         elif current.verdict is Verdict.FAILED:
-            failure = self._failure
-            if failure is None:
-                self._finish(BootError(f"no worker came to listen: {self._crew.last_exit}"))
-            else:
-                self._finish(BootError(failure.reason, failure.traceback))
+            self._fail()
         elif current.verdict is Verdict.STOPPED:
             untold = self._untold
             self._finish(None if untold is None else BootError(untold.reason, untold.traceback))
@@ -484,11 +495,14 @@ class Engine:
             self._reconcile()
 
     def _failed(self, worker: int, message: Failed) -> None:
-        if self._failure is None:
-            self._failure = message
+        first, self._failure = self._failure is None, self._failure or message
         if self._roster.proven or self._target.manual:
             # The cluster serves already: this one's story would not be told otherwise.
-            logger.error("Worker %d: %s\n%s", worker, message.reason, message.traceback.rstrip())
+            if self.settings.reload and not first and message == self._failure:
+                # All of them started at once, from the same files.
+                logger.error("Worker %d: %s, as said before", worker, message.reason)
+            else:
+                logger.error("Worker %d: %s\n%s", worker, message.reason, message.traceback.rstrip())
 
     def on_closed(self, worker: int, error: ProtocolError | None) -> None:
         if error is not None:
@@ -600,6 +614,7 @@ def _limits(settings: Settings) -> Limits:
         backoff=settings.restart_backoff,
         backoff_max=settings.restart_backoff_max,
         min_uptime=settings.min_uptime,
-        surge=settings.reload_surge,
+        # In development the whole of the new code is wanted at once.
+        surge=max(settings.reload_surge, settings.workers) if settings.reload else settings.reload_surge,
         timeout=settings.timeout,
     )
