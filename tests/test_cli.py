@@ -384,6 +384,7 @@ def test_help_is_complete_and_grouped(flag: str, capsys: pytest.CaptureFixture[s
         "Binding",
         "Cluster",
         "Workers' health",
+        "Development",
         "Debugging",
         "HTTP",
         "WebSocket",

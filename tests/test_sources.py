@@ -360,7 +360,7 @@ def test_a_report_of_what_is_wrong_is_refused(refused: Refused) -> None:
 
 def test_watching_what_is_not_watched_is_not_ignored_in_silence() -> None:
     argv = ("a:b", "--reload-include", "*.html", "--reload-dir", ".")
-    assert unread(layer(*argv)) == "--reload-include, --reload-dir: without --reload no files are watched"
+    assert unread(layer(*argv)) == "--reload-dir, --reload-include: without --reload no files are watched"
     assert unread(layer(*argv, "--reload")) == ""
     # A file is for every start, also for those of the next day in production.
     write("reload_delay = 1\n")
