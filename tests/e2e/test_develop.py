@@ -55,7 +55,11 @@ def word(server: Server) -> str:
 
 def only(server: Server, wanted: str, workers: int) -> None:
     """Everybody serves this word, and nobody else is there."""
-    eventually(lambda: word(server) == wanted and len(server.processes()) == 1 + workers, f"all say {wanted}")
+
+    def alone() -> bool:
+        return word(server) == wanted and len(server.workers) == workers == len(server.processes()) - 1
+
+    eventually(alone, f"all say {wanted}")
 
 
 def test_all_workers_have_what_was_saved_and_no_client_notices(serve: Serve, tmp_path: Path) -> None:
