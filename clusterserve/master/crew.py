@@ -20,15 +20,17 @@ from ..channel.message import MessageChannel, Riders
 from ..core.envelope import Envelope
 from ..core.events import Event, Exited, Forked, StartedDraining, WasKilled, WentWrong, WorkerName
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Boot, Message
+from ..core.messages import Boot, Failed, Fork, Message
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Drain, Kill, Spawn
 from ..core.roster import Member, Roster
+from ..core.templates import Step
 from ..core.wear import Wear
 from ..errors import ProtocolError
 from ..settings import Settings
 from .dispatcher import Dispatcher
-from .process import Exit, WorkerProcess
+from .process import Ends, Exit, WorkerProcess
+from .templates import Templates
 
 logger = logging.getLogger("clusterserve")
 
@@ -60,6 +62,17 @@ class Seat:
         return self.member.id, self.member.slot, self.process.pid
 
 
+@dataclass
+class _Expected:
+    """A worker that a template was told to fork: as its seat, as far as there is anything."""
+
+    member: Member
+    ends: Ends
+    debug_port: int | None
+    #: What it was told meanwhile, and has not heard.
+    orders: list[Drain | Abort | Kill] = field(default_factory=list)
+
+
 class Ears(Protocol):
     """Who hears of the workers."""
 
@@ -67,6 +80,8 @@ class Ears(Protocol):
     def on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None: ...
     def on_closed(self, worker: int, error: ProtocolError | None) -> None: ...
     def on_exit(self, worker: int, ended: Exit) -> None: ...
+    def on_template_failed(self, failed: Failed) -> None: ...
+    def on_template_changed(self) -> None: ...
 
 
 class Crew:
@@ -92,6 +107,15 @@ class Crew:
         self._dispatcher = dispatcher
         self._emit = emit
         self._ears = ears
+        self._templates: Templates | None = None
+        if roster.templates is not None:
+            self._templates = Templates(loop, roster, ears.on_template_failed, ears.on_template_changed)
+        self._expected: dict[int, _Expected] = {}
+
+    def pids(self) -> list[int]:
+        """The processes of the workers that are not dead, and of the templates."""
+        templates = [] if self._templates is None else self._templates.pids()
+        return [*(seat.process.pid for seat in self.seats.values()), *templates]
 
     def channel(self, worker: int) -> MessageChannel | None:
         """Its message channel; None if it is gone."""
@@ -104,22 +128,27 @@ class Crew:
 
     # -- starting -------------------------------------------------------------------------------------------------
 
-    def spawn(self, action: Spawn, wear: Wear, debug_port: int | None = None) -> int:
-        """Start one; the id of the worker that was started, or could not be."""
+    def spawn(self, action: Spawn, wear: Wear, debug_port: int | None = None, *, alone: bool = False) -> int:
+        """Start one; the id of the worker that was started, or could not be.
+
+        Where there are templates it is forked from one, unless it is to be `alone`.
+        """
         now = self._loop.time()
         member = self._roster.spawned(action.slot, action.generation, now, wear)
         self._say_why(action, member)
+        env = self.environments.get(action.slot, ())
         try:
-            process = WorkerProcess(
-                action.slot,
-                self._loop,
-                partial(self._ears.on_exit, member.id),
-                self.settings,
-                self.environments.get(action.slot, ()),
-            )
+            if self._templates is not None and not alone:
+                self._fork(self._templates, member, env, debug_port)
+                return member.id
+            process = WorkerProcess(action.slot, self._loop, partial(self._ears.on_exit, member.id), self.settings, env)
         except OSError as exc:
             self._stillborn(member, exc, now)
-            return member.id
+        else:
+            self._seat(member, process, debug_port)
+        return member.id
+
+    def _seat(self, member: Member, process: WorkerProcess, debug_port: int | None) -> None:
         channel = MessageChannel(
             self._loop,
             process.messages,
@@ -130,10 +159,37 @@ class Crew:
         seat = self.seats[member.id] = Seat(member, process, channel)
         self.tell(seat, Forked)
         self._dispatcher.add_worker(
-            member.id, action.slot, process.connections, process.board, process.kept, process.pid
+            member.id, member.slot, process.connections, process.board, process.kept, process.pid
         )
         channel.send(self._boot(member, debug_port))
-        return member.id
+
+    def _fork(self, templates: Templates, member: Member, env: Environment, debug_port: int | None) -> None:
+        ends = Ends(self.settings)
+        try:
+            order = Fork(member.id, member.slot, dict(env), [])
+            templates.fork(member.generation, order, ends, partial(self._forked, member.id))
+        except OSError:
+            ends.abandon()
+            raise
+        self._expected[member.id] = _Expected(member, ends, debug_port)
+
+    def _forked(self, worker: int, result: int | OSError) -> None:
+        """A template has forked it, or could not."""
+        expected = self._expected.pop(worker)
+        if isinstance(result, OSError):
+            expected.ends.abandon()
+            self._stillborn(expected.member, result, self._loop.time())
+            return
+        try:
+            process = WorkerProcess.adopt(expected.ends, result, self._loop, partial(self._ears.on_exit, worker))
+        except OSError as exc:
+            self._stillborn(expected.member, exc, self._loop.time())
+            return
+        self._seat(expected.member, process, expected.debug_port)
+        if expected.orders and expected.member.drained is not None:
+            self.tell(self.seats[worker], StartedDraining)
+        for action in expected.orders:
+            self.perform(action)
 
     def _stillborn(self, member: Member, error: OSError, now: float) -> None:
         self.last_exit = f"worker {member.id} could not be spawned: {error}"
@@ -144,24 +200,28 @@ class Crew:
             self._emit(Exited(name, None, None))
         self._roster.happened(member.id, WorkerEvent.EXITED, now)
 
-    def _boot(self, member: Member, debug_port: int | None) -> Boot:
+    def _path(self) -> list[str]:
+        """Where workers look for the application."""
         # Python overlooks what is no text there, a Path for one; so do we.
         entries: list[object] = [*sys.path]
         path = [entry for entry in entries if isinstance(entry, str)]
         if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
             path.insert(0, first)
+        return path
+
+    def _boot(self, member: Member, debug_port: int | None) -> Boot:
         launch = self.settings.to_worker()
         if debug_port is not None:
             launch["debug_port"] = debug_port
         if launch["debug_port"] is not None:
             self._roster.debugging(member.id)
-        return Boot(member.id, member.slot, self.settings.to_json(), path, launch)
+        return Boot(member.id, member.slot, self.settings.to_json(), self._path(), launch)
 
     def _say_why(self, action: Spawn, member: Member) -> None:
         if action.worn:
             who = (member.id, action.worn, action.slot, self.seats[action.worn].process.pid)
             logger.info("Worker %d is to replace worker %d (slot %d, pid %d), which %s", *who, action.why)
-        if self._roster.rejected > action.generation:
+        if self._roster.rejected > action.generation and self._templates is None:
             # There is no other way to get at the old code; what it does then, its log lines say.
             logger.warning(
                 "Worker %d starts from the files as they are now, from which generation %d could not start; "
@@ -172,8 +232,15 @@ class Crew:
 
     # -- ending ---------------------------------------------------------------------------------------------------
 
-    def perform(self, action: Drain | Abort | Kill) -> None:
+    def perform(self, action: Drain | Abort | Kill | Step) -> None:
         """Do it, which is a fact from then on."""
+        if isinstance(action, Step):
+            assert self._templates is not None
+            self._templates.perform(action, self.settings, self._path())
+            return
+        if action.worker in self._expected:
+            self._owe(self._expected[action.worker], action)
+            return
         seat, now = self.seats[action.worker], self._loop.time()
         if isinstance(action, Drain):
             self._drain(seat, action, now)
@@ -188,6 +255,16 @@ class Crew:
         else:
             # Before anybody ever listened, the story is told once, when the cluster fails.
             self._kill(seat, action.why, logging.WARNING if self._roster.proven else logging.DEBUG, ", ")
+
+    def _owe(self, expected: _Expected, action: Drain | Abort | Kill) -> None:
+        """For a worker that is being forked: it hears of it when it is there."""
+        expected.orders.append(action)
+        if isinstance(action, Drain):
+            self._roster.drained(action.worker, action.quick, self._loop.time())
+        else:
+            self._roster.killed(action.worker)
+            assert self._templates is not None
+            self._templates.give_up(action.worker)
 
     def _drain(self, seat: Seat, action: Drain, now: float) -> None:
         if seat.member.drained is None:
