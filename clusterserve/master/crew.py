@@ -1,6 +1,6 @@
 """`Crew`: the worker processes of a cluster, started and told what `plan` has decided.
 
-What becomes of them is a fact, and the engine's business (`Ears`).
+What becomes of them is a fact, and somebody else's business (`Ears`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..channel.message import MessageChannel, Riders
 from ..core.envelope import Envelope
 from ..core.events import Event, Exited, Forked, StartedDraining, WasKilled, WentWrong, WorkerName
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Boot, Failed, Fork, Message
+from ..core.messages import Boot, Failed, Message, Stopping
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Drain, Kill, Spawn
 from ..core.roster import Member, Roster
@@ -29,7 +29,7 @@ from ..core.wear import Wear
 from ..errors import ProtocolError
 from ..settings import Settings
 from .dispatcher import Dispatcher
-from .process import Ends, Exit, WorkerProcess
+from .process import Exit, WorkerProcess
 from .templates import Templates
 
 logger = logging.getLogger("clusterserve")
@@ -62,17 +62,6 @@ class Seat:
         return self.member.id, self.member.slot, self.process.pid
 
 
-@dataclass
-class _Expected:
-    """A worker that a template was told to fork: as its seat, as far as there is anything."""
-
-    member: Member
-    ends: Ends
-    debug_port: int | None
-    #: What it was told meanwhile, and has not heard.
-    orders: list[Drain | Abort | Kill] = field(default_factory=list)
-
-
 class Ears(Protocol):
     """Who hears of the workers."""
 
@@ -80,12 +69,14 @@ class Ears(Protocol):
     def on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None: ...
     def on_closed(self, worker: int, error: ProtocolError | None) -> None: ...
     def on_exit(self, worker: int, ended: Exit) -> None: ...
-    def on_template_failed(self, failed: Failed) -> None: ...
-    def on_template_changed(self) -> None: ...
+    def on_templates(self) -> None: ...
 
 
 class Crew:
-    """Every worker that is not dead, by id.  `settings` are for those to come."""
+    """Every worker that is not dead, by id.  `settings` are for those to come; `ears` hear of all of them, and must be
+    there before the first is started."""
+
+    ears: Ears
 
     def __init__(
         self,
@@ -94,28 +85,38 @@ class Crew:
         roster: Roster,
         dispatcher: Dispatcher,
         emit: Callable[[Event], None],
-        ears: Ears,
     ) -> None:
         self.settings = settings
         self.seats: dict[int, Seat] = {}
         #: What `fork` was given, by slot: replacements inherit it.
         self.environments: dict[int, Environment] = {}
+        #: Whether the cluster was told to stop, and those that start all the same are to know it.
+        self.stopping = False
         #: How the last one ended that was not told to.
         self.last_exit = "no worker process could be started"
+        #: What the first said, since this was last None, that could not start.
+        self.failure: Failed | None = None
         self._loop = loop
         self._roster = roster
         self._dispatcher = dispatcher
         self._emit = emit
-        self._ears = ears
+        #: What workers are forked from; None: they are spawned.
         self._templates: Templates | None = None
         if roster.templates is not None:
-            self._templates = Templates(loop, roster, ears.on_template_failed, ears.on_template_changed)
-        self._expected: dict[int, _Expected] = {}
+            self._templates = Templates(loop, roster, self._template_failed, lambda: self.ears.on_templates())
 
     def pids(self) -> list[int]:
         """The processes of the workers that are not dead, and of the templates."""
         templates = [] if self._templates is None else self._templates.pids()
         return [*(seat.process.pid for seat in self.seats.values()), *templates]
+
+    def _template_failed(self, failed: Failed) -> None:
+        if self.failure is None:
+            self.failure = failed
+
+    def why(self) -> Failed:
+        """Why workers cannot start."""
+        return self.failure or Failed(self.last_exit, "")
 
     def channel(self, worker: int) -> MessageChannel | None:
         """Its message channel; None if it is gone."""
@@ -133,28 +134,41 @@ class Crew:
 
         Where there are templates it is forked from one, unless it is to be `alone`.
         """
-        now = self._loop.time()
-        member = self._roster.spawned(action.slot, action.generation, now, wear)
+        member = self._roster.spawned(action.slot, action.generation, self._loop.time(), wear)
         self._say_why(action, member)
         env = self.environments.get(action.slot, ())
+        on_exit = partial(self.ears.on_exit, member.id)
         try:
             if self._templates is not None and not alone:
-                self._fork(self._templates, member, env, debug_port)
-                return member.id
-            process = WorkerProcess(action.slot, self._loop, partial(self._ears.on_exit, member.id), self.settings, env)
+                born = partial(self._forked, member, debug_port)
+                self._templates.fork(member, self.settings, env, on_exit, born)
+            else:
+                process = WorkerProcess(action.slot, self._loop, on_exit, self.settings, env)
+                self._seat(member, process, debug_port)
         except OSError as exc:
-            self._stillborn(member, exc, now)
-        else:
-            self._seat(member, process, debug_port)
+            self._stillborn(member, exc)
         return member.id
 
-    def _seat(self, member: Member, process: WorkerProcess, debug_port: int | None) -> None:
+    def _forked(
+        self, member: Member, debug_port: int | None, result: WorkerProcess | OSError, owed: list[Drain | Abort | Kill]
+    ) -> None:
+        """What became of a worker that a template was to fork, and what it was told meanwhile."""
+        if isinstance(result, OSError):
+            self._stillborn(member, result)
+            return
+        seat = self._seat(member, result, debug_port)
+        if member.drained is not None:
+            self.tell(seat, StartedDraining)
+        for action in owed:
+            self.perform(action)
+
+    def _seat(self, member: Member, process: WorkerProcess, debug_port: int | None) -> Seat:
         channel = MessageChannel(
             self._loop,
             process.messages,
-            partial(self._ears.on_message, member.id),
-            partial(self._ears.on_closed, member.id),
-            partial(self._ears.on_envelope, member.id),
+            partial(self.ears.on_message, member.id),
+            partial(self.ears.on_closed, member.id),
+            partial(self.ears.on_envelope, member.id),
         )
         seat = self.seats[member.id] = Seat(member, process, channel)
         self.tell(seat, Forked)
@@ -162,43 +176,18 @@ class Crew:
             member.id, member.slot, process.connections, process.board, process.kept, process.pid
         )
         channel.send(self._boot(member, debug_port))
+        if self.stopping:
+            channel.send(Stopping())
+        return seat
 
-    def _fork(self, templates: Templates, member: Member, env: Environment, debug_port: int | None) -> None:
-        ends = Ends(self.settings)
-        try:
-            order = Fork(member.id, member.slot, dict(env), [])
-            templates.fork(member.generation, order, ends, partial(self._forked, member.id))
-        except OSError:
-            ends.abandon()
-            raise
-        self._expected[member.id] = _Expected(member, ends, debug_port)
-
-    def _forked(self, worker: int, result: int | OSError) -> None:
-        """A template has forked it, or could not."""
-        expected = self._expected.pop(worker)
-        if isinstance(result, OSError):
-            expected.ends.abandon()
-            self._stillborn(expected.member, result, self._loop.time())
-            return
-        try:
-            process = WorkerProcess.adopt(expected.ends, result, self._loop, partial(self._ears.on_exit, worker))
-        except OSError as exc:
-            self._stillborn(expected.member, exc, self._loop.time())
-            return
-        self._seat(expected.member, process, expected.debug_port)
-        if expected.orders and expected.member.drained is not None:
-            self.tell(self.seats[worker], StartedDraining)
-        for action in expected.orders:
-            self.perform(action)
-
-    def _stillborn(self, member: Member, error: OSError, now: float) -> None:
+    def _stillborn(self, member: Member, error: OSError) -> None:
         self.last_exit = f"worker {member.id} could not be spawned: {error}"
         logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, error)
         name = WorkerName(member.id, member.slot, 0)
         self._emit(WentWrong(name, error))
         if not faults.on("no-exit-of-the-unborn"):
             self._emit(Exited(name, None, None))
-        self._roster.happened(member.id, WorkerEvent.EXITED, now)
+        self._roster.happened(member.id, WorkerEvent.EXITED, self._loop.time())
 
     def _path(self) -> list[str]:
         """Where workers look for the application."""
@@ -238,8 +227,7 @@ class Crew:
             assert self._templates is not None
             self._templates.perform(action, self.settings, self._path())
             return
-        if action.worker in self._expected:
-            self._owe(self._expected[action.worker], action)
+        if self._templates is not None and self._templates.owe(action):
             return
         seat, now = self.seats[action.worker], self._loop.time()
         if isinstance(action, Drain):
@@ -256,16 +244,6 @@ class Crew:
             # Before anybody ever listened, the story is told once, when the cluster fails.
             self._kill(seat, action.why, logging.WARNING if self._roster.proven else logging.DEBUG, ", ")
 
-    def _owe(self, expected: _Expected, action: Drain | Abort | Kill) -> None:
-        """For a worker that is being forked: it hears of it when it is there."""
-        expected.orders.append(action)
-        if isinstance(action, Drain):
-            self._roster.drained(action.worker, action.quick, self._loop.time())
-        else:
-            self._roster.killed(action.worker)
-            assert self._templates is not None
-            self._templates.give_up(action.worker)
-
     def _drain(self, seat: Seat, action: Drain, now: float) -> None:
         if seat.member.drained is None:
             self.tell(seat, StartedDraining)
@@ -279,10 +257,16 @@ class Crew:
         if action.interrupt:
             seat.process.send_signal(signal.SIGTERM)
 
+    def announce_stop(self) -> None:
+        """Let every worker know that the cluster was told to stop, those to come included."""
+        self.stopping = True
+        for seat in self.seats.values():
+            seat.channel.send(Stopping())
+
     def broke_protocol(self, worker: int, error: ProtocolError) -> None:
-        """It costs it its life."""
-        seat = self.seats[worker]
-        if not seat.member.killed:
+        """What came of it could not be read, and no honest sender sends that: it costs it its life."""
+        seat = self.seats.get(worker)
+        if seat is not None and not seat.member.killed:
             # Or else it goes on talking until it is dead.
             self._dispatcher.distributor.drain_worker(worker)
             self._kill(seat, str(error), logging.ERROR, ": ")

@@ -19,29 +19,41 @@ from functools import partial
 
 from ..channel.message import MAX_DESCRIPTORS, MessageChannel
 from ..core.messages import Born, Failed, Fork, Message, Prepare, Prepared, Unborn
-from ..core.roster import Roster
+from ..core.reconcile import Abort, Drain, Kill
+from ..core.roster import Member, Roster
 from ..core.templates import DismissTemplate, KillTemplate, StartTemplate, Step, Template
 from ..current import TEMPLATE_VARIABLE
 from ..errors import ProtocolError
 from ..settings import Settings
 from .child import Child, Exit, interpreter
-from .process import ENTRY, Ends
+from .process import ENTRY, Ends, WorkerProcess
 from .subreaper import SUBREAPER
 
 logger = logging.getLogger("clusterserve")
 
-#: Told of a worker that was ordered: its pid, or why there is none.
-OnFork = Callable[[int | OSError], None]
+#: Told of a worker that was ordered: its process, or why there is none, and what it has been told meanwhile.
+OnFork = Callable[[WorkerProcess | OSError, list[Drain | Abort | Kill]], None]
+
+
+@dataclass
+class _Order:
+    """A worker that is being forked."""
+
+    member: Member
+    ends: Ends
+    on_exit: Callable[[Exit], None]
+    on_fork: OnFork
+    owed: list[Drain | Abort | Kill] = field(default_factory=list)
 
 
 @dataclass
 class _Place:
-    """A template's record for `plan`, its process, its channel, and who waits for a worker of it."""
+    """A template's record for `plan`, its process, its channel, and its orders by worker."""
 
     template: Template
     child: Child
     channel: MessageChannel
-    orders: dict[int, OnFork] = field(default_factory=dict)
+    orders: dict[int, _Order] = field(default_factory=dict)
     #: What it said of why it failed.
     failed: Failed | None = None
 
@@ -142,32 +154,66 @@ class Templates:
 
     # -- workers --------------------------------------------------------------------------------------------------
 
-    def fork(self, generation: int, order: Fork, ends: Ends, on_fork: OnFork) -> None:
-        """Have a worker forked from the template of `generation`, which must be ready; raises OSError.
+    def fork(
+        self,
+        member: Member,
+        settings: Settings,
+        env: Iterable[tuple[str, str]],
+        on_exit: Callable[[Exit], None],
+        on_fork: OnFork,
+    ) -> None:
+        """Have a worker forked from the template of its generation, which must be ready; raises OSError.
 
-        The caller keeps `ends`.  `on_fork` is called once, not from here.
+        `on_fork` is called once, not from here; `on_exit` as by `WorkerProcess`.
         """
-        template = self._book.ready(generation)
-        assert template is not None, f"generation {generation} has no template"
+        template = self._book.ready(member.generation)
+        assert template is not None, f"generation {member.generation} has no template"
+        place = self._places[template.id]
+        ends = Ends(settings)
         streams = {number: fd for number, fd in ends.streams.theirs.items() if fd is not None}
         descriptors = [*ends.theirs, *streams.values()]
-        if len(descriptors) > MAX_DESCRIPTORS:
-            raise OSError(errno.E2BIG, f"more than {MAX_DESCRIPTORS - len(ends.theirs)} entries of stdio for a fork")
-        place = self._places[template.id]
-        SUBREAPER.enter()
-        place.orders[order.worker] = on_fork
-        place.channel.send(Fork(order.worker, order.slot, order.env, list(streams)), descriptors)
+        try:
+            if len(descriptors) > MAX_DESCRIPTORS:
+                raise OSError(
+                    errno.E2BIG, f"more than {MAX_DESCRIPTORS - len(ends.theirs)} entries of stdio for a fork"
+                )
+            SUBREAPER.enter()
+        except OSError:
+            ends.abandon()
+            raise
+        place.orders[member.id] = _Order(member, ends, on_exit, on_fork)
+        place.channel.send(Fork(member.id, member.slot, dict(env), list(streams)), descriptors)
 
-    def give_up(self, worker: int) -> None:
-        """Its template has not forked this worker in all the time there was: it is stuck, and is killed."""
+    def owe(self, action: Drain | Abort | Kill) -> bool:
+        """Whether this is about a worker that is being forked.  Then it is a fact now, and the worker is told later."""
+        now = self._loop.time()
         for place in self._places.values():
-            if worker in place.orders:
+            order = place.orders.get(action.worker)
+            if order is None:
+                continue
+            order.owed.append(action)
+            if isinstance(action, Drain):
+                self._roster.drained(action.worker, action.quick, now)
+            else:
+                # In all the time it had the template has not forked it: that is what is stuck.
+                self._roster.killed(action.worker)
                 self._kill(place)
+            return True
+        return False
 
     def _forked(self, place: _Place, worker: int, result: int | OSError) -> None:
-        on_fork = place.orders.pop(worker)
+        order = place.orders.pop(worker)
         SUBREAPER.leave()
-        on_fork(result)
+        process: WorkerProcess | OSError
+        if isinstance(result, OSError):
+            order.ends.abandon()
+            process = result
+        else:
+            try:
+                process = WorkerProcess.adopt(order.ends, result, self._loop, order.on_exit)
+            except OSError as exc:
+                process = exc
+        order.on_fork(process, order.owed)
         if place.template.dismissed is not None:
             self._leave(place)
 
@@ -206,8 +252,8 @@ class Templates:
         place = self._places[id]
         if error is not None:
             logger.error("Template %d (pid %d) is killed, it broke the protocol: %s", *place.who, error)
-        # It ends by itself, unless it is not what it should be.
-        self._kill(place)
+        # It ends by itself, and how it does is not changed by this any more; unless it is not what it should be.
+        place.child.send_signal(signal.SIGKILL)
 
     def _exited(self, id: int, ended: Exit) -> None:
         place = self._places[id]

@@ -36,6 +36,7 @@ from clusterserve.core.messages import (
     Prepared,
     ShowStacks,
     Stacks,
+    Stopping,
     Unborn,
     decode,
     encode,
@@ -75,6 +76,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Fork, INTS, INTS, OBJECTS, st.lists(INTS)),
     st.builds(Born, INTS, INTS),
     st.builds(Unborn, INTS, INTS),
+    st.just(Stopping()),
 )
 FRAMES = st.lists(st.tuples(MESSAGES, st.integers(0, 255)), max_size=5)
 
@@ -98,6 +100,7 @@ EXAMPLES: list[Message] = [
     Fork(1, 0, {"NAME": "value"}, [1, 2]),
     Born(1, 4711),
     Unborn(1, 11),
+    Stopping(),
 ]
 
 
