@@ -227,6 +227,7 @@ WRONG: dict[str, list[Any]] = {
     "bool": [0, 1, "true", None, []],
     "dict[str, Any]": [[], None, "{}", 1, True],
     "list[str]": ["x", None, {}, 1, True, [1], ["x", None], [["x"]]],
+    "list[int]": ["x", None, {}, 1, True, ["x"], [1, None], [True], [[1]]],
     "list[Any] | str": [None, 1, True, {}],
     "str | int": [None, True, 1.5, [], {}],
 }
