@@ -229,6 +229,7 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--pid": ("/x", "pid", "/x"),
         "--name": ("shop", "name", "shop"),
         "--capture-output": (None, "capture_output", True),
+        "--preload": (None, "preload", True),
     }
     elsewhere = {"--bind", "--host", "--port", "--uds", "--fd", "--header", "--version", "--help"} | {
         # Of the command line alone: tests/test_sources.py, tests/test_peers.py.
