@@ -240,6 +240,8 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         # Of the command line alone: tests/test_sources.py, tests/test_peers.py.
         *("--config", "--check-config", "--print-config", "--chdir", "--env"),
         *("--worker-class", "--access-logfile", "--error-logfile", "--initgroups"),
+        # It excludes others: below.
+        "--preload",
     }
     assert {flag.replace("--no-", "--") for flag in options} == {spec.name for spec in SPECS} - elsewhere
 
@@ -248,6 +250,11 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
     assert {name: getattr(settings, name) for _, name, _ in options.values()} == {
         name: value for _, name, value in options.values()
     }
+
+
+def test_preload(parsed: Parsed) -> None:
+    assert parsed("a:b").preload is False
+    assert parsed("a:b", "--preload").preload is True
 
 
 def test_the_positive_half_of_a_pair(parsed: Parsed) -> None:
@@ -480,7 +487,7 @@ def test_blank_variables_are_as_good_as_none(parsed: Parsed, environment: pytest
             f"CLUSTERSERVE_UDS and CLUSTERSERVE_HOST {EXCLUDE}",
         ),
         ({"CLUSTERSERVE_ENV_FILE": "no-such"}, "CLUSTERSERVE_ENV_FILE=no-such: there is no such file"),
-        ({"CLUSTERSERVE_PRELOAD": "1"}, f"CLUSTERSERVE_PRELOAD is set, but {NOT_TAKEN['--preload']}"),
+        ({"CLUSTERSERVE_SPEW": "1"}, f"CLUSTERSERVE_SPEW is set, but {NOT_TAKEN['--spew']}"),
         (
             {"CLUSTERSERVE_WOKERS": "4"},
             "CLUSTERSERVE_WOKERS is set, but there is no such option; did you mean 'CLUSTERSERVE_WORKERS'?",

@@ -155,7 +155,7 @@ def test_values_have_their_own_types(text: str, name: str, value: object) -> Non
         ('policy = "lest"', f"policy=lest: {POLICY}; did you mean 'least'?"),
         ('uds = "x"\nport = 1', f"uds and clusterserve.toml: port {EXCLUDE}"),
         ("env_file = 1\nenv-file = 2", "env_file and env-file are two names of one setting"),
-        ("preload = true", f"preload is set, but {NOT_TAKEN['--preload']}"),
+        ("spew = true", f"spew is set, but {NOT_TAKEN['--spew']}"),
         ('chdir = "nowhere"', "chdir=nowhere: there is no such directory"),
         ('env_file = "nowhere"', "env_file=nowhere: there is no such file"),
         ('env = ["A"]', "env=A: a variable is NAME=VALUE"),

@@ -161,6 +161,10 @@ class Facts:
             else:
                 logger.error("Worker %d: %s\n%s", worker, message.reason, message.traceback.rstrip())
 
+    def on_templates(self) -> None:
+        """Something has become of a template, or of a worker that one was to fork."""
+        self._reconciler.reconcile()
+
     # -- its end --------------------------------------------------------------------------------------------------
 
     def on_closed(self, worker: int, error: ProtocolError | None) -> None:

@@ -117,7 +117,8 @@ names = st.text("abx", min_size=1, max_size=3)
 last = st.sampled_from(["", "."]).flatmap(lambda dot: names.map(lambda name: dot + name))
 ending = st.sampled_from(["", ".py", ".pyc", ".sw.x", ".html"])
 paths = st.tuples(st.lists(names, max_size=3), last, ending).map(
-    lambda it: "/site/" + "/".join([*it[0], it[1] + it[2]])
+    # Deep enough: to pathlib, the root is a part like others.
+    lambda it: "/site/on/disk/" + "/".join([*it[0], it[1] + it[2]])
 )
 part = st.sampled_from(["*", "a*", "*.py", "*.py[cod]", ".*", "~*", "?", "[ab]*", "a", "x.html"])
 patterns = st.lists(part, min_size=1, max_size=3).map("/".join)
