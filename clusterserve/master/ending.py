@@ -54,10 +54,10 @@ class Ending:
         #: The failure that nobody was told of when the stop was ordered: the others were still booting.
         self.untold: Failed | None = None
 
-    def stop(self, how: Stop, *, at_once: bool = False) -> None:
+    def stop(self, how: Stop, *, at_once: bool = False, told: bool = False) -> None:
         """Stop the cluster: GRACEFUL serves what was accepted, after `shutdown_delay`, QUICK does not.
 
-        May be called again, to hurry: `at_once` ends the delay.
+        May be called again, to hurry: `at_once` ends the delay.  `told`: why nothing could be started has been said.
         """
         first = self._reconciler.stopping is Stop.NO
         if how.value > self._reconciler.stopping.value:
@@ -67,7 +67,7 @@ class Ending:
         if first:
             self._emit(StartedShutdown())
             # What a worker says from now on may come of being interrupted.
-            self.untold = None if self._roster.proven else self._crew.failure
+            self.untold = None if self._roster.proven or told else self._crew.failure
             self._crew.announce_stop()
             waits = self._roster.proven and how is Stop.GRACEFUL and not at_once
             delay = self._crew.settings.shutdown_delay

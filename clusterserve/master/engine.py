@@ -27,8 +27,10 @@ from ..core.events import (
 from ..core.handover import HandedConnection
 from ..core.lateness import PATIENCE, REQUEST_PATIENCE
 from ..core.lifecycle import WorkerState
+from ..core.messages import Failed
 from ..core.reconcile import Drain, Plan, Spawn, Stop, Target, Verdict
 from ..core.roster import Limits, Roster
+from ..core.templates import Templates
 from ..errors import BindError, BootError, ClusterError, ProtocolError
 from ..settings import Settings
 from .changes import Changes
@@ -95,7 +97,8 @@ class Engine:
         )
         if heritage is not None:
             self._dispatcher.hold()
-        self._roster = Roster(_limits(settings), programs=bool(settings.exec))
+        templates = Templates() if settings.templated else None
+        self._roster = Roster(_limits(settings), programs=bool(settings.exec), templates=templates)
         self._stacks = StackCollector(loop)
         self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit)
         #: Who is there, by id.
@@ -117,6 +120,8 @@ class Engine:
         self._hasty, self._repeats = faults.on("disconnect-first"), faults.on("disconnect-again")
         self._generation = 1
         self._ending = Ending(loop, self._reconciler, self._roster, self._crew, self._dispatcher, self.handles, emit)
+        #: Nothing could be started, and a change of the files is waited for.
+        self._waiting = False
 
     # -- start and stop -------------------------------------------------------------------------------------------
 
@@ -152,7 +157,7 @@ class Engine:
 
         May be called again, to hurry: `at_once` ends the delay.
         """
-        self._ending.stop(how, at_once=at_once)
+        self._ending.stop(how, at_once=at_once, told=self._waiting)
 
     def leave(
         self, shared: Collection[int], continued: Collection[int], heir: Callable[[list[Bequest]], None]
@@ -269,7 +274,9 @@ class Engine:
         self._crew.environments[slot] = env
         self._distributor.resize(max(taken | {slot}) + 1)
         with self._reconciler.as_one():
-            return self._crew.spawn(Spawn(slot, self._reconciler.target.generation), self._health.wear(), debug_port)
+            # At once, whatever there is to be forked from.
+            action = Spawn(slot, self._reconciler.target.generation)
+            return self._crew.spawn(action, self._health.wear(), debug_port, alone=True)
 
     def disconnect(self, worker: int) -> None:
         """Have a worker finish what it holds and leave.  Nothing happens if it leaves already, or is gone."""
@@ -304,9 +311,10 @@ class Engine:
 
     def _change(self) -> asyncio.Future[None]:
         change = self._changes.begin()
-        if self._roster.proven:
-            # A fresh start for every slot: before anybody listened, who failed stays where it is.
-            self._crew.failure = None
+        if self._roster.proven or self.settings.reload:
+            # A fresh start for every slot: before anybody listened, who failed stays where it is, save where whoever
+            # repairs it is at work.
+            self._crew.failure, self._waiting = None, False
             self._roster.forgiven(self._loop.time())
         self._reconciler.reconcile()
         return change
@@ -336,22 +344,30 @@ class Engine:
         elif current.verdict is Verdict.REJECTED:
             self._reject()
         elif current.verdict is Verdict.FAILED:
-            failure = self._crew.failure
-            if failure is None:
-                self._finish(BootError(f"no worker came to listen: {self._crew.last_exit}"))
-            else:
-                self._finish(BootError(failure.reason, failure.traceback))
+            self._fail()
         elif current.verdict is Verdict.STOPPED:
             untold = self._ending.untold
             self._finish(None if untold is None else BootError(untold.reason, untold.traceback))
         elif current.stuck and (self._changes or not self.settled.done()):
             self._give_up(current.stuck)
 
+    def _fail(self) -> None:
+        """No worker could start: that is the end, unless somebody is at work on the files."""
+        failure = self._crew.failure or Failed(f"no worker came to listen: {self._crew.last_exit}", "")
+        error = BootError(failure.reason, failure.traceback)
+        if not self.settings.reload:
+            self._finish(error)
+        elif not self._waiting:
+            self._waiting = True
+            logger.error("%s", error)
+            logger.error("Nothing is served: waiting for a change of the files")
+
     def _reject(self) -> None:
         """The new generation cannot start: back to the one that serves."""
         failure = self._crew.why()
         reason = f"generation {self._reconciler.target.generation} cannot start: {failure.reason}"
-        logger.error("Reload failed, %s; generation %d stays", reason, self._roster.proven)
+        stays = "the old code serves on until the next change" if self.settings.reload else ""
+        logger.error("Reload failed, %s; %s", reason, stays or f"generation {self._roster.proven} stays")
         error = BootError(reason, failure.traceback)
         self._reconciler.target = dataclasses.replace(self._reconciler.target, generation=self._roster.proven)
         if self._before is not None:
@@ -394,8 +410,8 @@ class Engine:
         return self._roster.proven > 0
 
     def pids(self) -> list[int]:
-        """The processes of the workers that are not dead."""
-        return [seat.process.pid for seat in self.seats.values()]
+        """The processes of the workers that are not dead, and of their templates."""
+        return self._crew.pids()
 
     def healthy(self, within: float) -> bool:
         """Whether some worker serves whose event loop has turned in so many seconds, or none can be expected to."""
@@ -423,6 +439,7 @@ def _limits(settings: Settings) -> Limits:
         backoff=settings.restart_backoff,
         backoff_max=settings.restart_backoff_max,
         min_uptime=settings.min_uptime,
-        surge=settings.reload_surge,
+        # In development the whole of the new code is wanted at once.
+        surge=max(settings.reload_surge, settings.workers) if settings.reload else settings.reload_surge,
         timeout=settings.timeout,
     )

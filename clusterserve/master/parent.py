@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 from collections.abc import Iterable
 
-from .process import Exit, wait_for
+from .child import Child, Exit
 from .upgrade import Upgrade
 
 
@@ -21,9 +19,8 @@ class Parent:
     def __init__(self, loop: asyncio.AbstractEventLoop, upgrade: Upgrade) -> None:
         self._loop = loop
         self._upgrade = upgrade
-        #: The masters, first to last, by their pidfds; -1: `upgrade` waits for the first.
-        self._line = [-1]
-        self._pids: list[int] = []
+        #: The masters behind the first, for whom nobody else waits, and how each has ended.
+        self._line: list[tuple[Child, asyncio.Future[Exit]]] = []
         upgrade.on_succeeded = self._succeeded
 
     def forward(self, numbers: Iterable[int]) -> None:
@@ -33,42 +30,32 @@ class Parent:
 
     def pids(self) -> list[int]:
         """The masters for whom nobody else waits."""
-        return self._pids
+        return [child.pid for child, ended in self._line if not ended.done()]
 
     async def wait(self) -> int:
         """The exit code, once every master has ended: the last one's, or of whoever knows it."""
-        code = 0
+        code = (await self._upgrade.end()).status
         index = 0
-        while index < len(self._line):
-            ended = await self._end_of(self._line[index])
+        while True:
             # What it said last, if it was succeeded and ended at once.
             if self._upgrade.channel is not None:
                 self._upgrade.channel.read()
+            if index == len(self._line):
+                return code
+            ended = await self._line[index][1]
             if ended != Exit(None, None):
+                # Else it has died before who started it, and that one knows.
                 code = ended.status
             index += 1
-        return code
-
-    async def _end_of(self, pidfd: int) -> Exit:
-        if pidfd < 0:
-            return await self._upgrade.end()
-        gone = asyncio.Event()
-        self._loop.add_reader(pidfd, gone.set)
-        await gone.wait()
-        self._loop.remove_reader(pidfd)
-        ended = wait_for(pidfd)
-        os.close(pidfd)
-        return ended
 
     def _pass_on(self, number: int) -> None:
-        pidfd = self._line[-1]
-        with contextlib.suppress(ProcessLookupError):
-            if pidfd < 0:
-                self._upgrade.send_signal(number)
-            else:
-                signal.pidfd_send_signal(pidfd, number)
+        if self._line:
+            self._line[-1][0].send_signal(number)
+        else:
+            self._upgrade.send_signal(number)
 
     def _succeeded(self, pid: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._line.append(os.pidfd_open(pid))
-            self._pids.append(pid)
+        ended: asyncio.Future[Exit] = self._loop.create_future()
+        # It may be dead already.
+        with contextlib.suppress(OSError):
+            self._line.append((Child(pid, self._loop, ended.set_result), ended))

@@ -121,12 +121,14 @@ async def _serve(
         if parent is not None:
             upgrade.on_yield = lambda: parent.forward(HEARD)
         signals = Signals(engine, upgrade, loop, teller.on_reloaded, reread)
+        undo.enter_context(_watching(settings, loop, signals))
         engine.start()
         if succession is not None:
             succession.start()
         teller.watch(loop, engine.healthy)
         orphans = Orphans(loop, lambda: [*engine.pids(), *upgrade.pids(), *([] if parent is None else parent.pids())])
-        if parent is not None:
+        if parent is not None or settings.templated:
+            # Under a template too, because for moments orphans come to us (subreaper.py).
             undo.callback(orphans.close)
             orphans.start()
         error = await engine.finished
@@ -145,3 +147,19 @@ async def _serve(
             # as this one does not in its first moments.
             return signals.code or 128 + signals.first
         return signals.code
+
+
+def _watching(
+    settings: Settings, loop: asyncio.AbstractEventLoop, signals: Signals
+) -> contextlib.AbstractContextManager[None]:
+    if not settings.reload:
+        return contextlib.nullcontext()
+    # watchfiles is an extra, and takes its time to import.
+    from .watcher import described, watching
+
+    def changed(paths: list[str]) -> None:
+        if not signals.first:
+            logger.info("Changed: %s", described(paths))
+            signals.reload()
+
+    return watching(settings, loop, changed)

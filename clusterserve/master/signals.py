@@ -53,7 +53,7 @@ class Signals:
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
         loop.add_signal_handler(signal.SIGTTIN, engine.scale_by, 1)
         loop.add_signal_handler(signal.SIGTTOU, engine.scale_by, -1)
         loop.add_signal_handler(signal.SIGPWR, engine.show_stacks)
@@ -76,11 +76,13 @@ class Signals:
         self.first = self.first or signal.SIGINT
 
     def _quit(self, code: int) -> None:
+        self.first = self.first or signal.SIGQUIT
         self.code = self.code or code
         self._upgrade.abandon()
         self._engine.stop(Stop.QUICK)
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
+        """Read the configuration again, and replace the workers."""
         if self._reread is not None:
             try:
                 found = compare(self._engine.settings, self._reread())

@@ -8,7 +8,6 @@ whatever goes wrong costs only the new one; after it the new one does, and this 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -36,9 +35,9 @@ from ..core.handover import (
 )
 from ..errors import ProtocolError
 from ..succession import VARIABLE, beginning
+from .child import Child, Exit
 from .engine import Engine
 from .notify import Notifier
-from .process import Exit, wait_for
 from .succession import Succession
 
 logger = logging.getLogger("clusterserve")
@@ -63,7 +62,7 @@ class Step(Enum):
 
 
 class Upgrade:
-    """On the engine's loop.  Owns the new master's pidfd and our end of the socket to it.
+    """On the engine's loop.  Owns our end of the socket to it.
 
     `pid_file` is the path of this master's pid file, and `succession` how it came to be the master, if it was not the
     first.
@@ -94,7 +93,7 @@ class Upgrade:
         self.on_yield: Callable[[], None] = lambda: None
         #: Called with the process id of the new master's own successor.
         self.on_succeeded: Callable[[int], None] = lambda pid: None
-        self._pidfd = -1
+        self._child: Child | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._why = ""
         self._gone: list[asyncio.Future[None]] = []
@@ -111,7 +110,7 @@ class Upgrade:
 
     def pids(self) -> list[int]:
         """The new master, as long as nobody has waited for it."""
-        return [self.pid] if self._pidfd >= 0 else []
+        return [] if self._child is None else [self.pid]
 
     # -- starting it ----------------------------------------------------------------------------------------------
 
@@ -152,10 +151,13 @@ class Upgrade:
             env={**start.environment, VARIABLE: f"{theirs.fileno()},{os.getpid()},{parent}"},
             pass_fds=(theirs.fileno(), *inherited, *([] if parent < 0 else [parent])),
         )
-        self.pid, self._pidfd = process.pid, os.pidfd_open(process.pid)
-        # We wait for it by its pidfd, so that Popen has nothing to complain of.
-        process.returncode = 0
-        self._loop.add_reader(self._pidfd, self._exited)
+        try:
+            self._child = Child(process.pid, self._loop, self._exited, process)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
+        self.pid = process.pid
 
     def _send_estate(self) -> None:
         assert self.channel is not None
@@ -227,9 +229,8 @@ class Upgrade:
 
     def send_signal(self, number: int) -> None:
         """Signal the new master; nothing happens if it has ended."""
-        if self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, number)
+        if self._child is not None:
+            self._child.send_signal(number)
 
     def _close(self) -> None:
         if self._timer is not None:
@@ -239,11 +240,8 @@ class Upgrade:
             self.channel.close()
             self.channel = None
 
-    def _exited(self) -> None:
-        self._loop.remove_reader(self._pidfd)
-        ended = wait_for(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = -1
+    def _exited(self, ended: Exit) -> None:
+        self._child = None
         if self.step is Step.YIELDED:
             self.ended = ended
         else:
