@@ -6,6 +6,7 @@ the kernel's buffer waits here.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import errno
@@ -22,6 +23,8 @@ from ..errors import ProtocolError
 _SCARCE: Final = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 _RETRY: Final = 0.05
 
+_SPACE: Final = socket.CMSG_SPACE(4 * MAX_RIDERS)
+
 #: Messages read in one turn of the loop.
 _READS: Final = 16
 
@@ -34,7 +37,7 @@ def first(sock: socket.socket) -> tuple[Message, list[int]]:
     sock.setblocking(True)
     sock.settimeout(10.0)
     try:
-        body, fds, flags, _ = socket.recv_fds(sock, MAX_MESSAGE, MAX_RIDERS, socket.MSG_CMSG_CLOEXEC)
+        body, fds, flags = _receive(sock)
     except OSError as error:
         raise ProtocolError(f"nothing came: {error.strerror or error}") from None
     finally:
@@ -49,6 +52,16 @@ def first(sock: socket.socket) -> tuple[Message, list[int]]:
         for fd in fds:
             os.close(fd)
         raise
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int], int]:
+    """`socket.recv_fds`, which overlooks its flags: the processes we start would have the descriptors too."""
+    body, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, _SPACE, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return body, list(fds), flags
 
 
 class HandoverChannel:
@@ -145,7 +158,7 @@ class HandoverChannel:
             if not self.is_open:
                 return
             try:
-                body, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, MAX_RIDERS, socket.MSG_CMSG_CLOEXEC)
+                body, fds, _ = _receive(self._socket)
             except BlockingIOError:
                 return
             except OSError:
