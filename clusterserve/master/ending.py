@@ -131,6 +131,7 @@ class Ending:
             left = max(0.0, self._deadline - self._loop.time())
             self._roster.limits = dataclasses.replace(self._roster.limits, graceful=left)
             self._reconciler.reconcile()
+            self._dispatcher.expect_no_workers()
 
     def close(self) -> None:
         """Wait for nothing any more."""
