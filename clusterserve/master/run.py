@@ -120,7 +120,7 @@ async def _serve(
         parent = Parent(loop, upgrade) if os.getpid() == 1 else None
         if parent is not None:
             upgrade.on_yield = lambda: parent.forward(HEARD)
-        signals = Signals(engine, upgrade, loop, teller.on_reloaded, reread)
+        signals = Signals(engine, upgrade, loop, teller.on_reloaded, reread, teller.on_refused)
         undo.enter_context(_watching(settings, loop, signals))
         engine.start()
         if succession is not None:

@@ -41,10 +41,12 @@ class Signals:
         loop: asyncio.AbstractEventLoop,
         reloaded: Callable[[asyncio.Future[None]], None] = lambda change: None,
         reread: Callable[[], Settings] | None = None,
+        refused: Callable[[ClusterError], None] = lambda error: None,
     ) -> None:
         self._engine = engine
         self._upgrade = upgrade
         self._reloaded = reloaded
+        self._refused = refused
         self._reread = reread
         self._interrupted = False
         self.code = 0
@@ -89,6 +91,7 @@ class Signals:
             except ClusterError as error:
                 # Its workers would be of a configuration that is none.
                 logger.error("Reload refused, nothing was done: %s", error)
+                self._refused(error)
                 return
             if found.changed:
                 logger.info("The configuration has changed: %s", ", ".join(found.changed))
