@@ -159,15 +159,17 @@ def _refuse_loops(settings: Settings) -> None:
 def _born(channel: socket.socket, fork: Fork) -> bool:
     """Fork it, twice, and tell the master; whether this is the worker."""
     _flush()
-    report, reports = os.pipe()
-    begin, begins = os.pipe()
+    pipes: list[int] = []
     try:
+        pipes += os.pipe()
+        pipes += os.pipe()
         between = os.fork()
     except OSError as exc:
-        for fd in (report, reports, begin, begins):
+        for fd in pipes:
             os.close(fd)
         send(channel, Unborn(fork.worker, exc.errno or 0))
         return False
+    report, reports, begin, begins = pipes
     if not between:
         try:
             pid, why = os.fork(), 0
