@@ -131,7 +131,8 @@ def test_a_template_without_descriptors_says_so_and_lives(nursery: Nursery, loop
     assert len(errors) >= 6
     assert {error.errno for error in errors if isinstance(error, OSError)} == {errno.EMFILE}
     resource.prlimit(nursery.pid, resource.RLIMIT_NOFILE, before)
-    assert len(proc.descriptors(nursery.pid)) == used
+    # It tells of the worker before it closes what the worker has.
+    eventually(lambda: len(proc.descriptors(nursery.pid)) == used, "the template has closed everything")
     assert nursery.worker().pid in proc.children(os.getpid())
 
 
