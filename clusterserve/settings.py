@@ -23,10 +23,13 @@ from clusterserve.checks import (
     flag,
     headers,
     is_import,
+    log_file,
+    log_template,
     module,
     near_match,
     octal,
     optional,
+    patterns,
     seconds,
     size,
     text,
@@ -113,7 +116,12 @@ class Settings(Launch):
 
     log_level: str | None = None
     log_config: str | None = None
+    log_format: str = "text"
+    error_logfile: str = "-"  # stderr
     access_log: bool = True
+    access_logfile: str = "-"  # stdout
+    access_logformat: str | None = None  # None: uvicorn's
+    access_log_exclude: tuple[str, ...] = ()
     use_colors: bool | None = None
     env_file: str | None = None
     capture_output: bool = False
@@ -163,7 +171,17 @@ class Settings(Launch):
             raise SettingValueError("debug_port", settings.debug_port, NEEDS_FORK)
         if settings.policy == "none" and settings.dispatch == "request":
             raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
+        if settings.log_config is not None:
+            for name in ("log_format", "error_logfile", "access_logfile"):
+                if getattr(settings, name) not in ("text", "-"):
+                    reason = "log_config decides where the log goes and what it looks like: give one of them"
+                    raise SettingValueError(name, getattr(settings, name), reason)
         return settings
+
+    @property
+    def own_access_log(self) -> bool:
+        """Whether the lines of the access log say more than uvicorn knows when it writes its own."""
+        return self.access_log and (self.log_format == "json" or self.access_logformat is not None)
 
     @property
     def borrows(self) -> bool:
@@ -192,6 +210,7 @@ class Settings(Launch):
         }
         values["binds"] = [str(bind) for bind in self.binds]
         values["headers"] = [list(header) for header in self.headers]
+        values["access_log_exclude"] = list(self.access_log_exclude)
         return values
 
     @classmethod
@@ -200,6 +219,7 @@ class Settings(Launch):
         known: dict[str, Any] = dict(values)
         known["binds"] = tuple(Bind.parse(bind) for bind in known["binds"])
         known["headers"] = tuple((name, value) for name, value in known["headers"])
+        known["access_log_exclude"] = tuple(known["access_log_exclude"])
         return cls(**known)
 
 
@@ -254,7 +274,12 @@ _CHECKS: Final[dict[str, Check]] = {
     "forwarded_allow_ips": optional(texts),
     "log_level": optional(choice("critical", "error", "warning", "info", "debug", "trace", any_case=True)),
     "log_config": optional(file),
+    "log_format": choice("text", "json"),
+    "error_logfile": log_file,
     "access_log": flag,
+    "access_logfile": log_file,
+    "access_logformat": optional(log_template),
+    "access_log_exclude": patterns,
     "use_colors": optional(flag),
     "env_file": optional(file),
     "capture_output": flag,

@@ -31,7 +31,10 @@ HEADER_SIZE: Final = _HEADER.size
 
 @dataclass(frozen=True)
 class Boot:
-    """Master to worker, first of all: who you are and what to serve."""
+    """Master to worker, first of all: who you are and what to serve.
+
+    The descriptors of the log's files ride along, where there are any.
+    """
 
     worker: int
     slot: int
@@ -175,9 +178,24 @@ class Drain:
     keep: bool
 
 
+@dataclass(frozen=True)
+class Reopen:
+    """Master to worker: write the log to the files whose descriptors ride along from now on."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """Nothing more goes to the files before `Reopen` number `number`; `trouble` says what has kept it from that."""
+
+    number: int
+    trouble: str
+
+
 Message = (
     Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain | Debug | Debugged
-    | ShowStacks | Stacks
+    | ShowStacks | Stacks | Reopen | Reopened
 )  # fmt: skip
 
 _KINDS: Final = MappingProxyType({kind.__name__: kind for kind in get_args(Message)})

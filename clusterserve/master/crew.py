@@ -26,6 +26,7 @@ from ..core.reconcile import Abort, Drain, Kill, Spawn
 from ..core.roster import Member, Roster
 from ..core.wear import Wear
 from ..errors import ProtocolError
+from ..log_files import LogFiles
 from ..settings import Settings
 from .dispatcher import Dispatcher
 from .process import Exit, WorkerProcess
@@ -80,6 +81,7 @@ class Crew:
         dispatcher: Dispatcher,
         emit: Callable[[Event], None],
         ears: Ears,
+        files: LogFiles,
     ) -> None:
         self.settings = settings
         self.seats: dict[int, Seat] = {}
@@ -92,6 +94,7 @@ class Crew:
         self._dispatcher = dispatcher
         self._emit = emit
         self._ears = ears
+        self._files = files
 
     def channel(self, worker: int) -> MessageChannel | None:
         """Its message channel; None if it is gone."""
@@ -132,7 +135,8 @@ class Crew:
         self._dispatcher.add_worker(
             member.id, action.slot, process.connections, process.board, process.kept, process.pid
         )
-        channel.send(self._boot(member, debug_port))
+        # A program says itself where it logs.
+        channel.send(self._boot(member, debug_port), () if self.settings.exec else self._files.descriptors)
         return member.id
 
     def _stillborn(self, member: Member, error: OSError, now: float) -> None:

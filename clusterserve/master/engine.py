@@ -47,11 +47,13 @@ from ..core.messages import (
     Listening,
     Message,
     Online,
+    Reopened,
     Stacks,
 )
 from ..core.reconcile import Drain, Spawn, Stop, Target, Verdict, plan
 from ..core.roster import Limits, Roster
 from ..errors import BindError, BootError, ClusterError, ProtocolError
+from ..log_files import LogFiles
 from ..settings import Settings
 from .changes import Changes
 from .crew import Crew, Environment
@@ -63,6 +65,7 @@ from .listeners import Access
 from .outbox import Outbox
 from .policies import policy_factory
 from .process import Exit
+from .reopening import Reopening
 from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
@@ -81,9 +84,16 @@ class Engine:
     """
 
     def __init__(
-        self, settings: Settings, loop: asyncio.AbstractEventLoop, emit: Callable[[Event], None] = lambda event: None
+        self,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
+        emit: Callable[[Event], None] = lambda event: None,
+        files: LogFiles | None = None,
     ) -> None:
+        """`files`: the log's, the caller's own; without it the engine opens and closes them."""
         self.settings = settings
+        self._files = files or LogFiles.of(settings)
+        self._owns_files = files is None
         self._emit = emit
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
@@ -109,7 +119,8 @@ class Engine:
         self._roster = Roster(_limits(settings), programs=bool(settings.exec))
         self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
         self._stacks = StackCollector(loop)
-        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self)
+        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self, self._files)
+        self._reopening = Reopening(loop, self._files)
         #: Who is there, by id.
         self.seats = self._crew.seats
         self._debuggers = Debuggers(loop, self._roster, self.seats)
@@ -133,10 +144,14 @@ class Engine:
     # -- start and stop -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Open every `--bind` and start the workers.  Raises `BindError`; nothing is left open then."""
+        """Open the log's files and every `--bind`, and start the workers.
+
+        Raises `SettingsError` or `BindError`; nothing is left open then.
+        """
         try:
+            self._files.open()
             opened = self.handles.open_pinned(self.settings.binds, self.settings.backlog)
-        except BindError:
+        except ClusterError:
             self._close()
             raise
         for listener in opened:
@@ -352,6 +367,9 @@ class Engine:
 
     def _close(self) -> None:
         self._health.close()
+        self._reopening.close()
+        if self._owns_files:
+            self._files.close()
         self._stacks.close()
         self.handles.close()
         self._dispatcher.close()
@@ -469,6 +487,8 @@ class Engine:
             self._debuggers.answered(worker, message)
         elif isinstance(message, Stacks):
             self._stacks.answered(worker, message)
+        elif isinstance(message, Reopened):
+            self._reopening.answered(worker, message)
         elif isinstance(message, Leave):
             self._leave(worker)
         elif isinstance(message, Failed):
@@ -512,6 +532,7 @@ class Engine:
             self._crew.tell(seat, Exited, ended.code, ended.signal)
             self._dispatcher.remove_worker(worker, hung=seat.member.aborted is not None)
             self._stacks.gone(worker)
+            self._reopening.gone(worker)
             if seat.stacks >= 0:
                 os.close(seat.stacks)
             del self.seats[worker]
@@ -557,6 +578,16 @@ class Engine:
                 if seat.member.current:
                     logger.info("Worker %d (slot %d, pid %d) is listening", *seat.who)
                 self._says(worker, WorkerEvent.LISTENING)
+
+    # -- the log --------------------------------------------------------------------------------------------------
+
+    def reopen_logs(self) -> asyncio.Future[None]:
+        """Open the log's files again, under their names as they are now; the `FileHandler`s of workers do so too.
+
+        Done when no worker writes to the old ones any more: one that holds its event loop does so later.  Fails with
+        `ClusterError` if a file cannot be opened: everything goes on into the old ones then.
+        """
+        return self._reopening.order(self.seats)
 
     # -- looking in -----------------------------------------------------------------------------------------------
 

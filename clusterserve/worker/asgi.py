@@ -15,6 +15,7 @@ import gc
 import logging
 import os
 import signal
+from collections.abc import Sequence
 from socket import socket
 from typing import Any, Final, cast
 
@@ -23,10 +24,14 @@ from uvicorn.importer import ImportFromStringError, import_from_string
 
 from .. import faults
 from ..core.address import Address
+from ..core.atoms import Who
 from ..currentworker import CurrentWorker
-from ..errors import BootError
+from ..errors import BootError, SettingsError
+from ..log_files import WorkerFiles
+from ..logs import configure_worker
 from ..settings import Settings
 from ..tracebacks import of_application
+from .access import Access
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
@@ -43,7 +48,7 @@ logger = logging.getLogger("uvicorn.error")
 #: Settings that uvicorn's Config takes under the same name.
 _PASSED: Final = (
     "ws", "ws_max_size", "ws_max_queue", "ws_ping_interval", "ws_ping_timeout", "ws_per_message_deflate",
-    "lifespan", "interface", "log_level", "access_log", "use_colors", "proxy_headers", "server_header", "date_header",
+    "lifespan", "interface", "log_level", "proxy_headers", "server_header", "date_header",
     "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "factory", "h11_max_incomplete_event_size",
     "reset_contextvars",
 )  # fmt: skip
@@ -71,15 +76,17 @@ _LIFESPAN_SHARE: Final = 1.0
 _UNTIMED: Final = 0.2
 
 
-def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -> None:
+def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None, files: Sequence[int] = ()) -> None:
     """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started.
 
-    `worker` has its handlers on the application's loop, and is told what becomes of it.
+    `worker` has its handlers on the application's loop, and is told what becomes of it.  `files` are the descriptors of
+    the log's files, from now on this function's own.
     """
     borrowing = Borrowing(after_response=settings.borrows)
-    member = Membership(link, worker or CurrentWorker(0, 0, os.getpid()))
-    with stdout_for_logs() if settings.capture_output else contextlib.nullcontext():
-        config = _config(settings, link, borrowing, member)
+    worker = worker or CurrentWorker(0, 0, os.getpid())
+    member = Membership(link, worker)
+    access = _configure_logging(settings, link, worker, files)
+    config = _config(settings, link, borrowing, member, timed=access is not None)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
@@ -114,7 +121,8 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
     try:
         config.app = import_from_string(settings.app)
         config.load()
-        config.loaded_app = draining.announced(config.loaded_app)
+        app = config.loaded_app if access is None else access.wrapped(config.loaded_app)
+        config.loaded_app = draining.announced(app)
         # What exists now lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
@@ -158,19 +166,39 @@ def _could_not_load(app: str, boot: _BootLog, exc: Exception) -> BootError:
     return BootError(f"the application {app!r} could not be loaded", boot.text() + of_application(exc))
 
 
-def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Membership) -> uvicorn.Config:
+def _configure_logging(settings: Settings, link: Link, worker: CurrentWorker, files: Sequence[int]) -> Access | None:
+    """Set up this process's log; what writes the access log, if uvicorn does not do it itself."""
+    log = WorkerFiles(settings.access_logfile, settings.error_logfile, files)
+    link.on_reopen = log.reopen
+    log.captures = settings.capture_output
+    who = Who(worker.id, worker.slot, os.getpid())
+    try:
+        with stdout_for_logs(log.places.error) if log.captures else contextlib.nullcontext(1) as stdout:
+            places = log.places if log.places.access != 1 else log.places._replace(access=stdout)
+            access = configure_worker(settings, places, who)
+    except SettingsError as exc:
+        raise BootError(str(exc)) from None
+    if access is None:
+        return None
+    ours = Access(access, settings, who)
+    logger.addFilter(ours)
+    return ours
+
+
+def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Membership, *, timed: bool) -> uvicorn.Config:
     options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
+    options["access_log"] = settings.access_log and not settings.own_access_log
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
     options["http"] = borrowing_protocol(settings.http, borrowing) if handed else settings.http
-    if settings.log_config is not None:
-        options["log_config"] = settings.log_config
-    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
+    # It sets the levels, and leaves the handlers to us.
+    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, log_config=None, **options)
     loop_class = cluster_loop(_loop_class(settings.loop), link)
 
     def factory() -> asyncio.AbstractEventLoop:
         loop = loop_class()
         link.attach(loop)
+        link.receiver.timed = timed
         member.begin(loop)
         if handed:
             link.receiver.borrow(

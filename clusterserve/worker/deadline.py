@@ -24,6 +24,9 @@ logger = logging.getLogger("uvicorn.error")
 LOOKS: Final = 8
 LOOK: Final = 1.0
 
+#: What a request that is ended is cancelled with.
+TOO_LONG: Final = "the request took longer than --timeout-request"
+
 #: How long a client may go on sending after it was told, so that it can read that (seconds).
 LINGER: Final = 2.0
 
@@ -71,7 +74,7 @@ class Deadline:
             _Lingering(loop, cycle.transport)
         self._ended.add(task)
         task.add_done_callback(self._ended.discard)
-        task.cancel("the request took longer than --timeout-request")
+        task.cancel(TOO_LONG)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """For uvicorn's logger: leave out the tracebacks that end in our own order."""

@@ -30,6 +30,9 @@ BOOT_FAILURE: Final = 3
 
 _PR_SET_PDEATHSIG: Final = 1
 
+#: The access log's, and that of everything else.
+_MOST_FILES: Final = 2
+
 #: A terminal sends some of these to the whole process group, and people send the others to "all of it": the master acts
 #: on them.  A handler, not SIG_IGN: what the application starts must not inherit deafness.
 _MASTERS: Final = ("SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGPWR")
@@ -50,7 +53,7 @@ def main() -> int:
     for descriptor in (messages, connections, board, kept):
         os.set_inheritable(descriptor, False)
     try:
-        boot = _receive_boot(channel)
+        boot, files = _receive_boot(channel)
     except ProtocolError as exc:
         # The package may have been upgraded under a running master, and this process is the first of the new version.
         _send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
@@ -66,7 +69,7 @@ def main() -> int:
         sys.path[:] = boot.path
     _send(channel, Online(os.getpid()), told)
     with _watched(boot, channel, worker):
-        return _serve(boot, channel, link, worker)
+        return _serve(boot, channel, link, worker, files)
 
 
 @contextlib.contextmanager
@@ -85,13 +88,13 @@ def _watched(boot: Boot, channel: socket.socket, worker: CurrentWorker) -> Itera
         yield
 
 
-def _serve(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker) -> int:
-    """Serve an application."""
+def _serve(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, files: list[int]) -> int:
+    """Serve an application, and log to `files`."""
     # Importing uvicorn takes most of the start-up: not before the master knows that we live.
     from .asgi import serve
 
     try:
-        serve(Settings.from_json(boot.settings), link, worker)
+        serve(Settings.from_json(boot.settings), link, worker, files)
     except BootError as exc:
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
@@ -135,17 +138,23 @@ def heed_the_master(number: int, frame: FrameType | None) -> None:
     """Do nothing: the master hears the signal too and says what to do."""
 
 
-def _receive_boot(channel: socket.socket) -> Boot:
-    """The first frame, and not a byte more: what follows belongs to the channel's reader."""
+def _receive_boot(channel: socket.socket) -> tuple[Boot, list[int]]:
+    """The first frame and its descriptors, and not a byte more: what follows belongs to the channel's reader."""
     decoder = Decoder()
-    header = _exactly(channel, HEADER_SIZE)
+    # They ride with the first byte.
+    first, files, _, _ = socket.recv_fds(channel, 1, _MOST_FILES)
+    if not first:
+        os._exit(MASTER_GONE)
+    for fd in files:
+        os.set_inheritable(fd, False)
+    header = first + _exactly(channel, HEADER_SIZE - 1)
     frames = list(decoder.feed(header))
     # Not before it is clear that this can be a frame's length.
     frames += decoder.feed(_exactly(channel, int.from_bytes(header[:4], "little")))
     message = decode(frames[0][0])
     if not isinstance(message, Boot):
         raise ProtocolError(f"a worker does not expect {type(message).__name__} first")
-    return message
+    return message, files
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:
