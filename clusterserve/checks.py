@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
-from clusterserve.core.atoms import Template, Who
 from clusterserve.errors import SettingsError
 
 Check: TypeAlias = Callable[[str, object], object]
@@ -165,6 +164,9 @@ def log_file(setting: str, value: object) -> str:
 
 def log_template(setting: str, value: object) -> str | None:
     """A template of gunicorn's atoms; none if it is empty."""
+    # Read late: most logs have none.
+    from clusterserve.core.atoms import Template, Who
+
     written = text(setting, value)
     try:
         Template(written, Who(0, 0, 0))

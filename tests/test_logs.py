@@ -91,21 +91,21 @@ def test_a_traceback_follows_its_message() -> None:
 # ── without a file ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_to_stderr_from_info_on(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_to_stderr_from_info_on(logger: logging.Logger, capfd: pytest.CaptureFixture[str]) -> None:
     start()
     logger.debug("too little")
     logger.info("enough")
     logging.getLogger("clusterserve.dispatch").warning("from a part of it")
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert out == ""
     assert err == "INFO:     enough\nWARNING:  from a part of it\n"
 
 
-def test_only_once(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_once(logger: logging.Logger, capfd: pytest.CaptureFixture[str]) -> None:
     start()
     configure(settings())
     logger.info("hello")
-    assert capsys.readouterr().err == "INFO:     hello\n"
+    assert capfd.readouterr().err == "INFO:     hello\n"
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_levels(logger: logging.Logger, name: str, level: int) -> None:
 
 @pytest.mark.parametrize(("use_colors", "coloured"), [(True, True), (False, False), (None, False)])
 def test_colours_as_asked_and_else_for_a_terminal(
-    logger: logging.Logger, capsys: pytest.CaptureFixture[str], use_colors: bool | None, coloured: bool
+    logger: logging.Logger, capfd: pytest.CaptureFixture[str], use_colors: bool | None, coloured: bool
 ) -> None:
     start(use_colors=use_colors)
     logger.info("hello")
-    assert ("\x1b[" in capsys.readouterr().err) is coloured
+    assert ("\x1b[" in capfd.readouterr().err) is coloured
 
 
 def test_handlers_of_the_programs_own_are_kept(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +159,21 @@ handlers: {out: {class: logging.StreamHandler, stream: ext://sys.stdout, formatt
 loggers: {clusterserve: {handlers: [out], level: WARNING, propagate: false}}
 """
 
+TOML = """
+version = 1
+disable_existing_loggers = false
+[formatters.plain]
+format = "mine %(levelname)s %(message)s"
+[handlers.out]
+class = "logging.StreamHandler"
+stream = "ext://sys.stdout"
+formatter = "plain"
+[loggers.clusterserve]
+handlers = ["out"]
+level = "WARNING"
+propagate = false
+"""
+
 INI = """
 [loggers]
 keys=root,clusterserve
@@ -184,7 +199,14 @@ format=mine %(levelname)s %(message)s
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("log.json", json.dumps(DICT)), ("log.yaml", YAML), ("log.yml", YAML), ("log.ini", INI), ("log.conf", INI)],
+    [
+        ("log.json", json.dumps(DICT)),
+        ("log.toml", TOML),
+        ("log.yaml", YAML),
+        ("log.yml", YAML),
+        ("log.ini", INI),
+        ("log.conf", INI),
+    ],
 )
 def test_a_file_decides(
     logger: logging.Logger, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, content: str
@@ -205,7 +227,7 @@ def test_a_level_on_the_command_line_wins(logger: logging.Logger, tmp_path: Path
 
 
 def test_a_file_that_does_not_speak_of_us(
-    logger: logging.Logger, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    logger: logging.Logger, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     # One made for uvicorn: it is the workers' then, and ours look as always.
     path = tmp_path / "log.json"
@@ -213,7 +235,7 @@ def test_a_file_that_does_not_speak_of_us(
     start(log_config=str(path))
     assert not logger.disabled
     logger.info("hello")
-    assert capsys.readouterr().err == "INFO:     hello\n"
+    assert capfd.readouterr().err == "INFO:     hello\n"
 
 
 @pytest.mark.parametrize(
@@ -226,6 +248,8 @@ def test_a_file_that_does_not_speak_of_us(
         ("log.yaml", "a: [1"),
         ("log.yaml", ""),
         ("log.yaml", "\x00"),
+        ("log.toml", "version = "),
+        ("log.toml", "version = 7"),
         ("log.ini", "no section"),
         ("log.ini", ""),
         ("log.ini", "[loggers]\nkeys=root\n"),

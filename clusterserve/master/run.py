@@ -61,6 +61,18 @@ def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[]
     files.open()
     # Never closed: the logger has them as long as the process lives, as it would have a `FileHandler`.
     configure(settings, files.places)
+    try:
+        return _run(settings, files, exits, reread)
+    except ClusterError as error:
+        if settings.log_format == "json" or settings.error_logfile != "-":
+            # For people, whoever called us says it on stderr; a file, and a machine, hear it from us.
+            text = getattr(error, "traceback", "")
+            logger.critical("%s", error.args[0] if text else error, extra={"exception": text} if text else None)
+            error.told = settings.error_logfile == "-"
+        raise
+
+
+def _run(settings: Settings, files: LogFiles, exits: bool, reread: Callable[[], Settings] | None) -> int:
     if settings.app_dir is not None:
         # For a policy of the application's own, and its hooks; a program that embeds us has its path in order.
         sys.path.insert(0, os.path.abspath(settings.app_dir))

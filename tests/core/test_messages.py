@@ -30,6 +30,8 @@ from clusterserve.core.messages import (
     Listening,
     Message,
     Online,
+    Reopen,
+    Reopened,
     ShowStacks,
     Stacks,
     decode,
@@ -81,6 +83,8 @@ EXAMPLES: list[Message] = [
     Debug("127.0.0.1:5678"),
     Debugged("127.0.0.1:5678", "", ""),
     ShowStacks(),
+    Reopen(2),
+    Reopened(2, ""),
     Stacks({"00007f0a000b9b80": "MainThread"}, "Task-1\n  File"),
     Drain(30.0, False, True),
 ]
