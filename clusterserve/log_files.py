@@ -28,7 +28,8 @@ from .settings import Settings
 #: What a pipe takes in one piece.
 _PIECE: Final = select.PIPE_BUF
 
-#: How long a line waits for another to end (seconds): whose process was stopped in the midst of it must not stop all.
+#: How long a line waits for another to end where there is room (seconds): whose process was stopped in the midst of it
+#: must not stop all.
 _PATIENCE: Final = 1.0
 _PAUSE: Final = 0.001
 
@@ -76,9 +77,11 @@ class LineHandler(logging.Handler):
         deadline = 0.0
         while not _try_lock(self._fd, length, start):
             now = time.monotonic()
-            deadline = deadline or now + _PATIENCE
             if now < self._sulks_until:
                 return False
+            if not deadline or not _has_room(self._fd):
+                # Where nobody reads, whoever writes is not to blame: we could not either.
+                deadline = now + _PATIENCE
             if now >= deadline:
                 self._sulks_until = now + _SULK
                 return False
@@ -116,10 +119,15 @@ def _write(fd: int, data: bytes | memoryview) -> int:
         return os.write(fd, data)
     except BlockingIOError:
         # Somebody has made it non-blocking, for all who have it: asyncio does with pipes.
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT)
-        poll.poll()
+        _has_room(fd, None)
         return 0
+
+
+def _has_room(fd: int, within: float | None = 0.0) -> bool:
+    """Whether something can be written, now or so soon; None: however long it takes."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(within))
 
 
 class Descriptors(NamedTuple):
