@@ -87,5 +87,6 @@ class AccessFormatter(logging.Formatter):
         request, answer = f"{method} {target} HTTP/{version}", f"{status} {_PHRASES.get(status, '')}"
         if self._use_colors:
             request = click.style(request, bold=True)
-            answer = click.style(answer, fg=_COLOURS.get(status // 100))
+            colour = _COLOURS.get(status // 100)
+            answer = click.style(answer, fg=colour) if colour else answer
         return f'{self._prefix}:     {client} - "{request}" {answer}'

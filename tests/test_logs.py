@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from clusterserve.access import MESSAGE
+from clusterserve.core.atoms import Who
 from clusterserve.errors import SettingsError
-from clusterserve.logs import TRACE, Formatter, configure
+from clusterserve.log_files import Descriptors
+from clusterserve.logs import TRACE, Formatter, configure, configure_worker
 from clusterserve.settings import Settings
 
 
@@ -287,3 +291,132 @@ def test_yaml_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(SettingsError, match="install the PyYAML package"):
         start(log_config=str(path))
+
+
+# ── terminals, machines, workers ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def terminal() -> Iterator[int]:
+    ours, theirs = os.openpty()
+    yield theirs
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("", True), ("1", False)])
+def test_colours_on_a_terminal_unless_somebody_minds(
+    logger: logging.Logger, terminal: int, monkeypatch: pytest.MonkeyPatch, no_color: str | None, coloured: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    logger.handlers.clear()
+    logging.getLogger().handlers.clear()
+    configure(settings(), Descriptors(1, terminal))
+    (handler,) = logger.handlers
+    assert ("\x1b[" in handler.format(record(logging.INFO))) is coloured
+
+
+def test_the_masters_log_for_machines(logger: logging.Logger, capfd: pytest.CaptureFixture[str]) -> None:
+    start(log_format="json", use_colors=True)
+    logger.info("hello")
+    line = json.loads(capfd.readouterr().err)
+    assert (line["message"], line["worker"], line["slot"], line["pid"]) == ("hello", None, None, os.getpid())
+
+
+@pytest.mark.parametrize(("name", "value"), [("log_format", "json"), ("access_logfile", "x"), ("error_logfile", "x")])
+def test_a_file_decides_alone(tmp_path: Path, name: str, value: str) -> None:
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps(DICT))
+    with pytest.raises(SettingsError, match=f"{name}='{value}': log_config decides"):
+        settings(log_config=str(path), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("access_logformat", "%(h", "cannot be filled in"),
+        ("access_logformat", "%s", "written %%"),
+        ("access_logformat", 7, "must be a text"),
+        ("access_log_exclude", 7, "must be a text, or a list of texts"),
+        ("access_log_exclude", [7], "must be a text"),
+        ("access_logfile", "", "must be the path of a file, or -"),
+        ("error_logfile", "/", "this is a directory"),
+        ("log_format", "xml", "must be one of text, json"),
+    ],
+)
+def test_values_that_cannot_be(name: str, value: object, reason: str) -> None:
+    with pytest.raises(SettingsError, match=reason):
+        settings(**{name: value})
+
+
+def test_an_empty_template_is_none() -> None:
+    assert settings(access_logformat="").access_logformat is None
+    assert settings(access_log_exclude="/x").access_log_exclude == ("/x",)
+
+
+WHO = Who(3, 2, 4711)
+UVICORNS = ("uvicorn", "uvicorn.error", "uvicorn.access", "clusterserve.access")
+
+
+@pytest.fixture
+def worker() -> Iterator[None]:
+    """uvicorn's loggers, and what everybody's last word is; afterwards all is as it was."""
+    loggers = [logging.getLogger(name) for name in UVICORNS]
+    kept = [(each, each.handlers[:], each.filters[:], each.level, each.propagate, each.parent) for each in loggers]
+    formatter = logging.lastResort.formatter if logging.lastResort is not None else None
+    for each in loggers:
+        each.handlers.clear()
+    yield
+    for each, handlers, filters, level, propagate, parent in kept:
+        each.handlers[:], each.filters[:], each.propagate, each.parent = handlers, filters, propagate, parent
+        each.setLevel(level)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(formatter)
+
+
+@pytest.mark.usefixtures("worker")
+class TestAWorker:
+    def test_by_default_uvicorn_writes_its_own_lines(self, capfd: pytest.CaptureFixture[str]) -> None:
+        assert configure_worker(settings(), Descriptors(), WHO) is None
+        logging.getLogger("uvicorn.access").info(MESSAGE, "h:1", "GET", "/", "1.1", 200)
+        logging.getLogger("uvicorn.error").warning("hello")
+        logging.getLogger("clusterserve").info("from a part of it")
+        assert capfd.readouterr() == (
+            'INFO:     h:1 - "GET / HTTP/1.1" 200 OK\n', "WARNING:  hello\nINFO:     from a part of it\n",
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("values", [{"log_format": "json"}, {"access_logformat": "%(h)s"}])
+    def test_where_more_is_wanted_it_is_ours(self, values: dict[str, object]) -> None:
+        ours = configure_worker(settings(**values), Descriptors(), WHO)
+        assert ours is not None
+        assert ours.handlers == logging.getLogger("uvicorn.access").handlers
+        assert configure_worker(settings(access_log=False, **values), Descriptors(), WHO) is None
+        assert configure_worker(settings(log_level="warning", **values), Descriptors(), WHO) is None
+
+    def test_whoever_has_said_nothing_about_logging(self, capsys: pytest.CaptureFixture[str]) -> None:
+        configure_worker(settings(log_format="json"), Descriptors(), WHO)
+        lonely = logging.Logger("lonely")  # noqa: LOG001 - without the handlers of pytest above it
+        lonely.warning("hello")
+        assert json.loads(capsys.readouterr().err)["message"] == "hello"
+
+    def test_what_is_excluded(self, capfd: pytest.CaptureFixture[str]) -> None:
+        configure_worker(settings(access_log_exclude=["/h*"]), Descriptors(), WHO)
+        for target, status in (("/h?x", 200), ("/h", 500), ("/", 200)):
+            logging.getLogger("uvicorn.access").info(MESSAGE, "c", "GET", target, "1.1", status)
+        assert capfd.readouterr().out == (
+            'INFO:     c - "GET /h HTTP/1.1" 500 Internal Server Error\nINFO:     c - "GET / HTTP/1.1" 200 OK\n'
+        )
+
+    def test_a_file_has_the_handlers(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "log.json"
+        path.write_text(json.dumps({**DICT, "loggers": {"uvicorn": DICT["loggers"]["clusterserve"]}}))  # type: ignore[index]
+        # As the file has it: uvicorn's loggers are silent below a warning.
+        assert configure_worker(settings(log_config=str(path), access_logformat="x"), Descriptors(), WHO) is None
+        ours = configure_worker(
+            settings(log_config=str(path), access_logformat="x", log_level="info"), Descriptors(), WHO
+        )
+        assert ours is not None
+        ours.info("hello")
+        assert capsys.readouterr().out == "mine INFO hello\n"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import os
 import time
 from typing import Any
 from urllib.parse import parse_qs
@@ -37,9 +37,8 @@ async def _http(scope: dict[str, Any], receive: Any, send: Any) -> None:
             pass
         return
     if path == "/hold":
-        _hold(float(query["seconds"][0]))
-    elif path == "/sleep":
-        await asyncio.sleep(float(query["seconds"][0]))
+        logger.info("The loop is held")
+        _hold(query["until"][0])
     elif path == "/say":
         unconfigured.warning("said for %s", name)
     body = name.encode()
@@ -61,5 +60,6 @@ async def _websocket(scope: dict[str, Any], receive: Any, send: Any) -> None:
         await send({"type": "websocket.send", "text": message["text"]})
 
 
-def _hold(seconds: float) -> None:
-    time.sleep(seconds)
+def _hold(until: str) -> None:
+    while not os.path.exists(until):
+        time.sleep(0.01)
