@@ -13,34 +13,25 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from .access import AccessRecord, request_id
-from .core.atoms import Who
 from .current import current_worker
 
 #: What every record has, of which the schema says its own; anything else was given as `extra`.
 _USUAL: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
-def _this_process() -> Who:
-    worker = current_worker()
-    return Who(None, None, os.getpid()) if worker is None else Who(worker.id, worker.slot, worker.pid)
-
-
 class JsonFormatter(logging.Formatter):
-    """For the handlers of process `who`; without it, as in a file for `--log-config`, of the one that calls."""
-
-    def __init__(self, who: Who | None = None) -> None:
-        super().__init__()
-        self._who = who or _this_process()
+    """Tells what process it is in, which may be a fork of the one that it was made in."""
 
     def format(self, record: logging.LogRecord) -> str:
+        worker = current_worker()
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="microseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            "worker": self._who.worker,
-            "slot": self._who.slot,
-            "pid": self._who.pid,
+            "worker": None if worker is None else worker.id,
+            "slot": None if worker is None else worker.slot,
+            "pid": os.getpid(),
             "request_id": request_id.get(),
         }
         if isinstance(record, AccessRecord):

@@ -36,6 +36,12 @@ _PAUSE: Final = 0.001
 #: After that, no line waits for so long (seconds).
 _SULK: Final = 10.0
 
+#: The access log's file, and that of everything else.
+MOST_FILES: Final = 2
+
+#: Above what is usually given to workers with `stdio`.
+_HIGH: Final = 64
+
 #: Of this process, for all handlers: they may lead to one pipe, and its locks are the process's.
 _TURN: Final = threading.RLock()
 
@@ -233,13 +239,13 @@ def move(new: Sequence[int], old: Sequence[int]) -> None:
 
 
 class WorkerFiles:
-    """The same in a worker, which was given `fds`."""
+    """The same in a worker, or in the template of workers, which was given `fds`, and owns them from now on."""
 
-    def __init__(self, access: str, error: str, fds: Sequence[int]) -> None:
+    def __init__(self, settings: Settings, fds: Sequence[int]) -> None:
         self._fds = list(fds)
-        self.places = placed((access, error), fds)
-        #: Whether what the application prints goes where errors go, by descriptors of its own.
-        self.captures = False
+        self.places = placed((settings.access_logfile, settings.error_logfile), fds)
+        # What the application prints goes where errors go, by descriptors of its own.
+        self._follows = settings.capture_output and self.places.error != 2
 
     def reopen(self, new: Sequence[int]) -> str:
         """Write to `new`, the caller's, from now on; says what is wrong if that cannot be."""
@@ -247,9 +253,21 @@ class WorkerFiles:
         if len(new) != len(self._fds):
             return "the files were lost at the limit of open descriptors"
         move(new, self._fds)
-        if self.captures and self.places.error != 2:
+        if self._follows:
             redirect(self.places.error)
         return ""
+
+    def take(self, new: Sequence[int]) -> None:
+        """In a worker that was forked from a template: those of the template may be old ones."""
+        self.reopen(new)
+        _close(new)
+
+
+def lifted(fds: Sequence[int]) -> list[int]:
+    """Copies of `fds`, which are closed, with numbers that nobody asks for."""
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH) for fd in fds]
+    _close(fds)
+    return high
 
 
 def redirect(error: int) -> None:

@@ -16,7 +16,6 @@ import click
 
 from . import toml
 from .access import LOGGER, AccessFormatter
-from .core.atoms import Who
 from .core.excluded import Excluded
 from .errors import SettingsError
 from .json_lines import JsonFormatter
@@ -25,6 +24,9 @@ from .settings import Settings
 
 #: uvicorn's extra level.
 TRACE = 5
+
+#: The logger of the access log's records where they are not uvicorn's.
+_OURS = "clusterserve.access"
 
 _COLOURS = {
     TRACE: "blue",
@@ -54,45 +56,48 @@ def configure(settings: Settings, places: Descriptors = Descriptors()) -> None: 
     _prepare(settings)
     logger = logging.getLogger("clusterserve")
     if not logger.hasHandlers():
-        logger.addHandler(_handler(settings, places.error, Who(None, None, os.getpid())))
+        logger.addHandler(_handler(settings, places.error))
         logger.propagate = False
     if settings.log_level is not None:
-        logger.setLevel(TRACE if settings.log_level == "trace" else settings.log_level.upper())
+        logger.setLevel(_level(settings.log_level))
     elif logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
 
 
-def configure_worker(settings: Settings, places: Descriptors, who: Who) -> logging.Logger | None:
-    """Set up uvicorn's logging in a worker; uvicorn itself is to configure levels only.
-
-    Returns the logger for our own records of the access log, if uvicorn's do not do and there is somebody to read ours.
-    """
+def configure_worker(settings: Settings, places: Descriptors) -> None:
+    """Set up uvicorn's logging in a worker, or in the template of workers; uvicorn itself is to set levels only."""
     _prepare(settings)
     access = logging.getLogger(LOGGER)
     if settings.log_config is None:
-        errors = _handler(settings, places.error, who)
+        errors = _handler(settings, places.error)
         for name in ("uvicorn", "clusterserve"):
             logging.getLogger(name).handlers[:] = [errors]
             logging.getLogger(name).setLevel(logging.INFO)
             logging.getLogger(name).propagate = False
         logging.getLogger("uvicorn.error").setLevel(logging.INFO)
-        access.handlers[:] = [_access_handler(settings, places.access, who)]
+        access.handlers[:] = [_access_handler(settings, places.access)]
         access.setLevel(logging.INFO)
         access.propagate = False
         if settings.log_format == "json" and logging.lastResort is not None:
             # What the application logs without having said where and how.
-            logging.lastResort.setFormatter(JsonFormatter(who))
+            logging.lastResort.setFormatter(JsonFormatter())
     if settings.access_log_exclude:
         access.addFilter(_Exclusion(Excluded(settings.access_log_exclude)))
-    if not settings.own_access_log:
-        return None
-    if settings.log_level is not None:
-        access.setLevel(TRACE if settings.log_level == "trace" else settings.log_level.upper())
-    # uvicorn's protocols ask whether its logger has a handler: it has none then, and they make no records in vain.
-    ours = logging.getLogger("clusterserve.access")
-    ours.setLevel(access.getEffectiveLevel())
-    ours.parent, ours.propagate, ours.handlers[:] = access.parent, access.propagate, access.handlers
-    return ours if ours.isEnabledFor(logging.INFO) and ours.hasHandlers() else None
+    if settings.own_access_log:
+        # uvicorn's protocols ask whether its logger has a handler: it will have none, and they make no records in vain.
+        ours = logging.getLogger(_OURS)
+        ours.setLevel(_level(settings.log_level) if settings.log_level is not None else access.getEffectiveLevel())
+        ours.parent, ours.propagate, ours.handlers[:] = access.parent, access.propagate, access.handlers
+
+
+def access_logger(settings: Settings) -> logging.Logger | None:
+    """The logger for records of ours, if uvicorn's do not do and there is somebody to read ours."""
+    ours = logging.getLogger(_OURS)
+    return ours if settings.own_access_log and ours.isEnabledFor(logging.INFO) and ours.hasHandlers() else None
+
+
+def _level(name: str) -> int:
+    return TRACE if name == "trace" else int(getattr(logging, name.upper()))
 
 
 def _prepare(settings: Settings) -> None:
@@ -101,16 +106,16 @@ def _prepare(settings: Settings) -> None:
         _load(settings.log_config)
 
 
-def _handler(settings: Settings, fd: int, who: Who) -> logging.Handler:
+def _handler(settings: Settings, fd: int) -> logging.Handler:
     handler = LineHandler(fd)
-    handler.setFormatter(JsonFormatter(who) if settings.log_format == "json" else Formatter(_coloured(settings, fd)))
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else Formatter(_coloured(settings, fd)))
     return handler
 
 
-def _access_handler(settings: Settings, fd: int, who: Who) -> logging.Handler:
+def _access_handler(settings: Settings, fd: int) -> logging.Handler:
     handler = LineHandler(fd)
     if settings.log_format == "json":
-        handler.setFormatter(JsonFormatter(who))
+        handler.setFormatter(JsonFormatter())
     elif not settings.own_access_log:
         handler.setFormatter(AccessFormatter(_coloured(settings, fd)))
     return handler

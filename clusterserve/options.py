@@ -108,6 +108,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "How long a worker has a connection: until it ends, for one request, or (auto) as long as its requests are "
             "cheaper than handing it on.",
         ),
+        _flag(
+            "--preload",
+            "Import APP once, in a template process from which the workers are forked, so that they share its memory "
+            "(docs/preload.md).",
+        ),
         _value("--max-pending", "N", "Stop accepting while this many connections wait for a worker."),
         _value(
             "--timeout-queue",
@@ -119,6 +124,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "--timeout-graceful-shutdown --graceful-timeout",
             "SECONDS",
             "How long requests in flight may take once the cluster stops.",
+        ),
+        _value(
+            "--shutdown-delay",
+            "SECONDS",
+            "Once told to stop, serve on as before for this long; the application can know it (docs/draining.md).",
         ),
         _value("--hooks", "MODULE", "Call this module's functions on_fork, on_exit, on_ready … (docs/hooks.md)."),
         _value("--restart-backoff", "SECONDS", "Wait before a dead worker is replaced; doubles while they keep dying."),
@@ -148,6 +158,35 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         ),
         _value("--rss-sample-interval", "SECONDS", "How often its memory is looked at."),
         _value("--rss-samples", "N", "So many looks in a row must find too much."),
+    ),
+    "Development": (
+        _flag("--reload", "Watch files, and replace all workers as soon as one changes. Needs clusterserve[reload]."),
+        _value(
+            "--reload-dir",
+            "DIR",
+            "Watch this directory and all below it; repeatable.  [default: the working directory, and --app-dir]",
+            "reload_dirs",
+        )._replace(kind="many"),
+        _value(
+            "--reload-include",
+            "PATTERN",
+            "Files that fit count too, and directories that do are watched; repeatable.  [default: *.py]",
+            "reload_includes",
+        )._replace(kind="many"),
+        _value(
+            "--reload-exclude",
+            "PATTERN",
+            "Files and directories that fit do not count; repeatable.  [default: .* .py[cod] .sw.* ~*, and what is in "
+            "hidden directories, __pycache__, node_modules, site-packages]",
+            "reload_excludes",
+        )._replace(kind="many"),
+        _value("--reload-delay", "SECONDS", "The time between two reloads, at least."),
+        _value(
+            "--reload-extra-file",
+            "FILE",
+            "This file counts too, wherever it is, or those that fit this pattern; repeatable.",
+            "reload_extra_files",
+        )._replace(kind="many"),
     ),
     "Debugging": (
         _value(

@@ -29,8 +29,11 @@ from clusterserve.checks import (
     near_match,
     octal,
     optional,
+    pattern,
     patterns,
+    reload,
     seconds,
+    several,
     size,
     text,
     texts,
@@ -49,7 +52,10 @@ POLICY_VARIABLES: Final = ("CLUSTERSERVE_POLICY", "CLUSTERSERVE_SCHED_POLICY")  
 NEEDS_FORK: Final = "a function is asked by each fork(): it needs respawn=False, and no workers besides"
 
 #: What `run` does to its process, and a `Cluster` not to the process of the program that it is part of.
-OF_THE_PROCESS: Final = ("pid", "umask")
+OF_THE_PROCESS: Final = ("pid", "umask", "reload")
+
+#: Fields that JSON has as lists.
+_TUPLES: Final = ("access_log_exclude", "reload_dirs", "reload_includes", "reload_excludes", "reload_extra_files")
 
 _ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
 
@@ -73,10 +79,12 @@ class Settings(Launch):
     workers_source: str = ""  # why that many, for the start-up line
     respawn: bool = True  # False: how many workers there are is the program's business
     max_pending: int = 2048
+    preload: bool = False
     hooks: str | None = None
 
     timeout_boot: float = 60.0
     timeout_graceful_shutdown: float = 30.0
+    shutdown_delay: float = 0.0
     timeout_keep_alive: int = 5
     timeout_queue: float = 30.0
     timeout_request_header: float = 30.0
@@ -113,6 +121,14 @@ class Settings(Launch):
     date_header: bool = True
     proxy_headers: bool = True
     forwarded_allow_ips: str | None = None
+
+    # In development: who saves a file sees what comes of it.
+    reload: bool = False
+    reload_dirs: tuple[str, ...] = ()  # none: the working directory, and that of the application
+    reload_includes: tuple[str, ...] = ()  # besides those of core/watched.py
+    reload_excludes: tuple[str, ...] = ()
+    reload_delay: float = 0.25
+    reload_extra_files: tuple[str, ...] = ()
 
     log_level: str | None = None
     log_config: str | None = None
@@ -157,7 +173,7 @@ class Settings(Launch):
         if checked.get("respawn") is False and values.get("workers") is None:
             checked["workers"], source = 0, ""
         else:
-            checked["workers"], source = _workers(values.get("workers"))
+            checked["workers"], source = _workers(values.get("workers"), reloads=bool(checked.get("reload")))
         checked["workers_source"] = checked.get("workers_source") or source
         checked["policy"] = _policy(values.get("policy"))
         if checked.get("forwarded_allow_ips") is None:
@@ -169,6 +185,8 @@ class Settings(Launch):
             raise SettingValueError("restart_backoff", settings.restart_backoff, reason)
         if callable(settings.debug_port) and (settings.respawn or settings.workers):
             raise SettingValueError("debug_port", settings.debug_port, NEEDS_FORK)
+        if settings.preload and (why := settings._unforkable()):
+            raise SettingsError(f"preload {why}")
         if settings.policy == "none" and settings.dispatch == "request":
             raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
         if settings.log_config is not None:
@@ -177,6 +195,23 @@ class Settings(Launch):
                     reason = "log_config decides where the log goes and what it looks like: give one of them"
                     raise SettingValueError(name, getattr(settings, name), reason)
         return settings
+
+    def _unforkable(self) -> str:
+        """Why there can be no preload; empty if there can."""
+        if self.exec:
+            return "is for applications: a program is started anew in every worker"
+        if not self.respawn:
+            return "needs respawn: with respawn=False every worker is started for itself"
+        if self.debug_wait:
+            return "excludes debug_wait: when a worker could wait for its debugger, the application is imported already"
+        if self.capture_output and (self.silent or self.stdio):
+            return "excludes capture_output with silent or stdio: what is printed has one place for all workers then"
+        return ""
+
+    @property
+    def templated(self) -> bool:
+        """Whether workers are forked from a template process, for whatever it prepares (worker/preparations.py)."""
+        return self.preload and self.respawn and not self.exec
 
     @property
     def own_access_log(self) -> bool:
@@ -210,7 +245,7 @@ class Settings(Launch):
         }
         values["binds"] = [str(bind) for bind in self.binds]
         values["headers"] = [list(header) for header in self.headers]
-        values["access_log_exclude"] = list(self.access_log_exclude)
+        values.update({name: list(getattr(self, name)) for name in _TUPLES})
         return values
 
     @classmethod
@@ -219,7 +254,7 @@ class Settings(Launch):
         known: dict[str, Any] = dict(values)
         known["binds"] = tuple(Bind.parse(bind) for bind in known["binds"])
         known["headers"] = tuple((name, value) for name, value in known["headers"])
-        known["access_log_exclude"] = tuple(known["access_log_exclude"])
+        known.update({name: tuple(known[name]) for name in _TUPLES})
         return cls(**known)
 
 
@@ -235,9 +270,11 @@ _CHECKS: Final[dict[str, Check]] = {
     "dispatch": choice("auto", "connection", "request"),
     "workers_source": text,
     "max_pending": whole(1),
+    "preload": flag,
     "hooks": optional(module),
     "timeout_boot": seconds(above_zero=True),
     "timeout_graceful_shutdown": seconds(),
+    "shutdown_delay": seconds(),
     "timeout_keep_alive": whole(0),
     "timeout_queue": seconds(),
     "timeout_request_header": seconds(),
@@ -272,6 +309,12 @@ _CHECKS: Final[dict[str, Check]] = {
     "date_header": flag,
     "proxy_headers": flag,
     "forwarded_allow_ips": optional(texts),
+    "reload": reload,
+    "reload_dirs": several(directory),
+    "reload_includes": several(pattern),
+    "reload_excludes": several(pattern),
+    "reload_delay": seconds(),
+    "reload_extra_files": several(pattern),
     "log_level": optional(choice("critical", "error", "warning", "info", "debug", "trace", any_case=True)),
     "log_config": optional(file),
     "log_format": choice("text", "json"),
@@ -339,10 +382,13 @@ def _named(value: object) -> object:
     return [each for item in items for each in (addresses(item) if isinstance(item, str) else [item])]
 
 
-def _workers(value: object) -> tuple[int, str]:
+def _workers(value: object, *, reloads: bool) -> tuple[int, str]:
     source = "workers"
     if value is None and _variable("WEB_CONCURRENCY"):
         value, source = _variable("WEB_CONCURRENCY"), "WEB_CONCURRENCY"
+    if value is None and reloads:
+        # As uvicorn: one is what is easiest to follow, and starts fastest.
+        return 1, "one, for development with --reload"
     if value in (None, "auto"):
         # Read late: a count that was given needs no look at /sys.
         from clusterserve.cpus import survey

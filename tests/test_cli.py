@@ -182,6 +182,7 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--hooks": ("package.hooks", "hooks", "package.hooks"),
         "--timeout-boot": ("9", "timeout_boot", 9.0),
         "--timeout-graceful-shutdown": ("1.5", "timeout_graceful_shutdown", 1.5),
+        "--shutdown-delay": ("2.5", "shutdown_delay", 2.5),
         "--restart-backoff": ("0.2", "restart_backoff", 0.2),
         "--restart-backoff-max": ("3", "restart_backoff_max", 3.0),
         "--reload-surge": ("2", "reload_surge", 2),
@@ -193,6 +194,12 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--workers-max-rss": ("1.5G", "workers_max_rss", 3 << 29),
         "--rss-sample-interval": ("10", "rss_sample_interval", 10.0),
         "--rss-samples": ("3", "rss_samples", 3),
+        "--reload": (None, "reload", True),
+        "--reload-dir": (str(tmp_path), "reload_dirs", (str(tmp_path),)),
+        "--reload-include": ("*.html", "reload_includes", ("*.html",)),
+        "--reload-exclude": ("*_.py", "reload_excludes", ("*_.py",)),
+        "--reload-delay": ("0.5", "reload_delay", 0.5),
+        "--reload-extra-file": ("site.conf", "reload_extra_files", ("site.conf",)),
         "--debug-port": ("5000", "debug_port", "127.0.0.1:5000"),
         "--debug-wait": (None, "debug_wait", True),
         "--profile": (str(tmp_path / "made"), "profile", str(tmp_path / "made")),
@@ -237,6 +244,8 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         *("--worker-class", "--initgroups"),
         # Not beside --log-config: tests/test_logs.py.
         *("--log-format", "--access-logfile", "--error-logfile"),
+        # It excludes others: below.
+        "--preload",
     }
     assert {flag.replace("--no-", "--") for flag in options} == {spec.name for spec in SPECS} - elsewhere
 
@@ -245,6 +254,11 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
     assert {name: getattr(settings, name) for _, name, _ in options.values()} == {
         name: value for _, name, value in options.values()
     }
+
+
+def test_preload(parsed: Parsed) -> None:
+    assert parsed("a:b").preload is False
+    assert parsed("a:b", "--preload").preload is True
 
 
 def test_the_positive_half_of_a_pair(parsed: Parsed) -> None:
@@ -347,6 +361,7 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
         (["--user", "no-such-user"], "--user no-such-user: there is no such user"),
         (["-g", "no-such-group"], "--group no-such-group: there is no such group"),
         (["-t", "-1"], f"--timeout -1: must be a number of seconds from 0 to {MAX_SECONDS}"),
+        (["--reload-dir", ".", "--reload-dir", "x"], "--reload-dir x: there is no such directory"),
         (["--reload-surge", "0"], "--reload-surge 0: must be a whole number of at least 1"),
         (["--restart-backoff-max", ".01"], "restart_backoff=0.1: must not be above restart_backoff_max, which is 0.01"),
         (["--port"], "option '--port' requires an argument"),
@@ -381,6 +396,7 @@ def test_help_is_complete_and_grouped(flag: str, capsys: pytest.CaptureFixture[s
         "Binding",
         "Cluster",
         "Workers' health",
+        "Development",
         "Debugging",
         "HTTP",
         "WebSocket",
@@ -475,7 +491,7 @@ def test_blank_variables_are_as_good_as_none(parsed: Parsed, environment: pytest
             f"CLUSTERSERVE_UDS and CLUSTERSERVE_HOST {EXCLUDE}",
         ),
         ({"CLUSTERSERVE_ENV_FILE": "no-such"}, "CLUSTERSERVE_ENV_FILE=no-such: there is no such file"),
-        ({"CLUSTERSERVE_RELOAD": "1"}, f"CLUSTERSERVE_RELOAD is set, but {NOT_TAKEN['--reload']}"),
+        ({"CLUSTERSERVE_SPEW": "1"}, f"CLUSTERSERVE_SPEW is set, but {NOT_TAKEN['--spew']}"),
         (
             {"CLUSTERSERVE_WOKERS": "4"},
             "CLUSTERSERVE_WOKERS is set, but there is no such option; did you mean 'CLUSTERSERVE_WORKERS'?",

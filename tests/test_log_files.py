@@ -18,6 +18,7 @@ import pytest
 
 from clusterserve.errors import SettingsError
 from clusterserve.log_files import LineHandler, LogFiles, WorkerFiles, placed, reopen_handlers
+from clusterserve.settings import Settings
 from tests.helpers.waiting import eventually
 
 #: Writes so many lines, some of them longer than a pipe takes at once, each with its length.
@@ -177,7 +178,7 @@ def test_files_are_appended_to_and_reopened(tmp_path: Path, monkeypatch: pytest.
     files.open()
     files.open()
     theirs = [os.dup(fd) for fd in files.descriptors]
-    worker = WorkerFiles("a", "e", theirs)
+    worker = WorkerFiles(Settings.create(app="a:b", workers=1, access_logfile="a", error_logfile="e"), theirs)
     access, error = LineHandler(worker.places.access), LineHandler(files.places.error)
     access.handle(record("one"))
     error.handle(record("trouble"))

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from clusterserve.access import MESSAGE
-from clusterserve.core.atoms import Who
 from clusterserve.errors import SettingsError
 from clusterserve.log_files import Descriptors
-from clusterserve.logs import TRACE, Formatter, configure, configure_worker
+from clusterserve.logs import TRACE, Formatter, access_logger, configure, configure_worker
 from clusterserve.settings import Settings
 
 
@@ -356,7 +355,6 @@ def test_an_empty_template_is_none() -> None:
     assert settings(access_log_exclude="/x").access_log_exclude == ("/x",)
 
 
-WHO = Who(3, 2, 4711)
 UVICORNS = ("uvicorn", "uvicorn.error", "uvicorn.access", "clusterserve.access")
 
 
@@ -376,10 +374,15 @@ def worker() -> Iterator[None]:
         logging.lastResort.setFormatter(formatter)
 
 
+def configured(settings: Settings) -> logging.Logger | None:
+    configure_worker(settings, Descriptors())
+    return access_logger(settings)
+
+
 @pytest.mark.usefixtures("worker")
 class TestAWorker:
     def test_by_default_uvicorn_writes_its_own_lines(self, capfd: pytest.CaptureFixture[str]) -> None:
-        assert configure_worker(settings(), Descriptors(), WHO) is None
+        assert configured(settings()) is None
         logging.getLogger("uvicorn.access").info(MESSAGE, "h:1", "GET", "/", "1.1", 200)
         logging.getLogger("uvicorn.error").warning("hello")
         logging.getLogger("clusterserve").info("from a part of it")
@@ -389,20 +392,20 @@ class TestAWorker:
 
     @pytest.mark.parametrize("values", [{"log_format": "json"}, {"access_logformat": "%(h)s"}])
     def test_where_more_is_wanted_it_is_ours(self, values: dict[str, object]) -> None:
-        ours = configure_worker(settings(**values), Descriptors(), WHO)
+        ours = configured(settings(**values))
         assert ours is not None
         assert ours.handlers == logging.getLogger("uvicorn.access").handlers
-        assert configure_worker(settings(access_log=False, **values), Descriptors(), WHO) is None
-        assert configure_worker(settings(log_level="warning", **values), Descriptors(), WHO) is None
+        assert configured(settings(access_log=False, **values)) is None
+        assert configured(settings(log_level="warning", **values)) is None
 
     def test_whoever_has_said_nothing_about_logging(self, capsys: pytest.CaptureFixture[str]) -> None:
-        configure_worker(settings(log_format="json"), Descriptors(), WHO)
+        configured(settings(log_format="json"))
         lonely = logging.Logger("lonely")  # noqa: LOG001 - without the handlers of pytest above it
         lonely.warning("hello")
         assert json.loads(capsys.readouterr().err)["message"] == "hello"
 
     def test_what_is_excluded(self, capfd: pytest.CaptureFixture[str]) -> None:
-        configure_worker(settings(access_log_exclude=["/h*"]), Descriptors(), WHO)
+        configured(settings(access_log_exclude=["/h*"]))
         for target, status in (("/h?x", 200), ("/h", 500), ("/", 200)):
             logging.getLogger("uvicorn.access").info(MESSAGE, "c", "GET", target, "1.1", status)
         assert capfd.readouterr().out == (
@@ -413,10 +416,8 @@ class TestAWorker:
         path = tmp_path / "log.json"
         path.write_text(json.dumps({**DICT, "loggers": {"uvicorn": DICT["loggers"]["clusterserve"]}}))  # type: ignore[index]
         # As the file has it: uvicorn's loggers are silent below a warning.
-        assert configure_worker(settings(log_config=str(path), access_logformat="x"), Descriptors(), WHO) is None
-        ours = configure_worker(
-            settings(log_config=str(path), access_logformat="x", log_level="info"), Descriptors(), WHO
-        )
+        assert configured(settings(log_config=str(path), access_logformat="x")) is None
+        ours = configured(settings(log_config=str(path), access_logformat="x", log_level="info"))
         assert ours is not None
         ours.info("hello")
         assert capsys.readouterr().out == "mine INFO hello\n"

@@ -126,13 +126,15 @@ async def _serve(
 
     engine = Engine(settings, loop, told, files)
     signals = _Signals(engine, loop, teller.on_reloaded, reread)
-    engine.start()
-    teller.watch(loop, engine.healthy)
-    orphans = Orphans(loop, engine.pids)
-    if os.getpid() == 1:
-        orphans.start()
-    error = await engine.finished
-    orphans.close()
+    with _watching(settings, loop, signals):
+        engine.start()
+        teller.watch(loop, engine.healthy)
+        orphans = Orphans(loop, engine.pids)
+        if os.getpid() == 1 or settings.templated:
+            # Under a template too, because for moments orphans come to us (subreaper.py).
+            orphans.start()
+        error = await engine.finished
+        orphans.close()
     if error is not None:
         raise error
     logger.info("Stopped, master process %d", os.getpid())
@@ -141,6 +143,22 @@ async def _serve(
         # this one does not in its first moments.
         return signals.code or 128 + signals.first
     return signals.code
+
+
+def _watching(
+    settings: Settings, loop: asyncio.AbstractEventLoop, signals: _Signals
+) -> contextlib.AbstractContextManager[None]:
+    if not settings.reload:
+        return contextlib.nullcontext()
+    # watchfiles is an extra, and takes its time to import.
+    from .watcher import described, watching
+
+    def changed(paths: list[str]) -> None:
+        if not signals.first:
+            logger.info("Changed: %s", described(paths))
+            signals.reload()
+
+    return watching(settings, loop, changed)
 
 
 class _Signals:
@@ -163,7 +181,7 @@ class _Signals:
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         loop.add_signal_handler(signal.SIGTTIN, engine.scale_by, 1)
         loop.add_signal_handler(signal.SIGTTOU, engine.scale_by, -1)
         loop.add_signal_handler(signal.SIGPWR, engine.show_stacks)
@@ -179,10 +197,12 @@ class _Signals:
         if self._interrupted:
             self._quit(FORCED_INT)
         self._interrupted = True
+        # Behind a SIGTERM it is somebody who does not want to wait for --shutdown-delay.
+        self._engine.stop(Stop.GRACEFUL, at_once=bool(self.first))
         self.first = self.first or signal.SIGINT
-        self._engine.stop(Stop.GRACEFUL)
 
     def _quit(self, code: int) -> None:
+        self.first = self.first or signal.SIGQUIT
         self.code = self.code or code
         self._engine.stop(Stop.QUICK)
 
@@ -191,9 +211,13 @@ class _Signals:
         reopen_handlers()
         self._engine.reopen_logs()
 
-    def _reload(self) -> None:
+    def _hang_up(self) -> None:
         # As gunicorn does, and as people have it in their logrotate files.
         self._reopen_logs()
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the configuration again, and replace the workers."""
         if self._reread is not None:
             try:
                 found = compare(self._engine.settings, self._reread())

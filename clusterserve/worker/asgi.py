@@ -28,7 +28,7 @@ from ..core.atoms import Who
 from ..currentworker import CurrentWorker
 from ..errors import BootError, SettingsError
 from ..log_files import WorkerFiles
-from ..logs import configure_worker
+from ..logs import access_logger, configure_worker
 from ..settings import Settings
 from ..tracebacks import of_application
 from .access import Access
@@ -39,6 +39,7 @@ from .link import Link
 from .loop import cluster_loop
 from .membership import Membership
 from .output import stdout_for_logs
+from .preparations import Prepared
 from .protocols import Borrowing, borrowing_protocol
 from .server import BindSocket
 from .title import Title
@@ -76,23 +77,79 @@ _LIFESPAN_SHARE: Final = 1.0
 _UNTIMED: Final = 0.2
 
 
-def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None, files: Sequence[int] = ()) -> None:
+def preload(settings: Settings, log: WorkerFiles) -> Any:
+    """The application, for every worker that will be forked from this process; raises `BootError` as `serve` does.
+
+    Logging is configured before, as for an application that a worker imports, and not again in the workers: what the
+    application has made of it stays.
+    """
+    _configure_logging(settings, log)
+    config = uvicorn.Config(_nobody, interface="asgi3", **_passed(settings, "log_level", "http", "ws", "lifespan"))
+    boot = _BootLog()
+    logger.addFilter(boot)
+    try:
+        app = _imported(settings, boot)
+        # Not for use: it imports the protocols, and says if one is missing.
+        config.load()
+        return app() if settings.factory else app
+    except BootError:
+        raise
+    except ImportFromStringError as exc:
+        raise BootError(f"The protocol of --http or --ws is missing. {exc}") from None
+    except SystemExit as exc:
+        raise _refused(settings, boot, exc) from None
+    except Exception as exc:
+        raise _could_not_load(settings.app, boot, exc) from exc
+    finally:
+        logger.removeFilter(boot)
+        boot.release()
+
+
+async def _nobody(scope: Any, receive: Any, send: Any) -> None:
+    """In the place of an application where none is needed."""
+
+
+def _imported(settings: Settings, boot: _BootLog) -> Any:
+    """What the name of the application means; raises `BootError` if there is no such thing."""
+    try:
+        return import_from_string(settings.app)
+    except ModuleNotFoundError as exc:
+        if not _names(settings.app, exc.name):
+            raise _could_not_load(settings.app, boot, exc) from None
+        where, module = os.path.abspath(settings.app_dir or os.curdir), settings.app.partition(":")[0]
+        reason = f'Could not import module "{module}": there is no "{exc.name}" in {where}, nor is it installed.'
+        raise BootError(f"Error loading ASGI app. {reason}") from None
+    except ImportFromStringError as exc:
+        raise BootError(f"Error loading ASGI app. {exc}") from None
+
+
+def serve(
+    settings: Settings,
+    link: Link,
+    worker: CurrentWorker | None = None,
+    prepared: Prepared | None = None,
+    files: Sequence[int] = (),
+) -> None:
     """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started.
 
-    `worker` has its handlers on the application's loop, and is told what becomes of it.  `files` are the descriptors of
-    the log's files, from now on this function's own.
+    `worker` has its handlers on the application's loop, and is told what becomes of it.  `prepared` is what the
+    template has made of which this process is a fork.  `files` are the descriptors of the log's files, from now on this
+    function's own.
     """
+    prepared = prepared or Prepared()
+    preloaded = prepared.app is not None
     borrowing = Borrowing(after_response=settings.borrows)
     worker = worker or CurrentWorker(0, 0, os.getpid())
     member = Membership(link, worker)
-    access = _configure_logging(settings, link, worker, files)
-    config = _config(settings, link, borrowing, member, timed=access is not None)
+    access = _log(settings, link, worker, prepared.log, files)
+    config = _config(settings, link, borrowing, member, preloaded)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
     title = Title(settings, lambda: _load(server))
     heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
-    draining = Draining(server.server_state.tasks)
+    draining = Draining(server.server_state.tasks, member.worker.id, member.worker.slot)
+    link.on_stopping = draining.stopping.set
     logger.addFilter(draining)
     deadline = Deadline(server.server_state.tasks, settings.timeout_request) if settings.timeout_request else None
     if deadline is not None:
@@ -119,7 +176,7 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None, f
 
     link.on_listening = listening
     try:
-        config.app = import_from_string(settings.app)
+        config.app = prepared.app if preloaded else _imported(settings, boot)
         config.load()
         app = config.loaded_app if access is None else access.wrapped(config.loaded_app)
         config.loaded_app = draining.announced(app)
@@ -128,21 +185,14 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None, f
         gc.freeze()
         server.shutdown = member.says_goodbye(server.shutdown)  # type: ignore[method-assign]
         server.run(sockets=[cast("socket", BindSocket(bind)) for bind in settings.binds])
-    except ModuleNotFoundError as exc:
-        if config.app is not settings.app or not _names(settings.app, exc.name):
-            raise _could_not_load(settings.app, boot, exc) from None
-        where, module = os.path.abspath(settings.app_dir or os.curdir), settings.app.partition(":")[0]
-        reason = f'Could not import module "{module}": there is no "{exc.name}" in {where}, nor is it installed.'
-        raise BootError(f"Error loading ASGI app. {reason}") from None
+    except BootError:
+        raise
     except ImportFromStringError as exc:
         # The application is imported first, and takes the place of its name.
-        what = "Error loading ASGI app." if config.app is settings.app else "The protocol of --http or --ws is missing."
-        raise BootError(f"{what} {exc}") from None
+        raise BootError(f"The protocol of --http or --ws is missing. {exc}") from None
     except SystemExit as exc:
         if expected:
-            # An application that refuses to start may say why, as in sys.exit("SECRET_KEY is not set").
-            why = f"{exc.code}\n" if isinstance(exc.code, str) else ""
-            raise BootError(f"the application {settings.app!r} could not be started", boot.text() + why) from None
+            raise _refused(settings, boot, exc) from None
         raise
     except Exception as exc:
         if expected:
@@ -166,39 +216,64 @@ def _could_not_load(app: str, boot: _BootLog, exc: Exception) -> BootError:
     return BootError(f"the application {app!r} could not be loaded", boot.text() + of_application(exc))
 
 
-def _configure_logging(settings: Settings, link: Link, worker: CurrentWorker, files: Sequence[int]) -> Access | None:
-    """Set up this process's log; what writes the access log, if uvicorn does not do it itself."""
-    log = WorkerFiles(settings.access_logfile, settings.error_logfile, files)
-    link.on_reopen = log.reopen
-    log.captures = settings.capture_output
-    who = Who(worker.id, worker.slot, os.getpid())
+def _refused(settings: Settings, boot: _BootLog, exc: SystemExit) -> BootError:
+    """For an application that refuses to start, and may say why, as in sys.exit("SECRET_KEY is not set")."""
+    why = f"{exc.code}\n" if isinstance(exc.code, str) else ""
+    return BootError(f"the application {settings.app!r} could not be started", boot.text() + why)
+
+
+def _configure_logging(settings: Settings, log: WorkerFiles) -> None:
+    """Set up this process's log: handlers and filters, uvicorn's and ours."""
     try:
-        with stdout_for_logs(log.places.error) if log.captures else contextlib.nullcontext(1) as stdout:
+        with stdout_for_logs(log.places.error) if settings.capture_output else contextlib.nullcontext(1) as stdout:
             places = log.places if log.places.access != 1 else log.places._replace(access=stdout)
-            access = configure_worker(settings, places, who)
+            configure_worker(settings, places)
     except SettingsError as exc:
         raise BootError(str(exc)) from None
-    if access is None:
+
+
+def _log(
+    settings: Settings, link: Link, worker: CurrentWorker, log: WorkerFiles | None, files: Sequence[int]
+) -> Access | None:
+    """Log to `files`, in a `log` that the template has set up, or of our own; returns what writes the access log, if
+    uvicorn does not do that itself."""
+    if log is None:
+        log = WorkerFiles(settings, files)
+        _configure_logging(settings, log)
+    else:
+        log.take(files)
+    link.on_reopen = log.reopen
+    ours = access_logger(settings)
+    if ours is None:
         return None
-    ours = Access(access, settings, who)
-    logger.addFilter(ours)
-    return ours
+    access = Access(ours, settings, Who(worker.id, worker.slot, os.getpid()))
+    logger.addFilter(access)
+    return access
 
 
-def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Membership, *, timed: bool) -> uvicorn.Config:
-    options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
-    options["access_log"] = settings.access_log and not settings.own_access_log
+def _passed(settings: Settings, *names: str) -> dict[str, Any]:
+    """These settings, for uvicorn's Config, which is to set the levels of its loggers, and to leave the rest to us."""
+    options: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    return {**options, "log_config": None, "access_log": settings.access_log and not settings.own_access_log}
+
+
+def _config(
+    settings: Settings, link: Link, borrowing: Borrowing, member: Membership, preloaded: bool
+) -> uvicorn.Config:
+    options = _passed(settings, *_PASSED)
+    if preloaded:
+        # The template has called it, if it was a factory.
+        options["factory"] = False
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
     options["http"] = borrowing_protocol(settings.http, borrowing) if handed else settings.http
-    # It sets the levels, and leaves the handlers to us.
-    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, log_config=None, **options)
+    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
     loop_class = cluster_loop(_loop_class(settings.loop), link)
 
     def factory() -> asyncio.AbstractEventLoop:
         loop = loop_class()
         link.attach(loop)
-        link.receiver.timed = timed
+        link.receiver.timed = settings.own_access_log
         member.begin(loop)
         if handed:
             link.receiver.borrow(

@@ -309,6 +309,23 @@ def test_rotation_under_load_loses_no_line(serve: Serve, tmp_path: Path) -> None
     assert files.server.lines == []
 
 
+def test_workers_forked_from_a_template_log_where_the_files_are_now(serve: Serve, tmp_path: Path) -> None:
+    """The template has opened them before they were renamed, and a worker that is forked later inherits that."""
+    files = Files(serve, tmp_path, "--preload", "--log-format", "json")
+    old = files.rotate()
+    sizes = [path.stat().st_size for path in old]
+    (pid,) = {int(found) for found in re.findall(r"Worker 1 \(slot 0, pid (\d+)\) is listening", old[1].read_text())}
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: "Worker 3 (slot 0" in files.said(), "it is replaced")
+    for number in range(8):
+        assert fetch(files.address, f"/request-{number}").status == 200
+    told = [json.loads(line) for line in files.access.read_text().splitlines()]
+    assert Counter(line["path"] for line in told) == Counter(f"/request-{number}" for number in range(8))
+    assert {(line["worker"], line["slot"]) for line in told} == {(2, 1), (3, 0)}
+    assert files.server.stop() == 0
+    assert [path.stat().st_size for path in old] == sizes
+
+
 def test_a_reload_reopens_too(serve: Serve, tmp_path: Path) -> None:
     files = Files(serve, tmp_path, workers=1)
     files.error.rename(tmp_path / "error.log.1")
