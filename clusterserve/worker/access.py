@@ -4,7 +4,7 @@ uvicorn logs when a response starts.  How long it took and how much was sent is 
 format wants such things (`Settings.own_access_log`) uvicorn's own lines are off and these come instead, one for each
 request when its response is complete, and one for each WebSocket when it is closed.  Otherwise nothing of this exists.
 
-Relied upon (tests/worker/test_access_contract.py): `send` is a method of uvicorn's, whose object has `transport`, and
+Relied upon (tests/worker/test_access.py): `send` is a method of uvicorn's, whose object has `transport`, and
 `disconnected` for a request; what uvicorn answers to a client whose application has raised, or has said nothing; the
 lines it writes about WebSockets.
 """
@@ -15,7 +15,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from typing import Any, Final
 
 from ..access import AccessRecord, Line, request_id
@@ -24,7 +24,7 @@ from ..core.exchange import CLIENT_LEFT, Exchange
 from ..core.exchange import request_id as given_id
 from ..core.excluded import Excluded
 from ..settings import Settings
-from .deadline import GATEWAY_TIMEOUT, TOO_LONG
+from .deadline import GATEWAY_TIMEOUT
 from .draining import EXTENSION
 
 #: What uvicorn sends in the place of a response that never began.
@@ -48,6 +48,8 @@ class Access:
         text = settings.access_logformat
         self._line = None if text is None else Line(Template(text, who))
         self._excluded = Excluded(settings.access_log_exclude)
+        #: The tasks that `Deadline` has ended, and answered for.
+        self.overdue: Container[asyncio.Task[None]] = ()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """For uvicorn's other logger: leave out what stands in the access log."""
@@ -82,16 +84,11 @@ class Access:
                     self._over(exchange)
 
         try:
-            result = await app(scope, receive, told)
-        except BaseException as exc:
+            return await app(scope, receive, told)
+        finally:
             if not over:
-                _unanswered(exchange, send, exc)
+                self._unanswered(exchange, send)
                 self._over(exchange)
-            raise
-        if not over:
-            _unanswered(exchange, send, None)
-            self._over(exchange)
-        return result
 
     async def _websocket(self, app: Any, scope: dict[str, Any], receive: Receive, send: Send) -> Any:
         exchange = self._began(scope, send)
@@ -142,6 +139,18 @@ class Access:
         waited = getattr(transport, "queue_time", None)
         return Exchange(scope, name, None if waited is None else waited(now), now)
 
+    def _unanswered(self, exchange: Exchange, send: Send) -> None:
+        """What becomes of a request whose application has ended, or raised, before its response has."""
+        if exchange.status:
+            return
+        task = asyncio.current_task()
+        if task is not None and task in self.overdue:
+            exchange.status, exchange.sent = 504, len(GATEWAY_TIMEOUT.partition(b"\r\n\r\n")[2])
+        elif getattr(getattr(send, "__self__", None), "disconnected", False):
+            exchange.status = CLIENT_LEFT
+        else:
+            exchange.status, exchange.sent = 500, len(SERVER_ERROR)
+
     def _over(self, exchange: Exchange) -> None:
         if self._excluded(exchange.path, exchange.status):
             return
@@ -149,15 +158,3 @@ class Access:
         if exchange.method == "HEAD":
             exchange.sent = 0
         self._logger.handle(AccessRecord(exchange, self._line))
-
-
-def _unanswered(exchange: Exchange, send: Send, error: BaseException | None) -> None:
-    """What becomes of a request whose application has ended, with `error`, before its response has."""
-    if exchange.status:
-        return
-    if isinstance(error, asyncio.CancelledError) and error.args == (TOO_LONG,):
-        exchange.status, exchange.sent = 504, len(GATEWAY_TIMEOUT.partition(b"\r\n\r\n")[2])
-    elif getattr(getattr(send, "__self__", None), "disconnected", False):
-        exchange.status = CLIENT_LEFT
-    else:
-        exchange.status, exchange.sent = 500, len(SERVER_ERROR)

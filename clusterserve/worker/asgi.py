@@ -154,6 +154,8 @@ def serve(
     deadline = Deadline(server.server_state.tasks, settings.timeout_request) if settings.timeout_request else None
     if deadline is not None:
         logger.addFilter(deadline)
+        if access is not None:
+            access.overdue = deadline.ended
     _Drainer(server, link, borrowing, draining, member)
     expected = len(settings.binds)
 

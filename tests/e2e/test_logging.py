@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
+from clusterserve import Cluster, ClusterError
 from tests.helpers.raw import Address, Client, fetch, request
 from tests.helpers.server import LISTENING_ON, Serve, Server, run, serving
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import DEADLINE, eventually
 
 APP = "tests.helpers.apps.logged:app"
 
@@ -421,6 +422,31 @@ def test_sigterm_in_the_midst_of_a_line_loses_none(serve: Serve, tmp_path: Path)
 
 def _unread(fd: int) -> int:
     return int(struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0])
+
+
+def test_in_a_program_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "log" / "access.log"
+    path.parent.mkdir()
+    with Cluster(APP, workers=2, bind="127.0.0.1:0", access_logfile=path, timeout_request=0.2, log_format="json") as it:
+        address = Address.parse(it.url)
+        assert fetch(address, "/before").status == 200
+        # Ended by its limit, which is told as its client was told.
+        assert fetch(address, "/wait").status == 504
+        old = path.rename(tmp_path / "old")
+        it.reopen_logs().result(DEADLINE)
+        assert fetch(address, "/after").status == 200
+        path.parent.rename(tmp_path / "moved")
+        with pytest.raises(ClusterError, match=r"access_logfile '.*/access\.log' cannot be opened: No such file"):
+            it.reopen_logs().result(DEADLINE)
+    told = [
+        [json.loads(line) for line in file.read_text().splitlines()] for file in (old, tmp_path / "moved" / path.name)
+    ]
+    assert [(line["path"], line["status"]) for lines in told for line in lines] == [
+        ("/before", 200), ("/wait", 504), ("/after", 200),
+    ]  # fmt: skip
+    assert len(told[1]) == 1
+    with pytest.raises(ClusterError):
+        it.reopen_logs().result(DEADLINE)
 
 
 # ── what keeps it from starting ─────────────────────────────────────────────────────────────────────────────────────

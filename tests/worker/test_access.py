@@ -24,7 +24,7 @@ from clusterserve.core.exchange import Exchange
 from clusterserve.core.records import MAX_MICROSECONDS
 from clusterserve.settings import Settings
 from clusterserve.worker.access import SERVER_ERROR, WEBSOCKETS, Access
-from clusterserve.worker.deadline import GATEWAY_TIMEOUT, TOO_LONG
+from clusterserve.worker.deadline import GATEWAY_TIMEOUT
 from clusterserve.worker.draining import Draining
 from clusterserve.worker.transport import HandedTransport
 from tests.helpers.loops import until
@@ -51,6 +51,8 @@ class Application:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        #: As `Deadline` has it.
+        self.overdue: set[Any] = set()
         self.go = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -62,7 +64,8 @@ class Application:
         if path == "/raise":
             raise RuntimeError("trouble")
         if path == "/too-long":
-            raise asyncio.CancelledError(TOO_LONG)
+            self.overdue.add(asyncio.current_task())
+            raise asyncio.CancelledError
         if path == "/nothing":
             return
         if path == "/wait":
@@ -153,6 +156,7 @@ async def serving(settings: Settings, **options: Any) -> AsyncIterator[Rig]:
     logger = logging.Logger("ours")  # noqa: LOG001 - of this test alone
     logger.addHandler(keeps)
     access, errors = Access(logger, settings, Who(1, 0, 2)), logging.getLogger("uvicorn.error")
+    access.overdue = app.overdue
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options)
     config.load()
     announced = Draining(set()).announced(access.wrapped(config.loaded_app))
