@@ -17,10 +17,13 @@ def stdout_for_logs(error: int = 2) -> Iterator[int]:
     1 is where errors go, and so is 2, if that is a file of the log (`error`)."""
     printed = sys.stdout
     printed.flush()
-    # Never closed: handlers of the log hold it as long as the process lives.
-    sys.stdout = open(os.dup(1), "w", buffering=1, encoding=printed.encoding, errors=printed.errors)  # noqa: SIM115
+    # Never closed: handlers of the log have it as long as the process lives.
+    fd = os.dup(1)
+    sys.stdout = open(  # noqa: SIM115
+        fd, "w", buffering=1, encoding=printed.encoding, errors=printed.errors, closefd=False
+    )
     try:
-        yield sys.stdout.fileno()
+        yield fd
     finally:
         sys.stdout = printed
         redirect(error)
