@@ -204,8 +204,8 @@ def reload(setting: str, value: object) -> bool:
     """Whether to watch files, which needs what not everybody has."""
     wanted = flag(setting, value)
     if wanted and importlib.util.find_spec("watchfiles") is None:
-        raise SettingValueError(
-            setting, value, "needs the package watchfiles, which is not installed: pip install 'clusterserve[reload]'"
+        raise SettingsError(
+            f"{setting} needs the package watchfiles, which is not installed: pip install 'clusterserve[reload]'"
         )
     return wanted
 
