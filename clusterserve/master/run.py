@@ -15,6 +15,8 @@ import uvloop
 
 from ..core.envelope import Kind, declined
 from ..core.events import Event, Messaged
+from ..errors import ClusterError
+from ..log_files import LogFiles
 from ..logs import configure
 from ..settings import Settings
 from ..succession import Claim, claim
@@ -47,7 +49,22 @@ def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[]
     `exits`: the process ends next, and until then every signal is ignored.  Who says SIGTERM twice would kill it with
     the second on its way out, and read of a failure.
     """
-    configure(settings)
+    files = LogFiles.of(settings)
+    files.open()
+    # Never closed: the logger has them as long as the process lives, as it would have a `FileHandler`.
+    configure(settings, files.places)
+    try:
+        return _run(settings, files, exits, reread)
+    except ClusterError as error:
+        if settings.log_format == "json" or settings.error_logfile != "-":
+            # For people, whoever called us says it on stderr; a file, and a machine, hear it from us.
+            text = getattr(error, "traceback", "")
+            logger.critical("%s", error.args[0] if text else error, extra={"exception": text} if text else None)
+            error.told = settings.error_logfile == "-"
+        raise
+
+
+def _run(settings: Settings, files: LogFiles, exits: bool, reread: Callable[[], Settings] | None) -> int:
     claimed = claim()
     inheritance = None if claimed is None else (claimed, Heritage.receive(claimed))
     if settings.app_dir is not None:
@@ -68,7 +85,7 @@ def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[]
                     teller.on_event(event)
                     hooks(event)
 
-                return loop.run_until_complete(_serve(settings, loop, emit, teller, house, reread, inheritance))
+                return loop.run_until_complete(_serve(settings, loop, emit, teller, house, reread, files, inheritance))
         finally:
             # The loop leaves the default behind for every signal it has handled, which for most of them is death.
             signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
@@ -97,6 +114,7 @@ async def _serve(
     teller: Notifier,
     house: House,
     reread: Callable[[], Settings] | None,
+    files: LogFiles,
     inheritance: tuple[Claim, Heritage] | None,
 ) -> int:
     def told(event: Event) -> None:
@@ -111,7 +129,7 @@ async def _serve(
         teller.take_over(settings)
 
     with contextlib.ExitStack() as undo:
-        engine = Engine(settings, loop, told, None if inheritance is None else inheritance[1])
+        engine = Engine(settings, loop, told, None if inheritance is None else inheritance[1], files)
         succession = None
         if inheritance is not None:
             succession = Succession(loop, *inheritance, engine, take_over)

@@ -10,6 +10,7 @@ from typing import Final
 
 from ..core.reconcile import Stop
 from ..errors import ClusterError
+from ..log_files import reopen_handlers
 from ..settings import Settings
 from .engine import Engine
 from .rereading import compare
@@ -22,12 +23,23 @@ FORCED_INT: Final = 130
 FORCED_QUIT: Final = 131
 
 #: Understood, but not yet acted upon.  None of them may end the master while workers live.
-_LATER: Final = ("SIGUSR1", "SIGWINCH")
+_LATER: Final = ("SIGWINCH",)
 
 #: All of them.
 HEARD: Final = tuple(
     getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTTIN", "SIGTTOU", "SIGPWR", "SIGUSR2", *_LATER)
+    for name in (
+        "SIGTERM",
+        "SIGINT",
+        "SIGQUIT",
+        "SIGHUP",
+        "SIGTTIN",
+        "SIGTTOU",
+        "SIGPWR",
+        "SIGUSR1",
+        "SIGUSR2",
+        *_LATER,
+    )
 )
 
 
@@ -55,10 +67,11 @@ class Signals:
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
-        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         loop.add_signal_handler(signal.SIGTTIN, engine.scale_by, 1)
         loop.add_signal_handler(signal.SIGTTOU, engine.scale_by, -1)
         loop.add_signal_handler(signal.SIGPWR, engine.show_stacks)
+        loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         loop.add_signal_handler(signal.SIGUSR2, upgrade.begin)
         for name in _LATER:
             loop.add_signal_handler(getattr(signal, name), self._later, name)
@@ -82,6 +95,16 @@ class Signals:
         self.code = self.code or code
         self._upgrade.abandon()
         self._engine.stop(Stop.QUICK)
+
+    def _reopen_logs(self) -> None:
+        # Of a --log-config; in a program that embeds us they are the program's.
+        reopen_handlers()
+        self._engine.reopen_logs()
+
+    def _hang_up(self) -> None:
+        # As gunicorn does, and as people have it in their logrotate files.
+        self._reopen_logs()
+        self.reload()
 
     def reload(self) -> None:
         """Read the configuration again, and replace the workers."""
