@@ -12,9 +12,8 @@ from clusterserve.errors import SettingsError
 from clusterserve.options import SPECS
 
 _YET: Final = "is not available in this version"
-_TLS: Final = f"{_YET}: terminate TLS in a proxy in front of it, such as nginx, Caddy or HAProxy"
 _WATCH: Final = f"{_YET}: run watchfiles 'clusterserve APP', or send the master SIGHUP"
-_HTTP1: Final = f"{_YET}: let a proxy in front speak HTTP/2"
+_HTTP2: Final = "has no counterpart: HTTP/2 is offered with --http zttp --http2, and has the measures of that"
 _PARSER: Final = (
     "has no counterpart: it concerns gunicorn's own HTTP parser and the workers use uvicorn's, leave it out"
 )
@@ -27,14 +26,12 @@ _CRASHES: Final = f"{_YET}: a worker that dies is always replaced, see --restart
 
 # By what there is to say, since many say the same.
 _SAID: Final[dict[str, str]] = {
-    _TLS: """
-        --ssl-keyfile --ssl-certfile --ssl-keyfile-password --ssl-version --ssl-cert-reqs --ssl-ca-certs --ssl-ciphers
-        --ssl-reload --no-ssl-reload --keyfile --certfile --cert-reqs --ca-certs --ciphers --suppress-ragged-eofs
-        --do-handshake-on-connect""",
+    "has no counterpart: the workers' event loops shake hands without waiting for anybody, leave it out": """
+        --suppress-ragged-eofs --do-handshake-on-connect""",
     _WATCH: """
         --reload --reload-dir --reload-include --reload-exclude --reload-delay --reload-engine --reload-extra-file""",
-    _HTTP1: """
-        --http2 --http-protocols --http2-cleartext --http2-max-concurrent-streams --http2-initial-window-size
+    _HTTP2: """
+        --http-protocols --http2-cleartext --http2-max-concurrent-streams --http2-initial-window-size
         --http2-max-frame-size --http2-max-header-list-size""",
     _PARSER: """
         --permit-obsolete-folding --strip-header-spaces --permit-unconventional-http-method

@@ -86,9 +86,9 @@ class Distributor:
 
     # -- who is there ---------------------------------------------------------------------------------------------
 
-    def add_handle(self, key: int, policy: Policy, *, client_speaks_first: bool) -> None:
+    def add_handle(self, key: int, policy: Policy, *, client_speaks_first: bool, tls: bool = False) -> None:
         """A listener `key` exists from now on."""
-        self.handles[key] = Handle(key, policy, client_speaks_first)
+        self.handles[key] = Handle(key, policy, client_speaks_first, tls)
         if self._slots is not None:
             self.resize(self._slots)
 

@@ -40,6 +40,8 @@ class Boot:
     path: list[str]
     #: How this worker was launched: exec (empty: serve the application), args, serialization …
     launch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: Certificate and keys, as `Credentials.to_json` has them; empty: no TLS.
+    tls: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Listen:
     max_connections: int = -1
     #: For every worker that listens there: the first one's counts.  See `clusterserve.listen_options`.
     data: str = ""
+    #: Its server speaks TLS.
+    tls: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,13 @@ class Stacks:
 
 
 @dataclass(frozen=True)
+class Renew:
+    """Master to worker: these are the certificate and keys from now on, for new connections; as `Boot.tls`."""
+
+    tls: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Leave:
     """The worker was asked to go (SIGTERM), and asks to be drained: the master decides when."""
 
@@ -177,7 +188,7 @@ class Drain:
 
 Message = (
     Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain | Debug | Debugged
-    | ShowStacks | Stacks
+    | ShowStacks | Stacks | Renew
 )  # fmt: skip
 
 _KINDS: Final = MappingProxyType({kind.__name__: kind for kind in get_args(Message)})

@@ -27,6 +27,7 @@ from ..core.roster import Member, Roster
 from ..core.wear import Wear
 from ..errors import ProtocolError
 from ..settings import Settings
+from .certificates import Certificates
 from .dispatcher import Dispatcher
 from .process import Exit, WorkerProcess
 
@@ -80,6 +81,7 @@ class Crew:
         dispatcher: Dispatcher,
         emit: Callable[[Event], None],
         ears: Ears,
+        certificates: Certificates,
     ) -> None:
         self.settings = settings
         self.seats: dict[int, Seat] = {}
@@ -92,6 +94,7 @@ class Crew:
         self._dispatcher = dispatcher
         self._emit = emit
         self._ears = ears
+        self._certificates = certificates
 
     def channel(self, worker: int) -> MessageChannel | None:
         """Its message channel; None if it is gone."""
@@ -155,7 +158,9 @@ class Crew:
             launch["debug_port"] = debug_port
         if launch["debug_port"] is not None:
             self._roster.debugging(member.id)
-        return Boot(member.id, member.slot, self.settings.to_json(), path, launch)
+        credentials = self._certificates.credentials
+        tls = {} if credentials is None else credentials.to_json()
+        return Boot(member.id, member.slot, self.settings.to_json(), path, launch, dict(tls))
 
     def _say_why(self, action: Spawn, member: Member) -> None:
         if action.worn:

@@ -270,7 +270,8 @@ class Dispatcher:
         for connection in connections:
             handle = self.distributor.handles.get(connection.listener)
             if handle is not None and handle.client_speaks_first:
-                answer(self._loop, connection.fd, UNAVAILABLE, self._lingering)
+                told = UNAVAILABLE if handle.plain_http else b""
+                answer(self._loop, connection.fd, told, self._lingering)
             else:
                 _end(connection)
 
@@ -395,7 +396,7 @@ class Dispatcher:
             handle = self.distributor.handles.get(connection.listener)
             # A response that was begun cannot be mended, and a protocol that is not ours has no 502: what it was sent
             # is for the client to read all the same, so that is no reset either.
-            read = fate is Fate.READ and handle is not None and handle.client_speaks_first
+            read = fate is Fate.READ and handle is not None and handle.plain_http
             told = GATEWAY_TIMEOUT if hung else BAD_GATEWAY
             answer(self._loop, connection.fd, told if read else b"", self._lingering)
         self._close(self.distributor.requeue(untouched))

@@ -47,12 +47,15 @@ from ..core.messages import (
     Listening,
     Message,
     Online,
+    Renew,
     Stacks,
 )
 from ..core.reconcile import Drain, Spawn, Stop, Target, Verdict, plan
 from ..core.roster import Limits, Roster
-from ..errors import BindError, BootError, ClusterError, ProtocolError
+from ..credentials import Credentials
+from ..errors import BindError, BootError, ClusterError, ProtocolError, SettingsError
 from ..settings import Settings
+from .certificates import Certificates
 from .changes import Changes
 from .crew import Crew, Environment
 from .debuggers import Debuggers
@@ -104,18 +107,24 @@ class Engine:
         )
         owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
         self.handles = Handles(
-            loop, self._dispatcher, policy, Access(settings.socket_mode, *owner), programs=bool(settings.exec)
+            loop,
+            self._dispatcher,
+            policy,
+            Access(settings.socket_mode, *owner),
+            programs=bool(settings.exec),
+            tls=settings.tls,
         )
+        self._certificates = Certificates(loop, settings, self._renew)
         self._roster = Roster(_limits(settings), programs=bool(settings.exec))
         self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
         self._stacks = StackCollector(loop)
-        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self)
+        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self, self._certificates)
         #: Who is there, by id.
         self.seats = self._crew.seats
         self._debuggers = Debuggers(loop, self._roster, self.seats)
         self._target = Target(settings.workers, manual=not settings.respawn)
         #: What held before a reload brought other settings, until they are proved.
-        self._before: Settings | None = None
+        self._before: tuple[Settings, Credentials | None] | None = None
         #: Who waits for the last worker's end, in a cluster whose program says how many there are.
         self._departures = Changes(loop)
         self._ready = False
@@ -133,10 +142,14 @@ class Engine:
     # -- start and stop -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Open every `--bind` and start the workers.  Raises `BindError`; nothing is left open then."""
+        """Open every `--bind` and start the workers.
+
+        Raises `BindError`, or `SettingsError` if the certificate has become bad; nothing is left open then.
+        """
         try:
+            self._certificates.start()
             opened = self.handles.open_pinned(self.settings.binds, self.settings.backlog)
-        except BindError:
+        except (BindError, SettingsError):
             self._close()
             raise
         for listener in opened:
@@ -207,8 +220,14 @@ class Engine:
             logger.info("Reloading: generation %d replaces %d", self._generation, self._target.generation)
             self._emit(StartedReload())
             self._failure = None
+            self._certificates.reread()
             self._target = dataclasses.replace(self._target, generation=self._generation)
         return self._change()
+
+    def _renew(self, credentials: Credentials) -> None:
+        """What the workers show new clients from now on."""
+        for seat in self.seats.values():
+            seat.channel.send(Renew(dict(credentials.to_json())))
 
     def _must_not_be_manual(self, what: str) -> None:
         if self._target.manual:
@@ -224,9 +243,12 @@ class Engine:
     def adopt(self, settings: Settings) -> None:
         """Launch workers as these settings say from now on, `rereading.FIXED` being what it was.
 
-        If none of the next generation can start, what those that stay were launched with holds again.
+        If none of the next generation can start, what those that stay were launched with holds again.  Raises
+        `SettingsError` if the certificate has become bad, and then nothing was done.
         """
-        self._before = self._before or self.settings
+        before = self._before or (self.settings, self._certificates.credentials)
+        self._certificates.use(settings)
+        self._before = before
         changed = settings.workers != self.settings.workers
         self._use(settings)
         if changed:
@@ -314,7 +336,9 @@ class Engine:
         error = BootError(reason, failure.traceback)
         self._target = dataclasses.replace(self._target, generation=self._roster.proven)
         if self._before is not None:
-            self._use(self._before)
+            settings, credentials = self._before
+            self._use(settings)
+            self._certificates.take(settings, credentials)
             self._before = None
         self._changes.over(error)
         self._reconcile()
@@ -352,6 +376,7 @@ class Engine:
 
     def _close(self) -> None:
         self._health.close()
+        self._certificates.close()
         self._stacks.close()
         self.handles.close()
         self._dispatcher.close()

@@ -34,6 +34,8 @@ def compare(before: Settings, after: Settings) -> Reread:
         for field in dataclasses.fields(Settings)
         if field.name not in _SILENT and getattr(before, field.name) != getattr(after, field.name)
     ]
-    fixed = tuple(name for name in names if name in FIXED)
+    # Whether there is TLS is a thing of the addresses.
+    other_scheme = before.tls != after.tls
+    fixed = tuple(name for name in names if name in FIXED or (other_scheme and name.startswith("ssl_")))
     settings = dataclasses.replace(after, **{name: getattr(before, name) for name in fixed})
     return Reread(settings, tuple(name for name in names if name not in FIXED), fixed)

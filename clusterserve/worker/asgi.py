@@ -3,7 +3,8 @@
 uvicorn's `Server` runs as it is.  What is relied upon beyond its documented API has a contract test each
 (tests/worker/test_uvicorn_contract.py): `Config.app` may be replaced before `load`, a loop factory may be given as
 `Config.loop`, `startup(sockets=…)` passes each socket to `loop.create_server`, `should_exit` and
-`config.timeout_graceful_shutdown` are read when they are needed, `server_state.tasks` are the running requests,
+`config.timeout_graceful_shutdown` are read when they are needed, `Config.ssl` may be set after `load` and is passed to
+`loop.create_server`, a protocol class may have `alpn_protocols`, `server_state.tasks` are the running requests,
 `server_state.total_requests` those that are done, and the texts of its start-up and shutdown lines.
 """
 
@@ -15,6 +16,7 @@ import gc
 import logging
 import os
 import signal
+from collections.abc import Callable, Coroutine
 from socket import socket
 from typing import Any, Final, cast
 
@@ -22,7 +24,9 @@ import uvicorn
 from uvicorn.importer import ImportFromStringError, import_from_string
 
 from .. import faults
+from ..checks import MAX_SECONDS
 from ..core.address import Address
+from ..credentials import Credentials
 from ..currentworker import CurrentWorker
 from ..errors import BootError
 from ..settings import Settings
@@ -30,6 +34,7 @@ from ..tracebacks import of_application
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
+from .identity import HTTP_1_1, Identity
 from .link import Link
 from .loop import cluster_loop
 from .membership import Membership
@@ -67,14 +72,19 @@ CHATTER: Final = frozenset(
 #: Of the grace the master allows, what is left for the application's own shutdown (seconds, at most a fifth).
 _LIFESPAN_SHARE: Final = 1.0
 
+#: How long a worker that leaves waits for TLS handshakes that have begun (seconds).
+_HANDSHAKES: Final = 2.0
+
 #: What uvicorn's shutdown takes outside of its own time limit: noticing it, and a pause (seconds).
 _UNTIMED: Final = 0.2
 
 
-def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -> None:
+def serve(
+    settings: Settings, link: Link, worker: CurrentWorker | None = None, credentials: Credentials | None = None
+) -> None:
     """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started.
 
-    `worker` has its handlers on the application's loop, and is told what becomes of it.
+    `worker` has its handlers on the application's loop, and is told what becomes of it.  `credentials` are for TLS.
     """
     borrowing = Borrowing(after_response=settings.borrows)
     member = Membership(link, worker or CurrentWorker(0, 0, os.getpid()))
@@ -115,11 +125,17 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
         config.app = import_from_string(settings.app)
         config.load()
         config.loaded_app = draining.announced(config.loaded_app)
+        if credentials is not None:
+            protocols = getattr(config.http_protocol_class, "alpn_protocols", None) or HTTP_1_1
+            identity = Identity(settings, credentials, protocols)
+            config.ssl = identity.context
+            link.on_renew = identity.renew
         # What exists now lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
-        server.shutdown = member.says_goodbye(server.shutdown)  # type: ignore[method-assign]
-        server.run(sockets=[cast("socket", BindSocket(bind)) for bind in settings.binds])
+        server.shutdown = member.says_goodbye(_after_handshakes(server, link))  # type: ignore[method-assign]
+        shake = {"ssl_handshake_timeout": settings.timeout_request_header or MAX_SECONDS} if settings.tls else {}
+        server.run(sockets=[cast("socket", BindSocket(bind, **shake)) for bind in settings.binds])
     except ModuleNotFoundError as exc:
         if config.app is not settings.app or not _names(settings.app, exc.name):
             raise _could_not_load(settings.app, boot, exc) from None
@@ -140,6 +156,18 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
         if expected:
             raise _could_not_load(settings.app, boot, exc) from None
         raise
+
+
+def _after_handshakes(server: uvicorn.Server, link: Link) -> Callable[..., Coroutine[Any, Any, None]]:
+    """uvicorn's `shutdown`, which knows of a TLS connection when its handshake is done."""
+    shutdown = server.shutdown
+
+    async def finish(*args: Any, **options: Any) -> None:
+        left: float = server.config.timeout_graceful_shutdown or 0.0
+        await link.receiver.handshakes_done(min(_HANDSHAKES, left))
+        await shutdown(*args, **options)
+
+    return finish
 
 
 def _load(server: uvicorn.Server) -> str:

@@ -63,7 +63,7 @@ class LazyTransport(asyncio.Transport):
         "__dict__", "__weakref__", "_abort", "_armed", "_closing", "_eof", "_error", "_fd", "_full", "_id",
         "_in_busy", "_in_kept", "_known", "_limits", "_made", "_old", "_paused", "_peername", "_phase", "_pieces",
         "_place", "_protocol", "_reading", "_real", "_receiver", "_resting", "_returning", "_running", "_size",
-        "_sockname", "_taken_back", "_upgraded", "_watch",
+        "_sockname", "_taken_back", "_tls", "_upgraded", "_watch",
     )  # fmt: skip
 
     def __init__(
@@ -113,6 +113,7 @@ class LazyTransport(asyncio.Transport):
         #: Idle at the last look for such.
         self._old = False
         self._upgraded = False
+        self._tls = False
 
     def become_real(self, **ssl: Any) -> None:
         """Hand the descriptor to the loop's own transport; `ssl` is for `loop.connect_accepted_socket`."""

@@ -25,7 +25,19 @@ from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel, Riders
 from ..core.address import Address
 from ..core.envelope import Envelope
-from ..core.messages import Closed, Debug, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
+from ..core.messages import (
+    Closed,
+    Debug,
+    Drain,
+    Leave,
+    Listen,
+    Listened,
+    Listening,
+    Message,
+    Renew,
+    ShowStacks,
+    Stacks,
+)
 from ..current import current_worker
 from ..errors import ClusterError, ProtocolError
 from . import debugging
@@ -68,6 +80,8 @@ class Link:
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
         #: Called with each message of the program that has the cluster.
         self.on_envelope: Callable[[Envelope, Riders], None] = lambda envelope, riders: riders.close()
+        #: Called with the certificate and keys from now on, as `Credentials.to_json` has them.
+        self.on_renew: Callable[[dict[str, Any]], None] = lambda tls: None
         #: Where this worker's listeners listen.
         self._addresses: dict[int, Address] = {}
         #: Called when a server is in place, on its loop.
@@ -193,7 +207,7 @@ class Link:
             raise
         if listened.errno:
             raise OSError(listened.errno, listened.reason)
-        self._addresses[listened.listener] = _address(listened, request.datagram)
+        self._addresses[listened.listener] = _address(listened, request.datagram, request.tls)
         return listened, descriptors
 
     def serve(self, server: FauxServer) -> None:
@@ -256,6 +270,8 @@ class Link:
             worker = current_worker()
             assert worker is not None
             self.send(debugging.listen(message.port, worker.slot))
+        elif isinstance(message, Renew):
+            self.on_renew(message.tls)
         elif isinstance(message, ShowStacks):
             self.send(Stacks(thread_names(), tasks(running_loops())))
         else:
@@ -268,8 +284,9 @@ class Link:
         os._exit(self.gone)
 
 
-def _address(answer: Listened, datagram: bool) -> Address:
+def _address(answer: Listened, datagram: bool, tls: bool) -> Address:
     if isinstance(answer.sockname, str):
-        return Address(answer.sockname)
+        return Address(answer.sockname, tls=tls)
     version = 6 if answer.family == socket.AF_INET6 else 4
-    return Address(str(answer.sockname[0]), int(answer.sockname[1]), f"udp{version}" if datagram else version)
+    kind: int | str = f"udp{version}" if datagram else version
+    return Address(str(answer.sockname[0]), int(answer.sockname[1]), kind, tls=tls)

@@ -17,6 +17,7 @@ from typing import Final
 from .. import faults
 from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
+from ..credentials import Credentials
 from ..current import STDIO_VARIABLE, VARIABLE, become
 from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
@@ -91,7 +92,8 @@ def _serve(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker
     from .asgi import serve
 
     try:
-        serve(Settings.from_json(boot.settings), link, worker)
+        credentials = Credentials.from_json(boot.tls) if boot.tls else None
+        serve(Settings.from_json(boot.settings), link, worker, credentials)
     except BootError as exc:
         _send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE

@@ -9,6 +9,7 @@ it has finished.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import socket
@@ -98,6 +99,9 @@ class Receiver:
         self._unarmed: list[LazyTransport] = []
         # Those that are acknowledged when their protocol has its connection.
         self._making: set[int] = set()
+        # Those whose TLS handshake is not done.
+        self._handshakes: set[int] = set()
+        self._shaken: asyncio.Event | None = None
         # Answers outside of a turn, and whether their sending is scheduled.
         self._answers: dict[int, int] = {}
         self._scheduled = False
@@ -135,6 +139,18 @@ class Receiver:
         self._may_keep = self.keeps = False
         for transport in tuple(self.kept.values()):
             transport.give_back_if_kept()
+
+    async def handshakes_done(self, within: float) -> None:
+        """Returns when every TLS handshake is over that has begun, or after so many seconds."""
+        if self._handshakes and within > 0:
+            self._shaken = asyncio.Event()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._shaken.wait(), within)
+
+    def _shook(self, id: int) -> None:
+        self._handshakes.discard(id)
+        if self._shaken is not None and not self._handshakes:
+            self._shaken.set()
 
     def _look_for_idle(self) -> None:
         for transport in tuple(self.kept.values()):
@@ -212,7 +228,8 @@ class Receiver:
             # Before it is read: whoever died in between has read it for all the master knows.
             self.marks[place] = READING
             try:
-                data = os.read(fd, CHUNK)
+                # What a TLS client says is the loop's transport's to read.
+                data = _peek(fd) if server.ssl else os.read(fd, CHUNK)
             except BlockingIOError:
                 pass
             except OSError:
@@ -227,6 +244,8 @@ class Receiver:
                 os.close(fd)
                 self._fresh[id] = _ACK | _CLOSED
                 return
+            if server.ssl:
+                data = None
         elif server.most is not None and len(self.kept) >= server.most:
             server.drops += 1
             os.close(fd)
@@ -248,6 +267,8 @@ class Receiver:
             self._fresh[id] = _ACK | _CLOSED
             return
         if data is None:
+            if server.ssl:
+                self._handshakes.add(id)
             transport.become_real(**server.ssl)
             return
         self._lazy.append(transport)
@@ -372,6 +393,7 @@ class Receiver:
 
     def made(self, id: int) -> None:
         """A connection has its protocol: if its client need not speak first, acknowledged one turn later."""
+        self._shook(id)
         if id in self._making:
             self._making.remove(id)
             # Not at once: `_flush` may be scheduled already, in front of the tasks that this protocol will create.
@@ -380,6 +402,7 @@ class Receiver:
     def ended(self, id: int, *, returned: bool = False) -> None:
         """Our descriptor of a connection is closed: the connection is over, or `returned` to the master."""
         self.kept.pop(id, None)
+        self._shook(id)
         if self._on_idle is not None and not self.kept:
             self._on_idle()
         kind = _RETURNED if returned else _CLOSED
@@ -485,3 +508,12 @@ class Receiver:
         if self.watch is not None:
             self.watch.close()
         self._board.close()
+
+
+def _peek(fd: int) -> bytes:
+    """What can be read, left where it is: a byte of it, nothing at its end; raises BlockingIOError if nothing can."""
+    sock = socket.socket(fileno=fd)
+    try:
+        return sock.recv(1, socket.MSG_PEEK)
+    finally:
+        sock.detach()

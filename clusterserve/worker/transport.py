@@ -29,6 +29,11 @@ class HandedTransport(LazyTransport):
             raise RuntimeError(f"{self!r} has no transport of the event loop yet")
         return self._real
 
+    @property
+    def ours_alone(self) -> bool:
+        """Whether nobody else could do anything for it, so that it is not given back: TLS, another protocol."""
+        return self._tls or self._upgraded
+
     #: `asyncio.BaseEventLoop.start_tls` asks for it.
     _start_tls_compatible = True
 
