@@ -45,14 +45,18 @@ class Certificates:
         """Take the files that these settings name from now on; raises `SettingsError`, and then nothing has changed."""
         if not settings.tls:
             return
+        # Before they are read: what changes meanwhile is a change.
         seen = _look(settings)
-        self.take(settings, read(settings))
-        self._settled.heed(seen)
+        self._hold(settings, read(settings), seen)
 
-    def take(self, settings: Settings, credentials: Credentials | None) -> None:
-        """Take these credentials, which the files had once, for what the files have."""
+    def go_back(self, settings: Settings, credentials: Credentials | None) -> None:
+        """What was before `use` holds again; what the same files have said since is no mistake of these settings."""
+        if files(settings) != files(self._settings):
+            self._hold(settings, credentials, _look(settings))
+
+    def _hold(self, settings: Settings, credentials: Credentials | None, seen: Hashable) -> None:
         self._settings, self.credentials = settings, credentials
-        self._settled.heed(_look(settings))
+        self._settled.heed(seen)
         self.close()
         if settings.tls and settings.ssl_reload:
             self._timer = self._loop.call_later(LOOK, self._on_time)

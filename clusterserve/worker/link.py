@@ -37,6 +37,7 @@ from ..core.messages import (
     Renew,
     ShowStacks,
     Stacks,
+    Stopping,
 )
 from ..current import current_worker
 from ..errors import ClusterError, ProtocolError
@@ -78,6 +79,8 @@ class Link:
         self.servers: set[Any] = set()
         #: Called with (grace seconds, quick, keep) when the master wants this worker to finish.
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
+        #: Called when the cluster was told to stop; when this worker is to finish, it hears of that besides.
+        self.on_stopping: Callable[[], None] = lambda: None
         #: Called with each message of the program that has the cluster.
         self.on_envelope: Callable[[Envelope, Riders], None] = lambda envelope, riders: riders.close()
         #: Called with the certificate and keys from now on, as `Credentials.to_json` has them.
@@ -266,6 +269,8 @@ class Link:
                 # Every offer was sent before this message: none is left behind when the servers close.
                 self._receiver.drain()
             self.on_drain(message.grace, message.quick, message.keep)
+        elif isinstance(message, Stopping):
+            self.on_stopping()
         elif isinstance(message, Debug):
             worker = current_worker()
             assert worker is not None
