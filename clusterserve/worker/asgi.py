@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine
+from inspect import signature
 from socket import socket
 from typing import Any, Final, cast
 
@@ -194,6 +195,10 @@ def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Member
     options["http"] = borrowing_protocol(settings.http, borrowing) if handed else settings.http
     if settings.log_config is not None:
         options["log_config"] = settings.log_config
+    if settings.http2:
+        if "http2" not in signature(uvicorn.Config).parameters:
+            raise BootError(f"--http2 needs a newer uvicorn than {uvicorn.__version__}, which has none")
+        options["http2"] = True
     config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
     loop_class = cluster_loop(_loop_class(settings.loop), link)
 

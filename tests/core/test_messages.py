@@ -30,6 +30,7 @@ from clusterserve.core.messages import (
     Listening,
     Message,
     Online,
+    Renew,
     ShowStacks,
     Stacks,
     Stopping,
@@ -65,6 +66,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Debugged, TEXTS, TEXTS, TEXTS),
     st.just(ShowStacks()),
     st.builds(Stacks, OBJECTS, TEXTS),
+    st.builds(Renew, OBJECTS),
     st.builds(Drain, SECONDS, st.booleans()),
     st.just(Stopping()),
 )
@@ -84,6 +86,7 @@ EXAMPLES: list[Message] = [
     Debugged("127.0.0.1:5678", "", ""),
     ShowStacks(),
     Stacks({"00007f0a000b9b80": "MainThread"}, "Task-1\n  File"),
+    Renew({"chain": "-----BEGIN …", "key": "", "trusted": ""}),
     Drain(30.0, False, True),
     Stopping(),
 ]
