@@ -122,7 +122,8 @@ def _explained(error: ssl.SSLError, settings: Settings, credentials: Credentials
     with _as_file(credentials.chain) as chain:
         if not _works(lambda: scratch.load_verify_locations(chain)):
             return SettingValueError("ssl_certfile", settings.ssl_certfile, "holds no certificate in PEM form")
-    if error.reason == "KEY_VALUES_MISMATCH":
+    # The second: they are not even of one kind.
+    if error.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED", "KEY_TYPE_MISMATCH"):
         reason = f"is not the key of the certificate in {settings.ssl_certfile}"
         return SettingValueError(*_key(settings), reason)
     if error.reason and error.library != "X509":
