@@ -198,7 +198,7 @@ class Settings(Launch):
     @property
     def templated(self) -> bool:
         """Whether workers are forked from a template process, for whatever it prepares (worker/preparations.py)."""
-        return self.preload and self.respawn and not self.exec
+        return (self.preload or self.tls) and self.respawn and not self.exec
 
     @property
     def borrows(self) -> bool:

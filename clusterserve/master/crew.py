@@ -215,7 +215,8 @@ class Crew:
         if action.worn:
             who = (member.id, action.worn, action.slot, self.seats[action.worn].process.pid)
             logger.info("Worker %d is to replace worker %d (slot %d, pid %d), which %s", *who, action.why)
-        if self._roster.rejected > action.generation and self._templates is None:
+        templates = self._roster.templates
+        if self._roster.rejected > action.generation and (templates is None or templates.lasting):
             # There is no other way to get at the old code; what it does then, its log lines say.
             logger.warning(
                 "Worker %d starts from the files as they are now, from which generation %d could not start; "

@@ -97,7 +97,7 @@ class Engine:
             tls=settings.tls,
         )
         self._certificates = Certificates(loop, settings, self._renew)
-        templates = Templates() if settings.templated else None
+        templates = Templates(lasting=not settings.preload) if settings.templated else None
         self._roster = Roster(_limits(settings), programs=bool(settings.exec), templates=templates)
         self._stacks = StackCollector(loop)
         self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self._certificates)
@@ -244,6 +244,9 @@ class Engine:
         self._use_launch(settings)
 
     def _use_launch(self, settings: Settings) -> None:
+        templates = self._roster.templates
+        if templates is not None and templates.lasting and settings.process != self.settings.process:
+            templates.outdate()
         self.settings = self._crew.settings = settings
 
     def adopt(self, settings: Settings) -> None:
