@@ -93,6 +93,7 @@ class Client:
         receive_buffer: int | None = None,
         timeout: float = DEADLINE,
         tls: ssl.SSLContext | None = None,
+        session: ssl.SSLSession | None = None,
     ) -> None:
         self.address = address
         self.socket = socket.socket(address.family, socket.SOCK_STREAM)
@@ -108,7 +109,7 @@ class Client:
                 # Every send becomes a segment of its own, as the tests mean it.
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if tls is not None:
-                self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
+                self.socket = tls.wrap_socket(self.socket, server_hostname="localhost", session=session)
         except BaseException:
             self.socket.close()
             raise
