@@ -12,7 +12,6 @@ from clusterserve.errors import SettingsError
 from clusterserve.options import SPECS
 
 _YET: Final = "is not available in this version"
-_WATCH: Final = f"{_YET}: run watchfiles 'clusterserve APP', or send the master SIGHUP"
 _HTTP2: Final = "has no counterpart: HTTP/2 is offered with --http zttp --http2, and has the measures of that"
 _PARSER: Final = (
     "has no counterpart: it concerns gunicorn's own HTTP parser and the workers use uvicorn's, leave it out"
@@ -28,8 +27,6 @@ _CRASHES: Final = f"{_YET}: a worker that dies is always replaced, see --restart
 _SAID: Final[dict[str, str]] = {
     "has no counterpart: the workers' event loops shake hands without waiting for anybody, leave it out": """
         --suppress-ragged-eofs --do-handshake-on-connect""",
-    _WATCH: """
-        --reload --reload-dir --reload-include --reload-exclude --reload-delay --reload-engine --reload-extra-file""",
     _HTTP2: """
         --http-protocols --http2-cleartext --http2-max-concurrent-streams --http2-initial-window-size
         --http2-max-frame-size --http2-max-header-list-size""",
@@ -64,6 +61,8 @@ _SAID: Final[dict[str, str]] = {
     "has no counterpart: load the paste file in a module of your own, and name that as MODULE:ATTRIBUTE": """
         --paste --paster --paste-global""",
     "has no counterpart in uvicorn's workers: leave it out": "--asgi-disconnect-grace-period",
+    "has no counterpart: files are watched with watchfiles, or polled if WATCHFILES_FORCE_POLLING=1 is set": """
+        --reload-engine""",
     "is called --lifespan here": "--asgi-lifespan",
     "is called --loop here": "--asgi-loop",
     "is called --http here": "--http-parser",
