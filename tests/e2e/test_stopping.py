@@ -111,6 +111,23 @@ def test_requests_that_wait_for_a_worker_are_served(serve: Serve) -> None:
     assert server.wait(SOON) == 0
 
 
+def test_requests_whose_workers_die_at_the_end_are_answered(serve: Serve) -> None:
+    server = serve(workers=2)
+    with contextlib.ExitStack() as stack, server.stopped_workers():
+        clients = [stack.enter_context(server.connect()) for _ in range(50)]
+        for client in clients:
+            client.send(request("GET", "/whoami"))
+        server.terminate()
+        wait_until_closed(server)
+        for worker in server.workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        # By one that replaces the dead, as long as it is known that somebody waits.
+        for client in clients:
+            assert client.response().status in (200, 503)
+            assert client.rest() == b""
+    assert server.wait(SOON) == 0
+
+
 def test_connections_that_the_master_had_not_accepted_yet_are_served(serve: Serve) -> None:
     server = serve(workers=2)
     with contextlib.ExitStack() as stack:
