@@ -1,7 +1,8 @@
 """Serving an ASGI application with uvicorn: the one file that touches uvicorn.
 
 uvicorn's `Server` runs as it is.  What is relied upon beyond its documented API has a contract test each
-(tests/worker/test_uvicorn_contract.py): `Config.app` may be replaced before `load`, a loop factory may be given as
+(tests/worker/test_uvicorn_contract.py): `Config.app` may be replaced before `load`, which
+calls it if `factory` is set and reads `interface` after that, a loop factory may be given as
 `Config.loop`, `startup(sockets=…)` passes each socket to `loop.create_server`, `should_exit` and
 `config.timeout_graceful_shutdown` are read when they are needed, `server_state.tasks` are the running requests,
 `server_state.total_requests` those that are done, and the texts of its start-up and shutdown lines.
@@ -15,6 +16,7 @@ import gc
 import logging
 import os
 import signal
+from functools import partial
 from socket import socket
 from typing import Any, Final, cast
 
@@ -27,6 +29,7 @@ from ..currentworker import CurrentWorker
 from ..errors import BootError
 from ..settings import Settings
 from ..tracebacks import of_application
+from .application import Application
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
@@ -43,8 +46,8 @@ logger = logging.getLogger("uvicorn.error")
 #: Settings that uvicorn's Config takes under the same name.
 _PASSED: Final = (
     "ws", "ws_max_size", "ws_max_queue", "ws_ping_interval", "ws_ping_timeout", "ws_per_message_deflate",
-    "lifespan", "interface", "log_level", "access_log", "use_colors", "proxy_headers", "server_header", "date_header",
-    "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "factory", "h11_max_incomplete_event_size",
+    "lifespan", "log_level", "access_log", "use_colors", "proxy_headers", "server_header", "date_header",
+    "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "h11_max_incomplete_event_size",
     "reset_contextvars",
 )  # fmt: skip
 
@@ -78,8 +81,9 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
     """
     borrowing = Borrowing(after_response=settings.borrows)
     member = Membership(link, worker or CurrentWorker(0, 0, os.getpid()))
+    application = Application(settings)
     with stdout_for_logs() if settings.capture_output else contextlib.nullcontext():
-        config = _config(settings, link, borrowing, member)
+        config = _config(settings, link, borrowing, member, application)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
@@ -112,7 +116,7 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
 
     link.on_listening = listening
     try:
-        config.app = import_from_string(settings.app)
+        config.app = partial(application.load, import_from_string(settings.app), config)
         config.load()
         config.loaded_app = draining.announced(config.loaded_app)
         # What exists now lives as long as the process: the collector need not look at it again and again.
@@ -130,6 +134,8 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
         # The application is imported first, and takes the place of its name.
         what = "Error loading ASGI app." if config.app is settings.app else "The protocol of --http or --ws is missing."
         raise BootError(f"{what} {exc}") from None
+    except BootError:
+        raise
     except SystemExit as exc:
         if expected:
             # An application that refuses to start may say why, as in sys.exit("SECRET_KEY is not set").
@@ -158,14 +164,17 @@ def _could_not_load(app: str, boot: _BootLog, exc: Exception) -> BootError:
     return BootError(f"the application {app!r} could not be loaded", boot.text() + of_application(exc))
 
 
-def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Membership) -> uvicorn.Config:
+def _config(
+    settings: Settings, link: Link, borrowing: Borrowing, member: Membership, application: Application
+) -> uvicorn.Config:
     options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
     options["http"] = borrowing_protocol(settings.http, borrowing) if handed else settings.http
     if settings.log_config is not None:
         options["log_config"] = settings.log_config
-    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
+    # What makes the application of what is imported is ours.
+    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, factory=True, **options)
     loop_class = cluster_loop(_loop_class(settings.loop), link)
 
     def factory() -> asyncio.AbstractEventLoop:
@@ -178,6 +187,8 @@ def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Member
                 keep=settings.dispatch != "request",
                 head_timeout=settings.timeout_request_header,
             )
+            if application.threads is not None:
+                link.receiver.employ(application.threads)
         return loop
 
     config.loop = factory  # type: ignore[assignment]
