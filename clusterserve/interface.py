@@ -94,8 +94,9 @@ def _takes(signature: inspect.Signature, count: int) -> bool:
 
 
 def _shown(signature: inspect.Signature) -> str:
-    names = [str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in signature.parameters.values()]
-    return f"({', '.join(names)})"
+    empty = inspect.Signature.empty
+    bare = [parameter.replace(annotation=empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=empty))
 
 
 def _doubtful(name: str, why: str) -> BootError:
