@@ -111,6 +111,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "How long a worker has a connection: until it ends, for one request, or (auto) as long as its requests are "
             "cheaper than handing it on.",
         ),
+        _flag(
+            "--preload",
+            "Import APP once, in a template process from which the workers are forked, so that they share its memory "
+            "(docs/preload.md).",
+        ),
         _value("--max-pending", "N", "Stop accepting while this many connections wait for a worker."),
         _value(
             "--timeout-queue",
@@ -122,6 +127,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "--timeout-graceful-shutdown --graceful-timeout",
             "SECONDS",
             "How long requests in flight may take once the cluster stops.",
+        ),
+        _value(
+            "--shutdown-delay",
+            "SECONDS",
+            "Once told to stop, serve on as before for this long; the application can know it (docs/draining.md).",
         ),
         _value("--hooks", "MODULE", "Call this module's functions on_fork, on_exit, on_ready … (docs/hooks.md)."),
         _value("--restart-backoff", "SECONDS", "Wait before a dead worker is replaced; doubles while they keep dying."),

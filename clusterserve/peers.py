@@ -50,7 +50,6 @@ _SAID: Final[dict[str, str]] = {
         --metrics-bind --metrics-port""",
     _SIGNALS: "--control-socket --control-socket-mode",
     _CRASHES: "--max-restarts --on-worker-exit-code",
-    f"{_YET}: every worker imports the application by itself, leave it out": "--preload",
     f"{_YET}: see --max-pending and --timeout-queue for what bounds the requests that wait": """
         --limit-concurrency --worker-connections --backpressure""",
     f"{_YET}: the HTTP parser's own limits hold, and h11's is set with --h11-max-incomplete-event-size": """
@@ -58,7 +57,6 @@ _SAID: Final[dict[str, str]] = {
     f"{_YET}: see --timeout-request-header and --timeout-keep-alive": "--timeout-request-body",
     f"{_YET}: the number of workers is fixed with --workers, and changed by SIGTTIN and SIGTTOU": "--max-workers",
     f"{_YET}: only the master listens, so nothing needs it": "--reuse-port",
-    f"{_YET}: let the proxy or the load balancer stop sending before it stops the master": "--shutdown-delay",
     "has no counterpart: the heartbeats of workers need no file, leave it out": "--worker-tmp-dir",
     "has no counterpart: nothing is sent with sendfile, leave it out": "--no-sendfile",
     "has no counterpart: there is no control socket, leave it out": "--no-control-socket",

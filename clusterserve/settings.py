@@ -71,10 +71,12 @@ class Settings(Launch):
     workers_source: str = ""  # why that many, for the start-up line
     respawn: bool = True  # False: how many workers there are is the program's business
     max_pending: int = 2048
+    preload: bool = False
     hooks: str | None = None
 
     timeout_boot: float = 60.0
     timeout_graceful_shutdown: float = 30.0
+    shutdown_delay: float = 0.0
     timeout_keep_alive: int = 5
     timeout_queue: float = 30.0
     timeout_request_header: float = 30.0
@@ -162,9 +164,28 @@ class Settings(Launch):
             raise SettingValueError("restart_backoff", settings.restart_backoff, reason)
         if callable(settings.debug_port) and (settings.respawn or settings.workers):
             raise SettingValueError("debug_port", settings.debug_port, NEEDS_FORK)
+        if settings.preload and (why := settings._unforkable()):
+            raise SettingsError(f"preload {why}")
         if settings.policy == "none" and settings.dispatch == "request":
             raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
         return settings
+
+    def _unforkable(self) -> str:
+        """Why there can be no preload; empty if there can."""
+        if self.exec:
+            return "is for applications: a program is started anew in every worker"
+        if not self.respawn:
+            return "needs respawn: with respawn=False every worker is started for itself"
+        if self.debug_wait:
+            return "excludes debug_wait: when a worker could wait for its debugger, the application is imported already"
+        if self.capture_output and (self.silent or self.stdio):
+            return "excludes capture_output with silent or stdio: what is printed has one place for all workers then"
+        return ""
+
+    @property
+    def templated(self) -> bool:
+        """Whether workers are forked from a template process, for whatever it prepares (worker/preparations.py)."""
+        return self.preload and self.respawn and not self.exec
 
     @property
     def borrows(self) -> bool:
@@ -217,9 +238,11 @@ _CHECKS: Final[dict[str, Check]] = {
     "dispatch": choice("auto", "connection", "request"),
     "workers_source": text,
     "max_pending": whole(1),
+    "preload": flag,
     "hooks": optional(module),
     "timeout_boot": seconds(above_zero=True),
     "timeout_graceful_shutdown": seconds(),
+    "shutdown_delay": seconds(),
     "timeout_keep_alive": whole(0),
     "timeout_queue": seconds(),
     "timeout_request_header": seconds(),

@@ -183,6 +183,7 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--hooks": ("package.hooks", "hooks", "package.hooks"),
         "--timeout-boot": ("9", "timeout_boot", 9.0),
         "--timeout-graceful-shutdown": ("1.5", "timeout_graceful_shutdown", 1.5),
+        "--shutdown-delay": ("2.5", "shutdown_delay", 2.5),
         "--restart-backoff": ("0.2", "restart_backoff", 0.2),
         "--restart-backoff-max": ("3", "restart_backoff_max", 3.0),
         "--reload-surge": ("2", "reload_surge", 2),
@@ -234,6 +235,8 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         # Of the command line alone: tests/test_sources.py, tests/test_peers.py.
         *("--config", "--check-config", "--print-config", "--chdir", "--env"),
         *("--worker-class", "--access-logfile", "--error-logfile", "--initgroups"),
+        # It excludes others: below.
+        "--preload",
     }
     assert {flag.replace("--no-", "--") for flag in options} == {spec.name for spec in SPECS} - elsewhere
 
@@ -242,6 +245,11 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
     assert {name: getattr(settings, name) for _, name, _ in options.values()} == {
         name: value for _, name, value in options.values()
     }
+
+
+def test_preload(parsed: Parsed) -> None:
+    assert parsed("a:b").preload is False
+    assert parsed("a:b", "--preload").preload is True
 
 
 def test_the_positive_half_of_a_pair(parsed: Parsed) -> None:

@@ -1,6 +1,6 @@
 """`Crew`: the worker processes of a cluster, started and told what `plan` has decided.
 
-What becomes of them is a fact, and the engine's business (`Ears`).
+What becomes of them is a fact, and somebody else's business (`Ears`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from ..channel.message import MessageChannel, Riders
 from ..core.envelope import Envelope
 from ..core.events import Event, Exited, Forked, StartedDraining, WasKilled, WentWrong, WorkerName
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Boot, Message
+from ..core.messages import Boot, Failed, Message, Stopping
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Drain, Kill, Spawn
 from ..core.roster import Member, Roster
+from ..core.templates import Step
 from ..core.wear import Wear
 from ..errors import ProtocolError
 from ..settings import Settings
 from .dispatcher import Dispatcher
 from .process import Exit, WorkerProcess
+from .templates import Templates
 
 logger = logging.getLogger("clusterserve")
 
@@ -67,10 +69,14 @@ class Ears(Protocol):
     def on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None: ...
     def on_closed(self, worker: int, error: ProtocolError | None) -> None: ...
     def on_exit(self, worker: int, ended: Exit) -> None: ...
+    def on_templates(self) -> None: ...
 
 
 class Crew:
-    """Every worker that is not dead, by id.  `settings` are for those to come."""
+    """Every worker that is not dead, by id.  `settings` are for those to come; `ears` hear of all of them, and must be
+    there before the first is started."""
+
+    ears: Ears
 
     def __init__(
         self,
@@ -79,19 +85,38 @@ class Crew:
         roster: Roster,
         dispatcher: Dispatcher,
         emit: Callable[[Event], None],
-        ears: Ears,
     ) -> None:
         self.settings = settings
         self.seats: dict[int, Seat] = {}
         #: What `fork` was given, by slot: replacements inherit it.
         self.environments: dict[int, Environment] = {}
+        #: Whether the cluster was told to stop, and those that start all the same are to know it.
+        self.stopping = False
         #: How the last one ended that was not told to.
         self.last_exit = "no worker process could be started"
+        #: What the first said, since this was last None, that could not start.
+        self.failure: Failed | None = None
         self._loop = loop
         self._roster = roster
         self._dispatcher = dispatcher
         self._emit = emit
-        self._ears = ears
+        #: What workers are forked from; None: they are spawned.
+        self._templates: Templates | None = None
+        if roster.templates is not None:
+            self._templates = Templates(loop, roster, self._template_failed, lambda: self.ears.on_templates())
+
+    def pids(self) -> list[int]:
+        """The processes of the workers that are not dead, and of the templates."""
+        templates = [] if self._templates is None else self._templates.pids()
+        return [*(seat.process.pid for seat in self.seats.values()), *templates]
+
+    def _template_failed(self, failed: Failed) -> None:
+        if self.failure is None:
+            self.failure = failed
+
+    def why(self) -> Failed:
+        """Why workers cannot start."""
+        return self.failure or Failed(self.last_exit, "")
 
     def channel(self, worker: int) -> MessageChannel | None:
         """Its message channel; None if it is gone."""
@@ -104,64 +129,88 @@ class Crew:
 
     # -- starting -------------------------------------------------------------------------------------------------
 
-    def spawn(self, action: Spawn, wear: Wear, debug_port: int | None = None) -> int:
-        """Start one; the id of the worker that was started, or could not be."""
-        now = self._loop.time()
-        member = self._roster.spawned(action.slot, action.generation, now, wear)
+    def spawn(self, action: Spawn, wear: Wear, debug_port: int | None = None, *, alone: bool = False) -> int:
+        """Start one; the id of the worker that was started, or could not be.
+
+        Where there are templates it is forked from one, unless it is to be `alone`.
+        """
+        member = self._roster.spawned(action.slot, action.generation, self._loop.time(), wear)
         self._say_why(action, member)
+        env = self.environments.get(action.slot, ())
+        on_exit = partial(self.ears.on_exit, member.id)
         try:
-            process = WorkerProcess(
-                action.slot,
-                self._loop,
-                partial(self._ears.on_exit, member.id),
-                self.settings,
-                self.environments.get(action.slot, ()),
-            )
+            if self._templates is not None and not alone:
+                born = partial(self._forked, member, debug_port)
+                self._templates.fork(member, self.settings, env, on_exit, born)
+            else:
+                process = WorkerProcess(action.slot, self._loop, on_exit, self.settings, env)
+                self._seat(member, process, debug_port)
         except OSError as exc:
-            self._stillborn(member, exc, now)
-            return member.id
+            self._stillborn(member, exc)
+        return member.id
+
+    def _forked(
+        self, member: Member, debug_port: int | None, result: WorkerProcess | OSError, owed: list[Drain | Abort | Kill]
+    ) -> None:
+        """What became of a worker that a template was to fork, and what it was told meanwhile."""
+        if isinstance(result, OSError):
+            self._stillborn(member, result)
+            return
+        seat = self._seat(member, result, debug_port)
+        if member.drained is not None:
+            self.tell(seat, StartedDraining)
+        for action in owed:
+            self.perform(action)
+
+    def _seat(self, member: Member, process: WorkerProcess, debug_port: int | None) -> Seat:
         channel = MessageChannel(
             self._loop,
             process.messages,
-            partial(self._ears.on_message, member.id),
-            partial(self._ears.on_closed, member.id),
-            partial(self._ears.on_envelope, member.id),
+            partial(self.ears.on_message, member.id),
+            partial(self.ears.on_closed, member.id),
+            partial(self.ears.on_envelope, member.id),
         )
         seat = self.seats[member.id] = Seat(member, process, channel)
         self.tell(seat, Forked)
         self._dispatcher.add_worker(
-            member.id, action.slot, process.connections, process.board, process.kept, process.pid
+            member.id, member.slot, process.connections, process.board, process.kept, process.pid
         )
         channel.send(self._boot(member, debug_port))
-        return member.id
+        if self.stopping:
+            channel.send(Stopping())
+        return seat
 
-    def _stillborn(self, member: Member, error: OSError, now: float) -> None:
+    def _stillborn(self, member: Member, error: OSError) -> None:
         self.last_exit = f"worker {member.id} could not be spawned: {error}"
         logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, error)
         name = WorkerName(member.id, member.slot, 0)
         self._emit(WentWrong(name, error))
         if not faults.on("no-exit-of-the-unborn"):
             self._emit(Exited(name, None, None))
-        self._roster.happened(member.id, WorkerEvent.EXITED, now)
+        self._roster.happened(member.id, WorkerEvent.EXITED, self._loop.time())
 
-    def _boot(self, member: Member, debug_port: int | None) -> Boot:
+    def _path(self) -> list[str]:
+        """Where workers look for the application."""
         # Python overlooks what is no text there, a Path for one; so do we.
         entries: list[object] = [*sys.path]
         path = [entry for entry in entries if isinstance(entry, str)]
         if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
             path.insert(0, first)
+        return path
+
+    def _boot(self, member: Member, debug_port: int | None) -> Boot:
         launch = self.settings.to_worker()
         if debug_port is not None:
             launch["debug_port"] = debug_port
         if launch["debug_port"] is not None:
             self._roster.debugging(member.id)
-        return Boot(member.id, member.slot, self.settings.to_json(), path, launch)
+        return Boot(member.id, member.slot, self.settings.to_json(), self._path(), launch)
 
     def _say_why(self, action: Spawn, member: Member) -> None:
         if action.worn:
             who = (member.id, action.worn, action.slot, self.seats[action.worn].process.pid)
             logger.info("Worker %d is to replace worker %d (slot %d, pid %d), which %s", *who, action.why)
-        if self._roster.rejected > action.generation:
+        if self._roster.rejected > action.generation and self._templates is None:
             # There is no other way to get at the old code; what it does then, its log lines say.
             logger.warning(
                 "Worker %d starts from the files as they are now, from which generation %d could not start; "
@@ -172,8 +221,14 @@ class Crew:
 
     # -- ending ---------------------------------------------------------------------------------------------------
 
-    def perform(self, action: Drain | Abort | Kill) -> None:
+    def perform(self, action: Drain | Abort | Kill | Step) -> None:
         """Do it, which is a fact from then on."""
+        if isinstance(action, Step):
+            assert self._templates is not None
+            self._templates.perform(action, self.settings, self._path())
+            return
+        if self._templates is not None and self._templates.owe(action):
+            return
         seat, now = self.seats[action.worker], self._loop.time()
         if isinstance(action, Drain):
             self._drain(seat, action, now)
@@ -202,10 +257,16 @@ class Crew:
         if action.interrupt:
             seat.process.send_signal(signal.SIGTERM)
 
+    def announce_stop(self) -> None:
+        """Let every worker know that the cluster was told to stop, those to come included."""
+        self.stopping = True
+        for seat in self.seats.values():
+            seat.channel.send(Stopping())
+
     def broke_protocol(self, worker: int, error: ProtocolError) -> None:
-        """It costs it its life."""
-        seat = self.seats[worker]
-        if not seat.member.killed:
+        """What came of it could not be read, and no honest sender sends that: it costs it its life."""
+        seat = self.seats.get(worker)
+        if seat is not None and not seat.member.killed:
             # Or else it goes on talking until it is dead.
             self._dispatcher.distributor.drain_worker(worker)
             self._kill(seat, str(error), logging.ERROR, ": ")

@@ -112,7 +112,8 @@ async def _serve(
     engine.start()
     teller.watch(loop, engine.healthy)
     orphans = Orphans(loop, engine.pids)
-    if os.getpid() == 1:
+    if os.getpid() == 1 or settings.templated:
+        # Under a template too, because for moments orphans come to us (subreaper.py).
         orphans.start()
     error = await engine.finished
     orphans.close()
@@ -161,8 +162,9 @@ class _Signals:
         if self._interrupted:
             self._quit(FORCED_INT)
         self._interrupted = True
+        # Behind a SIGTERM it is somebody who does not want to wait for --shutdown-delay.
+        self._engine.stop(Stop.GRACEFUL, at_once=bool(self.first))
         self.first = self.first or signal.SIGINT
-        self._engine.stop(Stop.GRACEFUL)
 
     def _quit(self, code: int) -> None:
         self.code = self.code or code

@@ -14,10 +14,14 @@ from .threads import Threads
 
 
 class Application:
-    """The one of this worker.  `threads` are those of a WSGI application, None for others, once it is loaded."""
+    """The one of this worker.  `threads` are those of a WSGI application, None for others, once it is loaded.
 
-    def __init__(self, settings: Settings) -> None:
+    `called`: the factory that it comes from was called elsewhere.
+    """
+
+    def __init__(self, settings: Settings, *, called: bool = False) -> None:
         self._settings = settings
+        self._factory = settings.factory and not called
         self.threads: Threads | None = None
 
     def load(self, app: Any, config: Any) -> Any:
@@ -26,7 +30,7 @@ class Application:
         Raises `BootError` if it cannot be told which interface that speaks, and TypeError if it is no factory.
         """
         settings = self._settings
-        app = built(app, factory=settings.factory)
+        app = built(app, factory=self._factory)
         interface = interface_of(app, settings.app) if settings.interface == "auto" else settings.interface
         if interface != "wsgi":
             config.interface = interface

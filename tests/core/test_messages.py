@@ -18,20 +18,26 @@ from clusterserve.core.messages import (
     MAX_BODY,
     Beat,
     Boot,
+    Born,
     Closed,
     Debug,
     Debugged,
     Decoder,
     Drain,
     Failed,
+    Fork,
     Leave,
     Listen,
     Listened,
     Listening,
     Message,
     Online,
+    Prepare,
+    Prepared,
     ShowStacks,
     Stacks,
+    Stopping,
+    Unborn,
     decode,
     encode,
 )
@@ -65,6 +71,12 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.just(ShowStacks()),
     st.builds(Stacks, OBJECTS, TEXTS),
     st.builds(Drain, SECONDS, st.booleans()),
+    st.builds(Prepare, INTS, INTS, OBJECTS, st.lists(TEXTS)),
+    st.just(Prepared()),
+    st.builds(Fork, INTS, INTS, OBJECTS, st.lists(INTS)),
+    st.builds(Born, INTS, INTS),
+    st.builds(Unborn, INTS, INTS),
+    st.just(Stopping()),
 )
 FRAMES = st.lists(st.tuples(MESSAGES, st.integers(0, 255)), max_size=5)
 
@@ -83,6 +95,12 @@ EXAMPLES: list[Message] = [
     ShowStacks(),
     Stacks({"00007f0a000b9b80": "MainThread"}, "Task-1\n  File"),
     Drain(30.0, False, True),
+    Prepare(1, 1, {"app": "module:app"}, ["", "/srv"]),
+    Prepared(),
+    Fork(1, 0, {"NAME": "value"}, [1, 2]),
+    Born(1, 4711),
+    Unborn(1, 11),
+    Stopping(),
 ]
 
 
@@ -209,6 +227,7 @@ WRONG: dict[str, list[Any]] = {
     "bool": [0, 1, "true", None, []],
     "dict[str, Any]": [[], None, "{}", 1, True],
     "list[str]": ["x", None, {}, 1, True, [1], ["x", None], [["x"]]],
+    "list[int]": ["x", None, {}, 1, True, ["x"], [1, None], [True], [[1]]],
     "list[Any] | str": [None, 1, True, {}],
     "str | int": [None, True, 1.5, [], {}],
 }
