@@ -17,7 +17,7 @@ from clusterserve.worker.wsgi import Bridge
 async def asgi3(scope: Any, receive: Any, send: Any) -> None: ...
 def asgi2(scope: Any) -> Any: ...
 def wsgi(environ: Any, start_response: Any) -> Any: ...
-def anything(*args: Any) -> Any: ...
+def anything(first: Any, *others: Any) -> Any: ...
 
 
 def loaded(app: Any, **values: Any) -> tuple[uvicorn.Config, Application]:
@@ -38,7 +38,7 @@ def test_uvicorn_sets_the_protocols_first_and_reads_the_interface_last() -> None
         config.interface = "asgi2"
         return asgi2
 
-    config = uvicorn.Config(factory, factory=True, proxy_headers=False, log_config=None, ws="websockets")
+    config = uvicorn.Config(factory, factory=True, proxy_headers=False, log_config=None, ws="wsproto")
     config.load()
     assert seen != [None]
     assert config.ws_protocol_class is None
