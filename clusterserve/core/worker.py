@@ -86,6 +86,11 @@ class Worker:
         return 1 + self.ahead if self.narrow else WINDOW
 
     @property
+    def full(self) -> bool:
+        """Whether no thread is free for one more request.  What is acknowledged has its thread, so each counts once."""
+        return self.threads > 0 and len(self.unacked) + self.busy >= self.threads
+
+    @property
     def ready(self) -> bool:
         return (
             self.open
@@ -93,8 +98,7 @@ class Worker:
             and not self.stuck
             and not self.resting
             and len(self.unacked) < self.window
-            # What is acknowledged has its thread, so between the offer and the end each request is counted.
-            and (not self.threads or len(self.unacked) + self.busy < self.threads)
+            and not self.full
             and (self.capacity is None or len(self.unacked) + len(self.borrowed) + len(self.taken) < self.capacity)
         )
 

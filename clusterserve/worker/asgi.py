@@ -346,6 +346,8 @@ class _Drainer:
         self._server.should_exit = True
         if self._gives_back:
             self._link.receiver.stop_keeping()
+        if not keep:
+            self._link.receiver.take_all()
         if quick:
             self._link.receiver.cut()
             self._draining.cut()

@@ -107,7 +107,7 @@ class Receiver:
         # Where requests are served in threads: those of this turn that will need one.
         self._threads: Threads | None = None
         self._begun = 0
-        self._crowded = False
+        self._crowded = self._last = False
         loop.add_reader(end.fileno(), self._readable)
 
     def borrow(self, kept: select.epoll | None, *, keep: bool, head_timeout: float) -> None:
@@ -133,12 +133,16 @@ class Receiver:
 
     def has_room(self) -> bool:
         """Whether the next request has a thread, which is reserved for it until the end of this turn."""
-        if self._threads is not None:
+        if self._threads is not None and not self._last:
             # One that was read in this turn gets its thread when its task runs, right before the turn ends.
             if self._threads.busy + self._begun >= self._threads.places:
                 return False
             self._begun += 1
         return True
+
+    def take_all(self) -> None:
+        """Nobody is left who could take what finds no thread: it waits for one here."""
+        self._last = True
 
     def returns_real(self, watch: Watch | None) -> bool:
         """Whether a connection that has become the loop's goes back after its response: it cannot wait in `watch`.

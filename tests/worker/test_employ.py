@@ -109,6 +109,15 @@ async def test_an_offer_that_finds_no_thread_goes_back_unread(master: Master, ga
 
 
 @pytest.mark.usefixtures("shared")
+async def test_but_not_when_nobody_else_is_left(master: Master, gate: Gate, echo: Recorders) -> None:
+    gate.begin()
+    master.receiver.take_all()
+    handed = master.hand(b"one")
+    assert await handed.reads(3) == b"ONE"
+    await gate.end()
+
+
+@pytest.mark.usefixtures("shared")
 async def test_two_of_one_turn_are_not_promised_the_same_thread(master: Master, echo: Recorders) -> None:
     both = [master.connection(), master.connection()]
     for handed in both:
