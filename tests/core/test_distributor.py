@@ -1184,7 +1184,9 @@ class Shell(RuleBasedStateMachine):
             raise AssertionError("it never comes to rest")
         for key, policy in self.policies.items():
             for lane, queue in self.distributor.handles[key].lanes.items():
-                assert not queue or all(worker.capacity == 0 for worker in policy.eligible(lane))
+                # What a worker has for good counts towards its capacity for good.
+                full = (w.capacity is not None and len(w.taken) >= w.capacity for w in policy.eligible(lane))
+                assert not queue or all(full)
 
     def offer(self) -> list[tuple[Worker, Connection]]:
         offers = self.distributor.distribute(self.now)
