@@ -27,6 +27,7 @@ from ..core.roster import Member, Roster
 from ..core.templates import Step
 from ..core.wear import Wear
 from ..errors import ProtocolError
+from ..log_files import LogFiles
 from ..settings import Settings
 from .dispatcher import Dispatcher
 from .process import Exit, WorkerProcess
@@ -85,6 +86,7 @@ class Crew:
         roster: Roster,
         dispatcher: Dispatcher,
         emit: Callable[[Event], None],
+        files: LogFiles,
     ) -> None:
         self.settings = settings
         self.seats: dict[int, Seat] = {}
@@ -100,10 +102,11 @@ class Crew:
         self._roster = roster
         self._dispatcher = dispatcher
         self._emit = emit
+        self._files = files
         #: What workers are forked from; None: they are spawned.
         self._templates: Templates | None = None
         if roster.templates is not None:
-            self._templates = Templates(loop, roster, self._template_failed, lambda: self.ears.on_templates())
+            self._templates = Templates(loop, roster, self._template_failed, lambda: self.ears.on_templates(), files)
 
     def pids(self) -> list[int]:
         """The processes of the workers that are not dead, and of the templates."""
@@ -175,7 +178,8 @@ class Crew:
         self._dispatcher.add_worker(
             member.id, member.slot, process.connections, process.board, process.kept, process.pid
         )
-        channel.send(self._boot(member, debug_port))
+        # A program says itself where it logs.
+        channel.send(self._boot(member, debug_port), () if self.settings.exec else self._files.descriptors)
         if self.stopping:
             channel.send(Stopping())
         return seat

@@ -34,12 +34,15 @@ from ..core.messages import (
     Listened,
     Listening,
     Message,
+    Reopen,
+    Reopened,
     ShowStacks,
     Stacks,
     Stopping,
 )
 from ..current import current_worker
 from ..errors import ClusterError, ProtocolError
+from ..log_files import reopen_handlers
 from . import debugging
 from .receiver import Receiver
 from .server import FauxServer
@@ -86,6 +89,8 @@ class Link:
         self._addresses: dict[int, Address] = {}
         #: Called when a server is in place, on its loop.
         self.on_listening: Callable[[Address], None] = lambda address: None
+        #: Called with the descriptors of the log's new files, which stay the caller's; says what is wrong with them.
+        self.on_reopen: Callable[[list[int]], str] = _reopen_handlers
         #: What this process exits with when the master has closed the channels.
         self.gone = MASTER_GONE
 
@@ -272,6 +277,8 @@ class Link:
             worker = current_worker()
             assert worker is not None
             self.send(debugging.listen(message.port, worker.slot))
+        elif isinstance(message, Reopen):
+            self.send(Reopened(message.number, self.on_reopen(descriptors)))
         elif isinstance(message, ShowStacks):
             self.send(Stacks(thread_names(), tasks(running_loops())))
         else:
@@ -282,6 +289,12 @@ class Link:
     def _on_closed(self, error: ProtocolError | None) -> None:
         """The master is gone, and with it the reason to live: what the kernel's parent-death signal does, for sure."""
         os._exit(self.gone)
+
+
+def _reopen_handlers(descriptors: list[int]) -> str:
+    """A program has no files of ours."""
+    reopen_handlers()
+    return ""
 
 
 def _address(answer: Listened, datagram: bool) -> Address:
