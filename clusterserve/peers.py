@@ -46,7 +46,6 @@ _SAID: Final[dict[str, str]] = {
         --metrics-bind --metrics-port""",
     _SIGNALS: "--control-socket --control-socket-mode",
     _CRASHES: "--max-restarts --on-worker-exit-code",
-    f"{_YET}: it serves ASGI only, wrap a WSGI application with a2wsgi": "--threads",
     f"{_YET}: see --max-pending and --timeout-queue for what bounds the requests that wait": """
         --limit-concurrency --worker-connections --backpressure""",
     f"{_YET}: the HTTP parser's own limits hold, and h11's is set with --h11-max-incomplete-event-size": """
