@@ -219,6 +219,23 @@ def file(setting: str, value: object) -> str:
     return _path(setting, value, lambda name: os.path.exists(name) and not os.path.isdir(name), "there is no such file")
 
 
+def tls_version(setting: str, value: object) -> int:
+    """One of `ssl`'s protocols for servers, by its number (uvicorn) or name; what is left of them is two."""
+    names = {
+        "17": 17, "TLS_SERVER": 17, "2": 17, "TLS": 17, "SSLv23": 17,
+        "5": 5, "TLSv1_2": 5,
+        "3": 3, "TLSv1": 3, "4": 4, "TLSv1_1": 4,
+    }  # fmt: skip
+    number = names.get(str(value).removeprefix("PROTOCOL_")) if isinstance(value, int | str) else None
+    if number is None:
+        raise SettingValueError(
+            setting, value, "must be 17 (TLS_SERVER), the best that both sides know, or 5 (TLSv1_2)"
+        )
+    if number in (3, 4):
+        raise SettingValueError(setting, value, "has no counterpart: TLS 1.0 and 1.1 are broken, leave it out")
+    return number
+
+
 def writable_directory(setting: str, value: object) -> str:
     """A directory, which is made if it is missing."""
     name = os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -9,7 +9,7 @@ from clusterserve.errors import SettingsError
 from clusterserve.options import GROUPS, SPECS
 
 #: Groups of options that are about serving an application, and single ones.
-_APPLICATION_GROUPS: Final = ("Application", "Binding", "HTTP", "WebSocket", "Proxies")
+_APPLICATION_GROUPS: Final = ("Application", "Binding", "HTTP", "WebSocket", "TLS", "Proxies")
 _APPLICATION: Final = frozenset(
     {
         "dispatch", "limit_max_requests", "limit_max_requests_jitter", "timeout_request", "access_log",

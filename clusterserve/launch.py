@@ -54,6 +54,11 @@ class Launch:
     #: A directory to which every worker writes a profile when it ends.
     profile: str | None = None
 
+    @property
+    def process(self) -> tuple[object, ...]:
+        """What a process has from its start, and cannot be given later."""
+        return self.cwd, self.env, self.uid, self.gid, self.interpreter
+
     def to_worker(self) -> dict[str, Any]:
         """What a worker is told of it."""
         return {

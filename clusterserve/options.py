@@ -61,14 +61,17 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--app-dir --pythonpath", "DIR", "Look for APP in this directory first.  [default: .]"),
         _value("--chdir", "DIR", "Change to this directory first."),
         _flag("--factory", "APP is a function without arguments that returns the application."),
-        _value("--interface", "[auto|asgi3|asgi2]", "The interface APP speaks."),
+        _value(
+            "--interface", "[auto|asgi3|asgi2|wsgi]", "The interface APP speaks; auto: as the way it is called tells."
+        ),
+        _value("--threads", "N", "Threads in each worker for a WSGI application: so many requests it serves at once."),
         _value("--env -e", "NAME=VALUE", "Set this variable for the application; repeatable.")._replace(kind="many"),
         _value("--env-file", "FILE", "Set variables from this file, unless they are set already."),
         _value(
             "--worker-class -k",
             "NAME",
-            "Taken for gunicorn's command lines: uvicorn.workers.UvicornWorker, uvicorn_worker.UvicornWorker or asgi; "
-            "the workers are always uvicorn's.",
+            "Taken for gunicorn's command lines. sync and gthread: APP is WSGI, with one thread if --threads says no "
+            "more; uvicorn.workers.UvicornWorker, uvicorn_worker.UvicornWorker and asgi: as without it.",
         ),
     ),
     "Binding": (
@@ -204,6 +207,7 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
     "HTTP": (
         _value("--loop", "[auto|asyncio|uvloop]", "The event loop of the workers."),
         _value("--http", "[auto|h11|httptools|zttp]", "The HTTP implementation, or MODULE:CLASS."),
+        _flag("--http2", "Offer HTTP/2 as well; needs --http zttp."),
         _value(
             "--timeout-request-header",
             "SECONDS",
@@ -232,6 +236,26 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--ws-ping-interval", "SECONDS", "Time between pings."),
         _value("--ws-ping-timeout", "SECONDS", "Close when a ping is unanswered for this long."),
         _value("--ws-per-message-deflate", "BOOLEAN", "Compress messages."),
+    ),
+    "TLS": (
+        _value(
+            "--ssl-certfile --certfile",
+            "FILE",
+            "Serve https with this certificate, followed by those that prove it; in PEM form, as all of these.",
+        ),
+        _value("--ssl-keyfile --keyfile", "FILE", "Its private key.  [default: the certificate's file]"),
+        _value(
+            "--ssl-keyfile-password",
+            "TEXT",
+            "What opens the key. Who can run ps reads it here: better set $CLUSTERSERVE_SSL_KEYFILE_PASSWORD.",
+        ),
+        _value("--ssl-ca-certs --ca-certs", "FILE", "Trust clients' certificates that these have signed."),
+        _value(
+            "--ssl-cert-reqs --cert-reqs", "[0|1|2]", "A client's certificate is not asked for, is welcome, is a must."
+        ),
+        _value("--ssl-ciphers --ciphers", "LIST", "OpenSSL's cipher list, up to TLS 1.2.  [default: Python's]"),
+        _value("--ssl-version", "17|5", "17: the best that both sides know, from TLS 1.2 on; 5: TLS 1.2 only."),
+        _pair("--ssl-reload", "Use changed files at once, without a reload; the old ones if the new do not fit."),
     ),
     "Proxies": (
         _pair("--proxy-headers", "Take scheme and client address from X-Forwarded-Proto and X-Forwarded-For."),

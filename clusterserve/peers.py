@@ -12,8 +12,7 @@ from clusterserve.errors import SettingsError
 from clusterserve.options import SPECS
 
 _YET: Final = "is not available in this version"
-_TLS: Final = f"{_YET}: terminate TLS in a proxy in front of it, such as nginx, Caddy or HAProxy"
-_HTTP1: Final = f"{_YET}: let a proxy in front speak HTTP/2"
+_HTTP2: Final = "has no counterpart: HTTP/2 is offered with --http zttp --http2, and has the measures of that"
 _PARSER: Final = (
     "has no counterpart: it concerns gunicorn's own HTTP parser and the workers use uvicorn's, leave it out"
 )
@@ -26,12 +25,10 @@ _CRASHES: Final = f"{_YET}: a worker that dies is always replaced, see --restart
 
 # By what there is to say, since many say the same.
 _SAID: Final[dict[str, str]] = {
-    _TLS: """
-        --ssl-keyfile --ssl-certfile --ssl-keyfile-password --ssl-version --ssl-cert-reqs --ssl-ca-certs --ssl-ciphers
-        --ssl-reload --no-ssl-reload --keyfile --certfile --cert-reqs --ca-certs --ciphers --suppress-ragged-eofs
-        --do-handshake-on-connect""",
-    _HTTP1: """
-        --http2 --http-protocols --http2-cleartext --http2-max-concurrent-streams --http2-initial-window-size
+    "has no counterpart: the workers' event loops shake hands without waiting for anybody, leave it out": """
+        --suppress-ragged-eofs --do-handshake-on-connect""",
+    _HTTP2: """
+        --http-protocols --http2-cleartext --http2-max-concurrent-streams --http2-initial-window-size
         --http2-max-frame-size --http2-max-header-list-size""",
     _PARSER: """
         --permit-obsolete-folding --strip-header-spaces --permit-unconventional-http-method
@@ -46,7 +43,6 @@ _SAID: Final[dict[str, str]] = {
         --metrics-bind --metrics-port""",
     _SIGNALS: "--control-socket --control-socket-mode",
     _CRASHES: "--max-restarts --on-worker-exit-code",
-    f"{_YET}: it serves ASGI only, wrap a WSGI application with a2wsgi": "--threads",
     f"{_YET}: see --max-pending and --timeout-queue for what bounds the requests that wait": """
         --limit-concurrency --worker-connections --backpressure""",
     f"{_YET}: the HTTP parser's own limits hold, and h11's is set with --h11-max-incomplete-event-size": """

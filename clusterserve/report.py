@@ -1,6 +1,6 @@
 """`clusterserve config`: every setting as it would be, and where it comes from.
 
-What is printed is TOML: saved as clusterserve.toml, it gives the same settings.
+What is printed is TOML: saved as clusterserve.toml, it gives the same settings, but for a password.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def _setting(name: str, settings: Settings, given: Layer) -> Iterator[str]:
         yield _line(name, [f"{header}: {value}" for header, value in settings.headers], _origin(name, given))
     elif name == "workers_max_rss":
         yield _line(name, _size(settings.workers_max_rss), _origin(name, given))
+    elif name == "ssl_keyfile_password" and settings.ssl_keyfile_password is not None:
+        yield f"# {name} is set{'':<{_WIDTH - len(name) - 9}}  # {_origin(name, given)}"
     elif name in ("umask", "uds_permissions"):
         mode = getattr(settings, name)
         yield _line(name, None if mode is None else f"{mode:03o}", _origin(name, given))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from clusterserve.activation import addresses, passed
@@ -37,6 +37,7 @@ from clusterserve.checks import (
     size,
     text,
     texts,
+    tls_version,
     usual_attribute,
     whole,
 )
@@ -68,6 +69,7 @@ class Settings(Launch):
     app_dir: str | None = None  # None: the program that embeds us has its own sys.path in order
     factory: bool = False
     interface: str = "auto"
+    threads: int = 10
 
     binds: tuple[Bind, ...] = (Bind("tcp", host="127.0.0.1", port=DEFAULT_PORT),)
     backlog: int = 2048
@@ -114,6 +116,7 @@ class Settings(Launch):
     lifespan: str = "auto"
     h11_max_incomplete_event_size: int | None = None
     reset_contextvars: bool = False
+    http2: bool = False
 
     root_path: str = ""
     headers: tuple[tuple[str, str], ...] = ()
@@ -129,6 +132,15 @@ class Settings(Launch):
     reload_excludes: tuple[str, ...] = ()
     reload_delay: float = 0.25
     reload_extra_files: tuple[str, ...] = ()
+
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None  # None: it stands in the certificate's file
+    ssl_keyfile_password: str | None = field(default=None, repr=False)
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = 0
+    ssl_ciphers: str | None = None
+    ssl_version: int = 17
+    ssl_reload: bool = True
 
     log_level: str | None = None
     log_config: str | None = None
@@ -189,6 +201,9 @@ class Settings(Launch):
             raise SettingsError(f"preload {why}")
         if settings.policy == "none" and settings.dispatch == "request":
             raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
+        if settings.http2 and settings.http != "zttp":
+            raise SettingValueError("http2", True, "needs http='zttp', the implementation that has it")
+        _check_tls(settings)
         if settings.log_config is not None:
             for name in ("log_format", "error_logfile", "access_logfile"):
                 if getattr(settings, name) not in ("text", "-"):
@@ -211,7 +226,7 @@ class Settings(Launch):
     @property
     def templated(self) -> bool:
         """Whether workers are forked from a template process, for whatever it prepares (worker/preparations.py)."""
-        return self.preload and self.respawn and not self.exec
+        return (self.preload or self.tls) and self.respawn and not self.exec
 
     @property
     def own_access_log(self) -> bool:
@@ -224,7 +239,12 @@ class Settings(Launch):
 
         What a program's servers say to their clients is not ours to know: their connections are theirs to the end.
         """
-        return self.dispatch != "connection" and self.policy != "none" and not self.exec
+        return self.dispatch != "connection" and self.policy != "none" and not self.exec and not self.tls
+
+    @property
+    def tls(self) -> bool:
+        """Whether all addresses are served with TLS, whose ends are in the workers: what they accept they keep."""
+        return self.ssl_certfile is not None
 
     @property
     def socket_mode(self) -> int:
@@ -264,7 +284,8 @@ _CHECKS: Final[dict[str, Check]] = {
     "respawn": flag,
     "app_dir": optional(directory),
     "factory": flag,
-    "interface": choice("auto", "asgi3", "asgi2", later=("wsgi",)),
+    "interface": choice("auto", "asgi3", "asgi2", "wsgi"),
+    "threads": whole(1),
     "backlog": whole(0),
     "uds_permissions": optional(octal),
     "dispatch": choice("auto", "connection", "request"),
@@ -309,6 +330,15 @@ _CHECKS: Final[dict[str, Check]] = {
     "date_header": flag,
     "proxy_headers": flag,
     "forwarded_allow_ips": optional(texts),
+    "http2": flag,
+    "ssl_certfile": optional(file),
+    "ssl_keyfile": optional(file),
+    "ssl_keyfile_password": optional(text),
+    "ssl_ca_certs": optional(file),
+    "ssl_cert_reqs": whole(0, 2),
+    "ssl_ciphers": optional(text),
+    "ssl_version": tls_version,
+    "ssl_reload": flag,
     "reload": reload,
     "reload_dirs": several(directory),
     "reload_includes": several(pattern),
@@ -373,6 +403,27 @@ def _binds(given: dict[str, object]) -> tuple[Bind, ...]:
         # gunicorn's rule: who says PORT is a platform that connects from outside.
         host = host if "host" in given else ANY_HOST
     return (Bind("tcp", host=host, port=whole(0, 65535)(source, port)),)
+
+
+def _check_tls(settings: Settings) -> None:
+    """Prove that the files fit together.  What says something of TLS says that TLS is meant."""
+    if settings.ssl_certfile is None:
+        for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"):
+            if value := getattr(settings, name):
+                shown = "…" if name == "ssl_keyfile_password" else value
+                raise SettingValueError(name, shown, "needs ssl_certfile: without a certificate there is no TLS")
+        return
+    if settings.exec:
+        reason = "is for applications: the servers of a program have TLS of their own"
+        raise SettingValueError("ssl_certfile", settings.ssl_certfile, reason)
+    if settings.dispatch == "request":
+        reason = "cannot be had with TLS: the worker that has a connection's keys keeps it"
+        raise SettingValueError("dispatch", "request", reason)
+    if settings.ssl_cert_reqs == 2 and settings.ssl_ca_certs is None:
+        raise SettingValueError("ssl_cert_reqs", 2, "needs ssl_ca_certs: whose certificates clients must have")
+    from clusterserve.credentials import read
+
+    read(settings)
 
 
 def _named(value: object) -> object:

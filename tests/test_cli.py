@@ -22,6 +22,7 @@ from clusterserve.errors import BindError, BootError, ClusterError, SettingsErro
 from clusterserve.options import SPECS
 from clusterserve.peers import NOT_TAKEN
 from clusterserve.settings import Settings
+from tests.helpers.certificates import Authority
 
 
 @pytest.fixture(autouse=True)
@@ -169,10 +170,13 @@ def test_without_options_the_defaults_hold(parsed: Parsed) -> None:
 def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
+    authority = Authority(tmp_path)
+    pair = authority.issue("a", password="x")
     options = {
         "--app-dir": (str(tmp_path), "app_dir", str(tmp_path)),
         "--factory": (None, "factory", True),
-        "--interface": ("asgi3", "interface", "asgi3"),
+        "--interface": ("wsgi", "interface", "wsgi"),
+        "--threads": ("3", "threads", 3),
         "--env-file": (str(file), "env_file", str(file)),
         "--backlog": ("100", "backlog", 100),
         "--workers": ("3", "workers", 3),
@@ -204,7 +208,8 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--debug-wait": (None, "debug_wait", True),
         "--profile": (str(tmp_path / "made"), "profile", str(tmp_path / "made")),
         "--loop": ("asyncio", "loop", "asyncio"),
-        "--http": ("h11", "http", "h11"),
+        "--http": ("zttp", "http", "zttp"),
+        "--http2": (None, "http2", True),
         "--timeout-keep-alive": ("7", "timeout_keep_alive", 7),
         "--timeout-queue": ("2.5", "timeout_queue", 2.5),
         "--timeout-request-header": ("0", "timeout_request_header", 0.0),
@@ -221,6 +226,14 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--ws-ping-interval": ("3", "ws_ping_interval", 3.0),
         "--ws-ping-timeout": ("4", "ws_ping_timeout", 4.0),
         "--ws-per-message-deflate": ("false", "ws_per_message_deflate", False),
+        "--ssl-certfile": (str(pair.certificate), "ssl_certfile", str(pair.certificate)),
+        "--ssl-keyfile": (str(pair.key), "ssl_keyfile", str(pair.key)),
+        "--ssl-keyfile-password": ("x", "ssl_keyfile_password", "x"),
+        "--ssl-ca-certs": (str(authority.file), "ssl_ca_certs", str(authority.file)),
+        "--ssl-cert-reqs": ("2", "ssl_cert_reqs", 2),
+        "--ssl-ciphers": ("ECDHE+AESGCM", "ssl_ciphers", "ECDHE+AESGCM"),
+        "--ssl-version": ("5", "ssl_version", 5),
+        "--no-ssl-reload": (None, "ssl_reload", False),
         "--no-proxy-headers": (None, "proxy_headers", False),
         "--forwarded-allow-ips": ("*", "forwarded_allow_ips", "*"),
         "--log-level": ("trace", "log_level", "trace"),
@@ -347,7 +360,8 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
             "--dispatch request: needs a policy: under 'none' workers keep what they accept",
         ),
         (["--dispatch", "autos"], "--dispatch autos: must be one of auto, connection, request; did you mean 'auto'?"),
-        (["--interface", "wsgi"], "--interface wsgi: not available in this version; must be one of auto, asgi3, asgi2"),
+        (["--interface", "wsgi2"], "--interface wsgi2: must be one of auto, asgi3, asgi2, wsgi; did you mean 'wsgi'?"),
+        (["--threads", "0"], "--threads 0: must be a whole number of at least 1"),
         (["--log-level", "Loud"], "--log-level Loud: must be one of critical, error, warning, info, debug, trace"),
         (["--log-config", "no such"], "--log-config 'no such': there is no such file"),
         (["--env-file", "no-such"], "--env-file no-such: there is no such file"),
@@ -400,6 +414,7 @@ def test_help_is_complete_and_grouped(flag: str, capsys: pytest.CaptureFixture[s
         "Debugging",
         "HTTP",
         "WebSocket",
+        "TLS",
         "Proxies",
         "Logging",
         "Process",

@@ -28,9 +28,9 @@ UVICORN = {
     "--no-server-header": None, "--date-header": None, "--no-date-header": None, "--forwarded-allow-ips": "*",
     "--root-path": "/api", "--limit-concurrency": "100", "--backlog": "64", "--limit-max-requests": "1000",
     "--limit-max-requests-jitter": "50", "--timeout-keep-alive": "9", "--timeout-graceful-shutdown": "9",
-    "--timeout-worker-healthcheck": "9", "--ssl-keyfile": "FILE", "--ssl-certfile": "FILE",
-    "--ssl-keyfile-password": "x", "--ssl-version": "17", "--ssl-cert-reqs": "0", "--ssl-ca-certs": "FILE",
-    "--ssl-ciphers": "x", "--header": "A:b", "--version": None, "--app-dir": "/", "--factory": None,
+    "--timeout-worker-healthcheck": "9", "--ssl-keyfile": "KEY", "--ssl-certfile": "BOTH",
+    "--ssl-keyfile-password": "x", "--ssl-version": "5", "--ssl-cert-reqs": "1", "--ssl-ca-certs": "BOTH",
+    "--ssl-ciphers": "ECDHE+AESGCM", "--header": "A:b", "--version": None, "--app-dir": "/", "--factory": None,
     "--h11-max-incomplete-event-size": "9999", "--reset-contextvars": None, "--help": None,
 }  # fmt: skip
 
@@ -52,9 +52,10 @@ GUNICORN = {
     "--log-syslog-prefix": "x", "--log-syslog-facility": "x", "-R": None, "--enable-stdio-inheritance": None,
     "--statsd-host": "x", "--dogstatsd-tags": "x", "--statsd-prefix": "x", "--enable-backlog-metric": None, "-n": "x",
     "--name": "x", "--pythonpath": "/", "--paste": "FILE", "--proxy-protocol": None, "--proxy-allow-from": "*",
-    "--protocol": "uwsgi", "--uwsgi-allow-from": "*", "--keyfile": "FILE", "--certfile": "FILE", "--ssl-version": "x",
-    "--cert-reqs": "0", "--ca-certs": "FILE", "--suppress-ragged-eofs": None, "--do-handshake-on-connect": None,
-    "--ciphers": "x", "--http-protocols": "h2", "--http2-cleartext": "x", "--http2-max-concurrent-streams": "9",
+    "--protocol": "uwsgi", "--uwsgi-allow-from": "*", "--keyfile": "KEY", "--certfile": "BOTH", "--ssl-version": "x",
+    "--cert-reqs": "1", "--ca-certs": "BOTH", "--suppress-ragged-eofs": None, "--do-handshake-on-connect": None,
+    "--ciphers": "ECDHE+AESGCM", "--http-protocols": "h2", "--http2-cleartext": "x",
+    "--http2-max-concurrent-streams": "9",
     "--http2-initial-window-size": "9", "--http2-max-frame-size": "9", "--http2-max-header-list-size": "9",
     "--paste-global": "x", "--permit-obsolete-folding": None, "--strip-header-spaces": None,
     "--permit-unconventional-http-method": None, "--permit-unconventional-http-version": None,
@@ -72,10 +73,24 @@ NOTHING_NEW = {
 }
 
 
+#: With its key.
+CERTIFICATE = Path(__file__).parent / "worker" / "certificate.pem"
+
+#: What some settings mean nothing without.
+OTHERS = {
+    **dict.fromkeys(
+        ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"), ("--certfile", "BOTH")
+    ),
+    "http2": ("--http", "zttp"),
+}
+
+
 @pytest.fixture(autouse=True)
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").touch()
+    for name in ("KEY", "BOTH"):
+        (tmp_path / name).write_bytes(CERTIFICATE.read_bytes())
     monkeypatch.setenv("A", "")
 
 
@@ -107,8 +122,8 @@ def test_an_option_works_or_says_what_to_use(flag: str) -> None:
     (setting,) = line.keys() - {"app"}
     if setting in OURS:
         return
-    found = settings("a:b", *argv)
-    assert (found == settings("a:b")) is (flag in NOTHING_NEW), found
+    others = ["a:b", *OTHERS.get(setting, ())]
+    assert (settings(*others, *argv) == settings(*others)) is (flag in NOTHING_NEW), setting
 
 
 def test_nothing_is_both_taken_and_refused() -> None:
@@ -145,11 +160,30 @@ def test_a_line_for_uvicorn_as_its_documents_have_it() -> None:
     ("worker_class", "reason"),
     [
         ("uvicorn.workers.UvicornH11Worker", "write --http h11 --loop asyncio instead"),
-        ("gthread", "not available in this version: the workers serve ASGI only, wrap a WSGI application with a2wsgi"),
-        ("gevent", "has no counterpart: the workers are uvicorn's, leave it out and serve an ASGI application"),
+        ("gevent", "has no counterpart: write gthread for a WSGI application, and leave it out for one of ASGI"),
     ],
 )
 def test_other_kinds_of_workers(worker_class: str, reason: str) -> None:
     with pytest.raises(SettingsError) as caught:
         settings("a:b", "-k", worker_class)
     assert str(caught.value) == f"--worker-class {worker_class}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "threads"),
+    [
+        (["-k", "sync"], 1),
+        (["-k", "gthread"], 1),
+        (["-k", "gthread", "--threads", "4"], 4),
+        (["-k", "gunicorn.workers.gthread.ThreadWorker"], 1),
+    ],
+)
+def test_gunicorns_workers_for_wsgi(argv: list[str], threads: int) -> None:
+    found = settings("a:b", *argv)
+    assert (found.interface, found.threads) == ("wsgi", threads)
+
+
+def test_who_says_nothing_of_workers_says_nothing_of_the_interface() -> None:
+    found = settings("a:b")
+    assert (found.interface, found.threads) == ("auto", 10)
+    assert settings("a:b", "-k", "sync", "--interface", "asgi2").interface == "asgi2"

@@ -144,7 +144,7 @@ def test_values_have_their_own_types(text: str, name: str, value: object) -> Non
         ("gracful-timeout = 4", "there is no setting 'gracful-timeout'; did you mean 'graceful_timeout'?"),
         ("qqqq = 4", "there is no setting 'qqqq'"),
         ("[tool.clusterserve]\nworkers = 4", "there is no setting 'tool'"),
-        ("version = true", "there is no setting 'version'"),
+        ("version = true", "there is no setting 'version'; did you mean 'ssl_version'?"),
         ("workers = 0", f"workers=0: {COUNT}"),
         ("workers = true", f"workers=True: {COUNT}"),
         ("workers = [1]", f"workers=[1]: {COUNT}"),

@@ -17,10 +17,13 @@ MANY_LANES: Final = 1024
 class Handle:
     """A listener whose connections the master hands out: Node's RoundRobinHandle, without the socket."""
 
-    def __init__(self, key: int, policy: Policy, client_speaks_first: bool) -> None:
+    def __init__(self, key: int, policy: Policy, client_speaks_first: bool, tls: bool = False) -> None:
         self.key = key
         self.policy = policy
         self.client_speaks_first = client_speaks_first
+        self.tls = tls
+        #: Whether its clients understand an answer of the master's: not within TLS, whose end is in a worker.
+        self.plain_http = client_speaks_first and not tls
         self.lanes: dict[Hashable, deque[Connection]] = {}
         self.workers: dict[int, Worker] = {}
         self._lane = getattr(policy, "lane", None)

@@ -58,10 +58,11 @@ class HeldListener:
     pinned: bool = True
     #: UDP.
     datagram: bool = False
-    #: Whether its connections are of HTTP without TLS, so that any such server can go on with them.
+    #: Whether its connections are of HTTP, so that any such server can go on with them, and with TLS.
     client_speaks_first: bool = False
     #: The socket file that goes with it: path, device, inode; nothing if there is none of ours.
     file: tuple[str, int, int] | None = None
+    tls: bool = False
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class Boot:
     path: list[str]
     #: How this worker was launched: exec (empty: serve the application), args, serialization …
     launch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: Certificate and keys, as `Credentials.to_json` has them; empty: no TLS.
+    tls: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Listen:
     max_connections: int = -1
     #: For every worker that listens there: the first one's counts.  See `clusterserve.listen_options`.
     data: str = ""
+    #: Its server speaks TLS.
+    tls: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,13 @@ class Stacks:
 
     threads: dict[str, Any]
     tasks: str
+
+
+@dataclass(frozen=True)
+class Renew:
+    """Master to worker: these are the certificate and keys from now on, for new connections; as `Boot.tls`."""
+
+    tls: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -245,7 +256,7 @@ class Unborn:
 
 Message = (
     Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain | Debug | Debugged
-    | ShowStacks | Stacks | Stopping | Prepare | Prepared | Fork | Born | Unborn | Reopen | Reopened
+    | ShowStacks | Stacks | Stopping | Renew | Prepare | Prepared | Fork | Born | Unborn | Reopen | Reopened
 )  # fmt: skip
 
 _KINDS: Final = MappingProxyType({kind.__name__: kind for kind in get_args(Message)})

@@ -2,7 +2,8 @@
 
 `Templates` belongs to the roster and changes only by facts, as that does; `steps` says what follows, as a part of
 `plan`.  A worker does not need its template once it is forked.  So that a worker of a generation can always be
-replaced by one of the same code, a template stays as long as its generation is wanted, or is the one that serves.
+replaced by one of the same code, a template stays as long as its generation is wanted, or is the one that serves;
+unless it has nothing of a generation's (`Templates.lasting`), and serves them all.
 """
 
 from __future__ import annotations
@@ -46,12 +47,16 @@ class Template:
     ready: float | None = None
     dismissed: float | None = None
     killed: bool = False
+    #: It was started as workers are started no more.
+    outdated: bool = False
 
 
 @dataclass
 class Templates:
     """Those that are not dead, by id, and what is remembered of the dead ones."""
 
+    #: What they prepare does not age: one is for the workers of all generations, and what these share lasts as long.
+    lasting: bool = False
     here: dict[int, Template] = field(default_factory=dict)
     #: Failures in a row; a template that was ready for a while was none.
     failures: int = 0
@@ -97,8 +102,15 @@ class Templates:
 
     def of(self, generation: int) -> Template | None:
         """The one that workers of `generation` are forked from, or will be."""
-        found = (each for each in self.here.values() if each.generation == generation and each.dismissed is None)
-        return next(found, None)
+        for each in self.here.values():
+            if (each.generation == generation or self.lasting) and each.dismissed is None and not each.outdated:
+                return each
+        return None
+
+    def outdate(self) -> None:
+        """Workers to come are started otherwise: those that are here are not for them."""
+        for template in self.here.values():
+            template.outdated = True
 
     def ready(self, generation: int) -> Template | None:
         """The one that workers of `generation` can be forked from now."""
@@ -120,7 +132,7 @@ def steps(
         if template.dismissed is not None:
             if not template.killed:
                 yield template.dismissed + leave, KillTemplate(template.id, f"it did not end within {leave:g} s")
-        elif template.generation not in generations:
+        elif template.outdated or not generations or (template.generation not in generations and not templates.lasting):
             yield 0.0, DismissTemplate(template.id)
         elif template.ready is None and boot and not template.killed:
             yield template.started + boot, KillTemplate(template.id, f"it was not ready within {boot:g} s")

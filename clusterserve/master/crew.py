@@ -29,6 +29,7 @@ from ..core.wear import Wear
 from ..errors import ProtocolError
 from ..log_files import LogFiles
 from ..settings import Settings
+from .certificates import Certificates
 from .dispatcher import Dispatcher
 from .process import Exit, WorkerProcess
 from .templates import Templates
@@ -87,6 +88,7 @@ class Crew:
         dispatcher: Dispatcher,
         emit: Callable[[Event], None],
         files: LogFiles,
+        certificates: Certificates,
     ) -> None:
         self.settings = settings
         self.seats: dict[int, Seat] = {}
@@ -103,6 +105,7 @@ class Crew:
         self._dispatcher = dispatcher
         self._emit = emit
         self._files = files
+        self._certificates = certificates
         #: What workers are forked from; None: they are spawned.
         self._templates: Templates | None = None
         if roster.templates is not None:
@@ -208,13 +211,16 @@ class Crew:
             launch["debug_port"] = debug_port
         if launch["debug_port"] is not None:
             self._roster.debugging(member.id)
-        return Boot(member.id, member.slot, self.settings.to_json(), self._path(), launch)
+        credentials = self._certificates.credentials
+        tls = {} if credentials is None else credentials.to_json()
+        return Boot(member.id, member.slot, self.settings.to_json(), self._path(), launch, dict(tls))
 
     def _say_why(self, action: Spawn, member: Member) -> None:
         if action.worn:
             who = (member.id, action.worn, action.slot, self.seats[action.worn].process.pid)
             logger.info("Worker %d is to replace worker %d (slot %d, pid %d), which %s", *who, action.why)
-        if self._roster.rejected > action.generation and self._templates is None:
+        templates = self._roster.templates
+        if self._roster.rejected > action.generation and (templates is None or templates.lasting):
             # There is no other way to get at the old code; what it does then, its log lines say.
             logger.warning(
                 "Worker %d starts from the files as they are now, from which generation %d could not start; "

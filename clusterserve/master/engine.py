@@ -27,13 +27,15 @@ from ..core.events import (
 from ..core.handover import HandedConnection
 from ..core.lateness import PATIENCE, REQUEST_PATIENCE
 from ..core.lifecycle import WorkerState
-from ..core.messages import Failed
+from ..core.messages import Failed, Renew
 from ..core.reconcile import Drain, Plan, Spawn, Stop, Target, Verdict
 from ..core.roster import Limits, Roster
 from ..core.templates import Templates
+from ..credentials import Credentials
 from ..errors import BootError, ClusterError, ProtocolError
 from ..log_files import LogFiles
 from ..settings import Settings
+from .certificates import Certificates
 from .changes import Changes
 from .crew import Crew, Environment
 from .debuggers import Debuggers
@@ -100,13 +102,15 @@ class Engine:
             Access(settings.socket_mode, *owner),
             programs=bool(settings.exec),
             heritage=heritage,
+            tls=settings.tls,
         )
         if heritage is not None:
             self._dispatcher.hold()
-        templates = Templates() if settings.templated else None
+        self._certificates = Certificates(loop, settings, self._renew)
+        templates = Templates(lasting=not settings.preload) if settings.templated else None
         self._roster = Roster(_limits(settings), programs=bool(settings.exec), templates=templates)
         self._stacks = StackCollector(loop)
-        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self._files)
+        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self._files, self._certificates)
         self._reopening = Reopening(loop, self._files)
         #: Who is there, by id.
         self.seats = self._crew.seats
@@ -120,7 +124,7 @@ class Engine:
             self._reopening,
         )  # fmt: skip
         #: What held before a reload brought other settings, until they are proved.
-        self._before: Settings | None = None
+        self._before: tuple[Settings, Credentials | None] | None = None
         #: Who waits for the last worker's end, in a cluster whose program says how many there are.
         self._departures = Changes(loop)
         self._changes = Changes(loop)
@@ -140,6 +144,7 @@ class Engine:
         """
         try:
             self._files.open()
+            self._certificates.start()
             opened = self.handles.open_pinned(self.settings.binds, self.settings.backlog)
         except ClusterError:
             self._close()
@@ -225,8 +230,14 @@ class Engine:
             logger.info("Reloading: generation %d replaces %d", self._generation, self._reconciler.target.generation)
             self._emit(StartedReload())
             self._crew.failure = None
+            self._certificates.reread()
             self._reconciler.target = dataclasses.replace(self._reconciler.target, generation=self._generation)
         return self._change()
+
+    def _renew(self, credentials: Credentials) -> None:
+        """What the workers show new clients from now on."""
+        for seat in self.seats.values():
+            seat.channel.send(Renew(dict(credentials.to_json())))
 
     def _must_not_be_manual(self, what: str) -> None:
         if self._reconciler.target.manual:
@@ -237,14 +248,20 @@ class Engine:
         self._use_launch(settings)
 
     def _use_launch(self, settings: Settings) -> None:
+        templates = self._roster.templates
+        if templates is not None and templates.lasting and settings.process != self.settings.process:
+            templates.outdate()
         self.settings = self._crew.settings = settings
 
     def adopt(self, settings: Settings) -> None:
         """Launch workers as these settings say from now on, `rereading.FIXED` being what it was.
 
-        If none of the next generation can start, what those that stay were launched with holds again.
+        If none of the next generation can start, what those that stay were launched with holds again.  Raises
+        `SettingsError` if the certificate has become bad, and then nothing was done.
         """
-        self._before = self._before or self.settings
+        before = self._before or (self.settings, self._certificates.credentials)
+        self._certificates.use(settings)
+        self._before = before
         changed = settings.workers != self.settings.workers
         self._use(settings)
         if changed:
@@ -333,6 +350,7 @@ class Engine:
 
     def _close(self) -> None:
         self._health.close()
+        self._certificates.close()
         self._reopening.close()
         if self._owns_files:
             self._files.close()
@@ -386,7 +404,9 @@ class Engine:
         error = BootError(reason, failure.traceback)
         self._reconciler.target = dataclasses.replace(self._reconciler.target, generation=self._roster.proven)
         if self._before is not None:
-            self._use(self._before)
+            settings, credentials = self._before
+            self._use(settings)
+            self._certificates.go_back(settings, credentials)
             self._before = None
         self._changes.over(error)
         self._reconciler.reconcile()

@@ -51,7 +51,8 @@ class Handles:
     """Owns the listeners.  `make_policy` gives each its own policy object; None: the workers accept.
 
     `programs`: nobody but the workers' own servers serves what is pinned, so they may join it.  `heritage`: what
-    another master has open, and is not opened again; until `take_over` it is still that one's.
+    another master has open, and is not opened again; until `take_over` it is still that one's.  `tls`: what is pinned
+    is served with TLS.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class Handles:
         *,
         programs: bool = False,
         heritage: Heritage | None = None,
+        tls: bool = False,
     ) -> None:
         self._programs = programs
         self._heritage = heritage
+        self._tls = tls
         self._loop = loop
         self._dispatcher = dispatcher
         self._distributor = dispatcher.distributor
@@ -108,10 +111,11 @@ class Handles:
         """What this listener listens on."""
         listener = self._listeners[key]
         if isinstance(listener.sockname, str):
-            return Address(listener.sockname)
+            return Address(listener.sockname, tls=listener.tls)
         host, port = listener.sockname[:2]
         version = 6 if listener.family == socket.AF_INET6 else 4
-        return Address(str(host), int(str(port)), f"udp{version}" if listener.datagram else version)
+        kind: int | str = f"udp{version}" if listener.datagram else version
+        return Address(str(host), int(str(port)), kind, tls=listener.tls)
 
     def open_pinned(self, binds: Iterable[Bind], backlog: int) -> list[Listener]:
         """Open the listeners of `--bind`; raises `BindError`, and `close` closes those that were opened before."""
@@ -148,7 +152,7 @@ class Handles:
             orphan.cancel()
         if self._make_policy is not None and not listener.datagram and listener.key not in self._distributor.handles:
             first = request.client_speaks_first
-            self._distributor.add_handle(listener.key, self._make_policy(), client_speaks_first=first)
+            self._distributor.add_handle(listener.key, self._make_policy(), client_speaks_first=first, tls=request.tls)
             if listener.is_open:
                 self._dispatcher.add_listener(listener, client_speaks_first=first)
         return listener
@@ -165,7 +169,10 @@ class Handles:
         if not found:
             raise ProtocolError(f"it asks for a listener on {request.bind}, which is no --bind, or which it has")
         handle = self._distributor.handles.get(found[0].key)
-        if handle is not None and handle.client_speaks_first != request.client_speaks_first:
+        if handle is not None and (handle.client_speaks_first, found[0].tls) != (
+            request.client_speaks_first,
+            request.tls,
+        ):
             raise BindError(
                 errno.EINVAL,
                 f"cannot listen on {bind}: another worker serves it with TLS or another protocol; "
@@ -302,15 +309,15 @@ class Handles:
         found = []
         for each in self:
             if each.is_open:
-                speaks_first = bool(self.client_speaks_first(each.key))
-                held = HeldListener(each.key, str(each.bind), each.pinned, each.datagram, speaks_first, each.file)
+                first, tls = self.speech(each.key) or (False, False)
+                held = HeldListener(each.key, str(each.bind), each.pinned, each.datagram, first, each.file, tls)
                 found.append((held, each.sock))
         return found
 
-    def client_speaks_first(self, key: int) -> bool | None:
-        """What the workers have said of a listener from which the master accepts; None for others."""
+    def speech(self, key: int) -> tuple[bool, bool] | None:
+        """Of a listener from which the master accepts, whether its clients speak first, and TLS; None for others."""
         handle = self._distributor.handles.get(key)
-        return None if handle is None else handle.client_speaks_first
+        return None if handle is None else (handle.client_speaks_first, handle.tls)
 
     def taken(self) -> dict[int, Listener]:
         """What was the old master's, by its key there."""
@@ -337,9 +344,9 @@ class Handles:
     def _open(self, bind: Bind, backlog: int, *, pinned: bool, request: Listen | None = None) -> Listener:
         if self._closed:
             raise _stopping(str(bind))
-        options: dict[str, Any] = {"access": self._access}
+        options: dict[str, Any] = {"access": self._access, "tls": self._tls}
         if request is not None:
-            for name in ("datagram", "v6only", "reuse_address", "keep_alive"):
+            for name in ("datagram", "v6only", "reuse_address", "keep_alive", "tls"):
                 options[name] = getattr(request, name)
             kept = self._kept.pop(_endpoint(bind, request), None)
             if kept is not None:

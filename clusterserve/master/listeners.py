@@ -51,6 +51,8 @@ class Listener:
     data: str = ""
     #: Its key with the old master, whose it is until that has yielded; 0: it was always ours.
     inherited: int = 0
+    #: Whether it is served with TLS.
+    tls: bool = False
 
     def __post_init__(self) -> None:
         # Remembered: while a cluster stops, its listeners are closed and its last workers may still be starting.
@@ -90,7 +92,7 @@ class Listener:
             return f"unix:{self.sockname}"
         host = str(self.sockname[0])
         host = instead.get(host, host)
-        scheme = "udp" if self.datagram else "http"
+        scheme = "udp" if self.datagram else "https" if self.tls else "http"
         return f"{scheme}://[{host}]:{self.sockname[1]}" if ":" in host else f"{scheme}://{host}:{self.sockname[1]}"
 
     def listen(self, backlog: int) -> None:
@@ -135,8 +137,9 @@ def open_listener(
     keep_alive: bool = False,
     access: Access = Access(),  # noqa: B008 - frozen
     inherited: socket.socket | None = None,
+    tls: bool = False,
 ) -> Listener:
-    """Open what `bind` names and listen; raises `BindError`.  `datagram`: UDP.
+    """Open what `bind` names and listen; raises `BindError`.  `datagram`: UDP; `tls` is for its name.
 
     `inherited` is the socket of another master, which is taken over, and its file left alone.
     """
@@ -157,7 +160,7 @@ def open_listener(
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if keep_alive:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener = Listener(key, bind, sock, pinned, backlog, file, reuse_address, keep_alive)
+        listener = Listener(key, bind, sock, pinned, backlog, file, reuse_address, keep_alive, tls=tls)
         listener.listen(backlog)
     except OSError as exc:
         Listener(key, bind, sock, pinned, backlog, file).close()

@@ -14,7 +14,7 @@ FIXED: Final = frozenset(
         "timeout", "timeout_keep_alive", "timeout_queue", "timeout_request_header", "exec", "args", "serialization",
         "log_level", "log_config", "log_format", "error_logfile", "access_logfile", "use_colors", "pid", "umask",
         "name", "preload", "reload", "reload_dirs", "reload_includes", "reload_excludes", "reload_delay",
-        "reload_extra_files",
+        "reload_extra_files", "ssl_version",
     }
 )  # fmt: skip
 
@@ -36,6 +36,8 @@ def compare(before: Settings, after: Settings) -> Reread:
         for field in dataclasses.fields(Settings)
         if field.name not in _SILENT and getattr(before, field.name) != getattr(after, field.name)
     ]
-    fixed = tuple(name for name in names if name in FIXED)
+    # Whether there is TLS is a thing of the addresses.
+    other_scheme = before.tls != after.tls
+    fixed = tuple(name for name in names if name in FIXED or (other_scheme and name.startswith("ssl_")))
     settings = dataclasses.replace(after, **{name: getattr(before, name) for name in fixed})
     return Reread(settings, tuple(name for name in names if name not in FIXED), fixed)

@@ -111,6 +111,8 @@ class Signals:
         if self._reread is not None:
             try:
                 found = compare(self._engine.settings, self._reread())
+                if found.changed:
+                    self._engine.adopt(found.settings)
             except ClusterError as error:
                 # Its workers would be of a configuration that is none.
                 logger.error("Reload refused, nothing was done: %s", error)
@@ -118,7 +120,6 @@ class Signals:
                 return
             if found.changed:
                 logger.info("The configuration has changed: %s", ", ".join(found.changed))
-                self._engine.adopt(found.settings)
             if found.fixed:
                 logger.warning("Changed too, but only from the next start on: %s", ", ".join(found.fixed))
         self._engine.reload().add_done_callback(self._reloaded)

@@ -46,7 +46,7 @@ class Succession:
         self._loop = loop
         self._claim = claim
         self._heritage = heritage
-        self._continuable = {each.held.key: each.held.client_speaks_first for each in heritage.listeners}
+        self._spoken = {each.held.key: (each.held.client_speaks_first, each.held.tls) for each in heritage.listeners}
         self._engine = engine
         self._on_yielded = on_yielded
         self._left = loop.create_future()
@@ -86,9 +86,7 @@ class Succession:
             taken = self._engine.handles.taken()
             kept = [each.held.key for each in self._heritage.listeners if not each.held.pinned]
             continued = [
-                key
-                for key, listener in taken.items()
-                if self._engine.handles.client_speaks_first(listener.key) is self._continuable[key]
+                key for key, listener in taken.items() if self._engine.handles.speech(listener.key) == self._spoken[key]
             ]
             self._channel.send(Ready(tuple(taken), tuple(kept), tuple(continued)))
 

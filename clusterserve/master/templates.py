@@ -106,7 +106,7 @@ class Templates:
 
     def _start(self, generation: int, settings: Settings, path: list[str], now: float) -> None:
         template = self._book.started(generation, now)
-        if self._roster.rejected > generation:
+        if self._roster.rejected > generation and not self._book.lasting:
             # There is no other way to get at the old code; what it does then, its log lines say.
             logger.warning(
                 "Template %d starts from the files as they are now, from which generation %d could not start; "

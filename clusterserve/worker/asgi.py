@@ -1,9 +1,11 @@
 """Serving an ASGI application with uvicorn: the one file that touches uvicorn.
 
 uvicorn's `Server` runs as it is.  What is relied upon beyond its documented API has a contract test each
-(tests/worker/test_uvicorn_contract.py): `Config.app` may be replaced before `load`, a loop factory may be given as
+(tests/worker/test_uvicorn_contract.py): `Config.app` may be replaced before `load`, which
+calls it if `factory` is set and reads `interface` after that, a loop factory may be given as
 `Config.loop`, `startup(sockets=…)` passes each socket to `loop.create_server`, `should_exit` and
-`config.timeout_graceful_shutdown` are read when they are needed, `server_state.tasks` are the running requests,
+`config.timeout_graceful_shutdown` are read when they are needed, `Config.ssl` may be set after `load` and is passed to
+`loop.create_server`, a protocol class may have `alpn_protocols`, `server_state.tasks` are the running requests,
 `server_state.total_requests` those that are done, and the texts of its start-up and shutdown lines.
 """
 
@@ -15,7 +17,9 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from inspect import signature
 from socket import socket
 from typing import Any, Final, cast
 
@@ -23,8 +27,10 @@ import uvicorn
 from uvicorn.importer import ImportFromStringError, import_from_string
 
 from .. import faults
+from ..checks import MAX_SECONDS
 from ..core.address import Address
 from ..core.atoms import Who
+from ..credentials import Credentials
 from ..currentworker import CurrentWorker
 from ..errors import BootError, SettingsError
 from ..log_files import WorkerFiles
@@ -32,9 +38,11 @@ from ..logs import access_logger, configure_worker
 from ..settings import Settings
 from ..tracebacks import of_application
 from .access import Access
+from .application import Application
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
+from .identity import HTTP_1_1, Identity
 from .link import Link
 from .loop import cluster_loop
 from .membership import Membership
@@ -49,8 +57,8 @@ logger = logging.getLogger("uvicorn.error")
 #: Settings that uvicorn's Config takes under the same name.
 _PASSED: Final = (
     "ws", "ws_max_size", "ws_max_queue", "ws_ping_interval", "ws_ping_timeout", "ws_per_message_deflate",
-    "lifespan", "interface", "log_level", "proxy_headers", "server_header", "date_header",
-    "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "factory", "h11_max_incomplete_event_size",
+    "lifespan", "log_level", "proxy_headers", "server_header", "date_header",
+    "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "h11_max_incomplete_event_size",
     "reset_contextvars",
 )  # fmt: skip
 
@@ -72,6 +80,9 @@ CHATTER: Final = frozenset(
 
 #: Of the grace the master allows, what is left for the application's own shutdown (seconds, at most a fifth).
 _LIFESPAN_SHARE: Final = 1.0
+
+#: How long a worker that leaves waits for TLS handshakes that have begun (seconds).
+_HANDSHAKES: Final = 2.0
 
 #: What uvicorn's shutdown takes outside of its own time limit: noticing it, and a pause (seconds).
 _UNTIMED: Final = 0.2
@@ -129,12 +140,14 @@ def serve(
     worker: CurrentWorker | None = None,
     prepared: Prepared | None = None,
     files: Sequence[int] = (),
+    credentials: Credentials | None = None,
 ) -> None:
     """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started.
 
     `worker` has its handlers on the application's loop, and is told what becomes of it.  `prepared` is what the
     template has made of which this process is a fork.  `files` are the descriptors of the log's files, from now on this
     function's own.
+    `credentials` are for TLS.
     """
     prepared = prepared or Prepared()
     preloaded = prepared.app is not None
@@ -142,7 +155,8 @@ def serve(
     worker = worker or CurrentWorker(0, 0, os.getpid())
     member = Membership(link, worker)
     access = _log(settings, link, worker, prepared.log, files)
-    config = _config(settings, link, borrowing, member, preloaded)
+    application = Application(settings, called=preloaded and settings.factory)
+    config = _config(settings, link, borrowing, member, application)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
@@ -178,15 +192,22 @@ def serve(
 
     link.on_listening = listening
     try:
-        config.app = prepared.app if preloaded else _imported(settings, boot)
+        app = prepared.app if preloaded else _imported(settings, boot)
+        config.app = partial(application.load, app, config)
         config.load()
         app = config.loaded_app if access is None else access.wrapped(config.loaded_app)
         config.loaded_app = draining.announced(app)
+        if credentials is not None:
+            protocols = getattr(config.http_protocol_class, "alpn_protocols", None) or HTTP_1_1
+            identity = Identity(settings, credentials, protocols, prepared.tls)
+            config.ssl = identity.context
+            link.on_renew = identity.renew
         # What exists now lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
-        server.shutdown = member.says_goodbye(server.shutdown)  # type: ignore[method-assign]
-        server.run(sockets=[cast("socket", BindSocket(bind)) for bind in settings.binds])
+        server.shutdown = member.says_goodbye(_after_handshakes(server, link))  # type: ignore[method-assign]
+        shake = {"ssl_handshake_timeout": settings.timeout_request_header or MAX_SECONDS} if settings.tls else {}
+        server.run(sockets=[cast("socket", BindSocket(bind, **shake)) for bind in settings.binds])
     except BootError:
         raise
     except ImportFromStringError as exc:
@@ -200,6 +221,18 @@ def serve(
         if expected:
             raise _could_not_load(settings.app, boot, exc) from None
         raise
+
+
+def _after_handshakes(server: uvicorn.Server, link: Link) -> Callable[..., Coroutine[Any, Any, None]]:
+    """uvicorn's `shutdown`, which knows of a TLS connection when its handshake is done."""
+    shutdown = server.shutdown
+
+    async def finish(*args: Any, **options: Any) -> None:
+        left: float = server.config.timeout_graceful_shutdown or 0.0
+        await link.receiver.handshakes_done(min(_HANDSHAKES, left))
+        await shutdown(*args, **options)
+
+    return finish
 
 
 def _load(server: uvicorn.Server) -> str:
@@ -260,16 +293,18 @@ def _passed(settings: Settings, *names: str) -> dict[str, Any]:
 
 
 def _config(
-    settings: Settings, link: Link, borrowing: Borrowing, member: Membership, preloaded: bool
+    settings: Settings, link: Link, borrowing: Borrowing, member: Membership, application: Application
 ) -> uvicorn.Config:
     options = _passed(settings, *_PASSED)
-    if preloaded:
-        # The template has called it, if it was a factory.
-        options["factory"] = False
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
     options["http"] = borrowing_protocol(settings.http, borrowing) if handed else settings.http
-    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
+    if settings.http2:
+        if "http2" not in signature(uvicorn.Config).parameters:
+            raise BootError(f"--http2 needs a newer uvicorn than {uvicorn.__version__}, which has none")
+        options["http2"] = True
+    # What makes the application of what was imported is ours.
+    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, factory=True, **options)
     loop_class = cluster_loop(_loop_class(settings.loop), link)
 
     def factory() -> asyncio.AbstractEventLoop:
@@ -283,6 +318,8 @@ def _config(
                 keep=settings.dispatch != "request",
                 head_timeout=settings.timeout_request_header,
             )
+            if application.threads is not None:
+                link.receiver.employ(application.threads)
         return loop
 
     config.loop = factory  # type: ignore[assignment]
@@ -372,6 +409,8 @@ class _Drainer:
         self._server.should_exit = True
         if self._gives_back:
             self._link.receiver.stop_keeping()
+        if not keep:
+            self._link.receiver.take_all()
         if quick:
             self._link.receiver.cut()
             self._draining.cut()

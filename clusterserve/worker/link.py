@@ -34,6 +34,7 @@ from ..core.messages import (
     Listened,
     Listening,
     Message,
+    Renew,
     Reopen,
     Reopened,
     ShowStacks,
@@ -85,6 +86,8 @@ class Link:
         self.on_stopping: Callable[[], None] = lambda: None
         #: Called with each message of the program that has the cluster.
         self.on_envelope: Callable[[Envelope, Riders], None] = lambda envelope, riders: riders.close()
+        #: Called with the certificate and keys from now on, as `Credentials.to_json` has them.
+        self.on_renew: Callable[[dict[str, Any]], None] = lambda tls: None
         #: Where this worker's listeners listen.
         self._addresses: dict[int, Address] = {}
         #: Called when a server is in place, on its loop.
@@ -212,7 +215,7 @@ class Link:
             raise
         if listened.errno:
             raise OSError(listened.errno, listened.reason)
-        self._addresses[listened.listener] = _address(listened, request.datagram)
+        self._addresses[listened.listener] = _address(listened, request.datagram, request.tls)
         return listened, descriptors
 
     def serve(self, server: FauxServer) -> None:
@@ -277,6 +280,8 @@ class Link:
             worker = current_worker()
             assert worker is not None
             self.send(debugging.listen(message.port, worker.slot))
+        elif isinstance(message, Renew):
+            self.on_renew(message.tls)
         elif isinstance(message, Reopen):
             self.send(Reopened(message.number, self.on_reopen(descriptors)))
         elif isinstance(message, ShowStacks):
@@ -297,8 +302,9 @@ def _reopen_handlers(descriptors: list[int]) -> str:
     return ""
 
 
-def _address(answer: Listened, datagram: bool) -> Address:
+def _address(answer: Listened, datagram: bool, tls: bool) -> Address:
     if isinstance(answer.sockname, str):
-        return Address(answer.sockname)
+        return Address(answer.sockname, tls=tls)
     version = 6 if answer.family == socket.AF_INET6 else 4
-    return Address(str(answer.sockname[0]), int(answer.sockname[1]), f"udp{version}" if datagram else version)
+    kind: int | str = f"udp{version}" if datagram else version
+    return Address(str(answer.sockname[0]), int(answer.sockname[1]), kind, tls=tls)

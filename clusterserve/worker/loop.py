@@ -49,6 +49,7 @@ async def create_server(
     """
     sock = options.get("sock")
     if isinstance(sock, BindSocket):
+        options = {**sock.ssl, **options}
         return await serve(loop, link, base, protocol_factory, [Listen(0, str(sock.bind), 0, False, True)], options)
     if sock is not None or options.get("reuse_port"):
         server: asyncio.AbstractServer = await base.create_server(protocol_factory, host, port, **options)

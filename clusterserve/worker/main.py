@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..channel.board import Board
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Online, decode
+from ..credentials import Credentials
 from ..current import STDIO_VARIABLE, TEMPLATE_VARIABLE, VARIABLE, become
 from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
@@ -100,7 +101,8 @@ def _serve(
     from .asgi import serve
 
     try:
-        serve(Settings.from_json(boot.settings), link, worker, prepared, files)
+        credentials = Credentials.from_json(boot.tls) if boot.tls else None
+        serve(Settings.from_json(boot.settings), link, worker, prepared, files, credentials)
     except BootError as exc:
         send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE

@@ -13,10 +13,12 @@ A process that is forked from has one thread, no event loop, and no descriptor t
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..credentials import new_context
 from ..log_files import WorkerFiles, lifted
 from ..settings import Settings
 
@@ -29,6 +31,9 @@ class Prepared:
     app: Any = None
     #: Where the log goes, whose loggers are set up then.
     log: WorkerFiles | None = None
+    #: What the contexts of all workers are, so that they resume each other's TLS sessions: the keys of session tickets
+    #: are made with the context, and nothing else can set them.
+    tls: ssl.SSLContext | None = None
 
 
 def prepare(settings: Settings, files: Sequence[int] = ()) -> Prepared:
@@ -39,10 +44,11 @@ def prepare(settings: Settings, files: Sequence[int] = ()) -> Prepared:
     # Imported even if nothing is to be made with it: the workers need not import uvicorn any more.
     from .asgi import preload
 
+    tls = new_context(settings) if settings.tls else None
     if not settings.preload:
         for fd in files:
             os.close(fd)
-        return Prepared()
+        return Prepared(tls=tls)
     # Out of the way of the numbers that workers are given with `stdio`.
     log = WorkerFiles(settings, lifted(files))
-    return Prepared(app=preload(settings, log), log=log)
+    return Prepared(app=preload(settings, log), log=log, tls=tls)

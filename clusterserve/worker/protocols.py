@@ -3,13 +3,15 @@
 The second file that knows uvicorn, and the only one that knows the insides of its protocols; each of them has a
 contract test (tests/worker/test_borrow_contract.py).  Relied upon, of both: `on_response_complete` is called from the
 application's task when a response is complete, `shutdown` when the server stops, `cycle` is the newest request (None
-before the first), `cycle.response_started`, `cycle.response_complete`, `flow`, `server_state.total_requests`,
-`transport`; between two requests neither `cycle` nor `scope` nor `headers` is needed.  Of httptools': `pipeline` holds
-the requests that wait, `on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
+before the first), `cycle.response_started`, `cycle.response_complete`, `cycle.keep_alive`, `cycle.default_headers`,
+`flow`, `server_state.total_requests`, `scheme` and `transport` (None before `connection_made`); between two requests
+neither `cycle` nor `scope` nor `headers` is needed.  Of httptools': `pipeline` holds the requests that wait,
+`on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
 
 A connection is idle when its last response is complete, the request was read to its end, and nothing beyond it has been
-read: what lies unread in the kernel goes to whoever gets the connection next.  Under policy `none` the transport is the
-loop's own and cannot give back: everything is uvicorn's then.
+read: what lies unread in the kernel goes to whoever gets the connection next.  A TLS connection is its worker's to the
+end: one that leaves waits for a last request, whose response says that it is the last.  Under policy `none` the
+transport is the loop's own and cannot give back: everything is uvicorn's then.
 """
 
 from __future__ import annotations
@@ -36,6 +38,14 @@ REQUEST_TIMEOUT: Final = (
     b"connection: close\r\n\r\nThe request took too long to come"
 )
 
+#: A worker that leaves while others go on closes a TLS connection that asks nothing for so long (seconds).
+LAST_CALL: Final = 5.0
+
+#: When the whole cluster stops, one that has never asked anything: its first request may be on its way.
+FIRST_WORD: Final = 0.5
+
+CLOSE: Final = (b"connection", b"close")
+
 
 @dataclass
 class Borrowing:
@@ -56,6 +66,8 @@ def _borrower(base: Any) -> Any:
         headers: Any
         _late_head: object = None
         _looks = 0
+        #: The next response is the last.
+        _leaving = False
 
         def _idle(self) -> bool:
             raise AssertionError("defined by the subclass")
@@ -85,6 +97,7 @@ def _borrower(base: Any) -> Any:
             transport = self.transport
             return (
                 isinstance(transport, HandedTransport)
+                and not transport.ours_alone
                 and not transport.is_closing()
                 and self._idle()
                 # Else it has been upgraded, and is a WebSocket's now.
@@ -104,20 +117,26 @@ def _borrower(base: Any) -> Any:
         def look_at_head(self) -> None:
             """Called four times in the time a head may take: end a client that drips, whatever it sends meanwhile."""
             head = None if self.cycle is not None and not self._answered() else self._head_begun()
+            begun = head is not None
+            if head is None and self.cycle is None and self.scheme == "https":
+                # Who says nothing, the master waits for, if he could tell: here it is after the handshake.
+                head = self
             if head is None or head is not self._late_head:
                 self._late_head, self._looks = head, 0
             else:
                 self._looks += 1
                 # The first look came after it began, by up to a quarter: a head is never ended early.
                 if self._looks == HEAD_LOOKS:
-                    self.transport.write(REQUEST_TIMEOUT)
+                    if begun:
+                        self.transport.write(REQUEST_TIMEOUT)
                     self.transport.close()
 
         def eof_received(self) -> bool:
             # What a client has asked for before it closed its side is answered, if that begins soon; what it has begun
             # to ask, or already hears (an event stream) is over, as with uvicorn.
             cycle = self.cycle
-            if cycle is None or cycle.response_started or self._midway():
+            # With TLS the event loops know no half of a connection.
+            if self.scheme == "https" or cycle is None or cycle.response_started or self._midway():
                 return False
             self.loop.call_later(HALF_CLOSED, self._too_late, cycle)
             return True
@@ -136,6 +155,8 @@ def _borrower(base: Any) -> Any:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            if self._leaving:
+                self._make_it_the_last()
             # A response may be complete before its request is: the connection goes back when the body has ended.
             if self._answered():
                 if self.borrowing.after_response:
@@ -145,10 +166,37 @@ def _borrower(base: Any) -> Any:
 
         def shutdown(self) -> None:
             # With `after_response` set, a request in flight gives its connection back at its end.
-            if self.borrowing.after_response and isinstance(self.transport, HandedTransport):
+            if not isinstance(self.transport, HandedTransport):
+                super().shutdown()
+            elif self.scheme == "https":
+                self._say_goodbye()
+            elif self.borrowing.after_response:
                 self.give_back()
             else:
                 super().shutdown()
+
+        def _say_goodbye(self) -> None:
+            self._leaving = True
+            if self.cycle is not None and not self._answered():
+                self._make_it_the_last()
+            elif self.borrowing.after_response:
+                self.loop.call_later(LAST_CALL, self._close_if_silent, self.cycle)
+            elif self.cycle is None:
+                self.loop.call_later(FIRST_WORD, self._close_if_silent, None)
+            else:
+                super().shutdown()
+
+        def _make_it_the_last(self) -> None:
+            cycle = self.cycle
+            if cycle is not None and not cycle.response_complete:
+                cycle.keep_alive = False
+                if not cycle.response_started and CLOSE not in cycle.default_headers:
+                    # The list is everybody's.
+                    cycle.default_headers = [*cycle.default_headers, CLOSE]
+
+        def _close_if_silent(self, cycle: Any) -> None:
+            if self.cycle is cycle:
+                self.transport.close()
 
     return _Borrower
 

@@ -6,9 +6,13 @@ that class's own, and know its insides.
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import socket
-from typing import TYPE_CHECKING, Any, cast
+import termios
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..channel.board import UNKNOWN
 from .lazy import GONE, Phase
@@ -17,9 +21,14 @@ if TYPE_CHECKING:
     from .transport import HandedTransport
 
 
+#: How long a TLS client that was told of the end has to confirm it (seconds).
+FAREWELL: Final = 1.0
+
+
 def become_real(handed: HandedTransport, **ssl: Any) -> None:
     """Hand the descriptor to the loop's own transport; `ssl` is for `loop.connect_accepted_socket`."""
     handed._phase = Phase.PENDING
+    handed._tls = bool(ssl)
     handed._leave_watch()
     handed._receiver.marks[handed._place] = UNKNOWN
     handed._receiver.keep(handed._id, handed)
@@ -64,6 +73,11 @@ def _adopt(handed: HandedTransport, real: asyncio.Transport, protocol: asyncio.B
     # Instance attributes in front of the methods: from here on a call goes straight to the loop's transport.
     for name in ("is_closing", "close", "abort"):
         setattr(handed, name, getattr(real, name))
+    if handed._tls:
+        setattr(handed, "close", partial(_close, handed, real))  # noqa: B010 - a method of its class to mypy
+        # Its keys are here and nowhere else.
+        handed._upgraded = True
+        handed._take()
     if not handed._closing:
         # Else what is written is dropped here, whatever the loop's transport does with it after `close`.
         for name in ("write", "writelines", "write_eof", "can_write_eof"):
@@ -85,7 +99,7 @@ def _adopt(handed: HandedTransport, real: asyncio.Transport, protocol: asyncio.B
     if handed._abort:
         real.abort()
     elif handed._closing:
-        real.close()
+        handed.close()
     else:
         if handed._eof:
             real.write_eof()
@@ -102,6 +116,31 @@ def _adopt_reading(handed: HandedTransport) -> None:
         setattr(handed, name, getattr(real, name))
     if not handed._reading and not real.is_closing():
         real.pause_reading()
+
+
+def _close(handed: HandedTransport, real: asyncio.Transport) -> None:
+    """Close a TLS connection.  The loops wait for the client to confirm the end, for half a minute; many never do."""
+    real.close()
+    handed._receiver.loop.call_later(FAREWELL, _part, handed, real)
+
+
+def _part(handed: HandedTransport, real: asyncio.Transport) -> None:
+    """Go without a confirmation, once the client's kernel has everything."""
+    if handed._phase is not Phase.CLOSED:
+        if real.get_write_buffer_size() or _unacknowledged(handed._fd):
+            handed._receiver.loop.call_later(FAREWELL, _part, handed, real)
+        else:
+            real.abort()
+
+
+def _unacknowledged(fd: int) -> int:
+    buffer = array.array("i", [0])
+    try:
+        fcntl.ioctl(fd, termios.TIOCOUTQ, buffer)
+    except OSError:
+        # The loop has closed it, and tells us in its next turn.
+        return 0
+    return buffer[0]
 
 
 def _pause(handed: HandedTransport) -> None:

@@ -9,6 +9,7 @@ it has finished.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import socket
@@ -21,9 +22,10 @@ from .. import faults
 from ..channel.board import READING, Board
 from ..channel.connection import MAX_ANSWERS, WorkerEnd
 from ..core.cost import Cost
-from ..core.records import IPV4, IPV6, Flag, Kind, pack_answer, unpack_offers
+from ..core.records import FREE, FULL, IPV4, IPV6, Flag, Kind, pack_answer, unpack_offers
 from ..errors import ProtocolError
 from .lazy import CHUNK, LazyTransport
+from .threads import Threads
 from .transport import HandedTransport
 from .watch import Watch
 
@@ -78,7 +80,7 @@ class Receiver:
         self.keeps = False
         #: Whether somebody wants to know how long connections have waited for this worker.
         self.timed = False
-        self._may_keep = self._weighs = False
+        self._may_keep = self._weighs = self._keeps_at_all = False
         self._cost = Cost()
         self._board = board
         self._end = end
@@ -100,11 +102,18 @@ class Receiver:
         self._unarmed: list[LazyTransport] = []
         # Those that are acknowledged when their protocol has its connection.
         self._making: set[int] = set()
+        # Those whose TLS handshake is not done.
+        self._handshakes: set[int] = set()
+        self._shaken: asyncio.Event | None = None
         # Answers outside of a turn, and whether their sending is scheduled.
         self._answers: dict[int, int] = {}
         self._scheduled = False
         self._blocked: list[bytes] = []
         self._on_idle: Callable[[], None] | None = None
+        # Where requests are served in threads: those of this turn that will need one.
+        self._threads: Threads | None = None
+        self._begun = 0
+        self._crowded = self._last = False
         loop.add_reader(end.fileno(), self._readable)
 
     def borrow(self, kept: select.epoll | None, *, keep: bool, head_timeout: float) -> None:
@@ -114,13 +123,58 @@ class Receiver:
         leaves.  A request's head may take `head_timeout` seconds (0: for ever).  Owns `kept`.
         """
         self.watch = Watch(self.loop, kept, self)
-        self.keeps = keep
+        self.keeps = self._keeps_at_all = keep
         self._may_keep = keep and kept is not None
         self._weighs = kept is not None
         if self._may_keep:
             self.loop.call_later(IDLE_LOOK, self._look_for_idle)
         if head_timeout:
             self.loop.call_later(head_timeout / HEAD_LOOKS, self._look_at_heads, head_timeout / HEAD_LOOKS)
+
+    def employ(self, threads: Threads) -> None:
+        """Requests are served in these threads from now on: what finds none free is left, unread, to other workers."""
+        self._threads = threads
+        self.counters[3] = threads.places
+        threads.on_begin, threads.on_end = self._occupied, self._vacated
+
+    def has_room(self) -> bool:
+        """Whether the next request has a thread, which is reserved for it until the end of this turn."""
+        if self._threads is not None and not self._last:
+            # One that was read in this turn gets its thread when its task runs, right before the turn ends.
+            if self._threads.busy + self._begun >= self._threads.places:
+                return False
+            self._begun += 1
+        return True
+
+    def take_all(self) -> None:
+        """Nobody is left who could take what finds no thread: it waits for one here."""
+        self._last = True
+
+    def returns_real(self, watch: Watch | None) -> bool:
+        """Whether a connection that has become the loop's goes back after its response: it cannot wait in `watch`.
+
+        Where requests need a thread it does so always: the loop would read the next one, whether there is one or not.
+        """
+        return watch is None or watch.shared or not self.keeps or self._threads is not None
+
+    def _occupied(self) -> None:
+        assert self._threads is not None
+        self.counters[2] = self._threads.busy
+        self._begun = max(0, self._begun - 1)
+        if self._threads.busy >= self._threads.places:
+            # Whoever waits in the master's queue must not see the threads go to those that are kept, again and again.
+            self._crowded, self.keeps = True, False
+
+    def _vacated(self, seconds: float) -> None:
+        assert self._threads is not None
+        self.counters[2] = self._threads.busy
+        if self._threads.busy == self._threads.places - 1:
+            self._later(0, FREE)
+        self._crowded = self._crowded and self._threads.busy * 2 >= self._threads.places
+        self.keeps = self._keeps_at_all
+        if self._weighs and self.watch is not None:
+            self._weigh(self.watch, seconds, 1)
+        self.keeps = self.keeps and not self._crowded
 
     def _look_at_heads(self, pause: float) -> None:
         for transport in tuple(self.kept.values()):
@@ -134,9 +188,21 @@ class Receiver:
 
         Those that nobody could take back belong to their protocols, which `shutdown` tells.
         """
-        self._may_keep = self.keeps = False
+        self._may_keep = self.keeps = self._keeps_at_all = False
         for transport in tuple(self.kept.values()):
             transport.give_back_if_kept()
+
+    async def handshakes_done(self, within: float) -> None:
+        """Returns when every TLS handshake is over that has begun, or after so many seconds."""
+        if self._handshakes and within > 0:
+            self._shaken = asyncio.Event()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._shaken.wait(), within)
+
+    def _shook(self, id: int) -> None:
+        self._handshakes.discard(id)
+        if self._shaken is not None and not self._handshakes:
+            self._shaken.set()
 
     def _look_for_idle(self) -> None:
         for transport in tuple(self.kept.values()):
@@ -211,12 +277,17 @@ class Receiver:
         data: bytes | None = None
         watch = None
         if server.client_speaks_first:
+            if not self.has_room():
+                os.close(fd)
+                self._fresh[id] = FULL
+                return
             watch = self.watch
             self._fresh[id] = _ACK
             # Before it is read: whoever died in between has read it for all the master knows.
             self.marks[place] = READING
             try:
-                data = os.read(fd, CHUNK)
+                # What a TLS client says is the loop's transport's to read.
+                data = _peek(fd) if server.ssl else os.read(fd, CHUNK)
             except BlockingIOError:
                 pass
             except OSError:
@@ -231,6 +302,8 @@ class Receiver:
                 os.close(fd)
                 self._fresh[id] = _ACK | _CLOSED
                 return
+            if server.ssl:
+                data = None
         elif server.most is not None and len(self.kept) >= server.most:
             server.drops += 1
             os.close(fd)
@@ -254,6 +327,8 @@ class Receiver:
         if self.timed:
             transport.handed_over(queued, monotonic(), self.counters[0])
         if data is None:
+            if server.ssl:
+                self._handshakes.add(id)
             transport.become_real(**server.ssl)
             return
         self._lazy.append(transport)
@@ -336,7 +411,8 @@ class Receiver:
         requests, self._requests = self._requests, 0
         fresh = self._fresh
         held = self._spent + self._span() if requests else 0.0
-        if requests and self._weighs and self.watch is not None:
+        self._begun = 0
+        if requests and self._weighs and self.watch is not None and self._threads is None:
             self._weigh(self.watch, held, requests)
         for transport in lazy:
             transport.settle()
@@ -378,6 +454,7 @@ class Receiver:
 
     def made(self, id: int) -> None:
         """A connection has its protocol: if its client need not speak first, acknowledged one turn later."""
+        self._shook(id)
         if id in self._making:
             self._making.remove(id)
             # Not at once: `_flush` may be scheduled already, in front of the tasks that this protocol will create.
@@ -386,6 +463,7 @@ class Receiver:
     def ended(self, id: int, *, returned: bool = False) -> None:
         """Our descriptor of a connection is closed: the connection is over, or `returned` to the master."""
         self.kept.pop(id, None)
+        self._shook(id)
         if self._on_idle is not None and not self.kept:
             self._on_idle()
         kind = _RETURNED if returned else _CLOSED
@@ -491,3 +569,12 @@ class Receiver:
         if self.watch is not None:
             self.watch.close()
         self._board.close()
+
+
+def _peek(fd: int) -> bytes:
+    """What can be read, left where it is: a byte of it, nothing at its end; raises BlockingIOError if nothing can."""
+    sock = socket.socket(fileno=fd)
+    try:
+        return sock.recv(1, socket.MSG_PEEK)
+    finally:
+        sock.detach()

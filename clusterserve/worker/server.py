@@ -43,13 +43,15 @@ class FauxSocket:
 class BindSocket(FauxSocket):
     """What a server that takes ready-made sockets (`uvicorn.Server.startup(sockets=…)`) is given for an address.
 
-    `loop.create_server(sock=…)` recognises it and listens on `bind` through the master.
+    `loop.create_server(sock=…)` recognises it and listens on `bind` through the master; `ssl` are TLS arguments to go
+    with those it is called with.
     """
 
-    def __init__(self, bind: Bind) -> None:
+    def __init__(self, bind: Bind, **ssl: Any) -> None:
         family = socket.AF_UNIX if bind.kind == "unix" else socket.AF_INET6 if ":" in bind.host else socket.AF_INET
         super().__init__(family, bind.path if bind.kind == "unix" else (bind.host, bind.port))
         self.bind = bind
+        self.ssl = ssl
 
 
 class Entrance:

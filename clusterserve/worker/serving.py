@@ -32,10 +32,11 @@ async def serve(
     had: list[tuple[Listened, list[int]]] = []
     missing: OSError | None = None
     for request in requests:
-        # What listens on a `--bind` is uvicorn.  A TLS client speaks first too, but to the loop's own TLS transport.
-        first = request.pinned and not ssl
+        # What listens on a `--bind` is uvicorn, whose clients have something to ask.
+        first = request.pinned
+        asked = replace(request, backlog=backlog, client_speaks_first=first, tls=bool(ssl))
         try:
-            had.append(await link.listen(replace(request, backlog=backlog, client_speaks_first=first)))
+            had.append(await link.listen(asked))
         except OSError as exc:
             if exc.errno == errno.EAFNOSUPPORT and len(requests) > 1:
                 # As asyncio: this machine has only one of the families.

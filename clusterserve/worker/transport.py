@@ -30,6 +30,11 @@ class HandedTransport(LazyTransport):
             raise RuntimeError(f"{self!r} has no transport of the event loop yet")
         return self._real
 
+    @property
+    def ours_alone(self) -> bool:
+        """Whether nobody else could do anything for it, so that it is not given back: TLS, another protocol."""
+        return self._tls or self._upgraded
+
     def handed_over(self, queued: int, now: float, turn: int) -> None:
         """Note when the master had it ready (see `core.records.waited`), and in which turn of the receiver it came."""
         self._handed: tuple[int, float, int] | None = (queued, now, turn)

@@ -126,7 +126,7 @@ def test_A07_both_families_on_one_socket(scene: Scene, policy: str, spelling: st
             assert await asked(("127.0.0.1", ports[0])) in ("1", "2")
             assert await asked(("::1", ports[0]), socket.AF_INET6) in ("1", "2")
             addresses = {(await told.until("listening", each.worker))[0].details for each in workers}
-            assert addresses == {(("::", ports[0], 6, None),)}
+            assert addresses == {(("::", ports[0], 6, None, False),)}
 
     scene.run(main())
 

@@ -41,5 +41,7 @@ def test_an_address_reads_as_a_url() -> None:
     assert str(Address("/run/x")) == "unix:/run/x"
     assert str(Address("127.0.0.1", 80, 4)) == "http://127.0.0.1:80"
     assert str(Address("::1", 80, 6)) == "http://[::1]:80"
+    assert str(Address("::1", 443, 6, tls=True)) == "https://[::1]:443"
+    assert str(Address("/run/x", tls=True)) == "unix:/run/x"
     assert str(Address("127.0.0.1", 53, "udp4")) == "udp://127.0.0.1:53"
     assert str(Address("::", 53, "udp6")) == "udp://[::]:53"

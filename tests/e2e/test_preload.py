@@ -199,16 +199,10 @@ class TestCrashes:
         with server.connect() as client:
             client.send(request("GET", path))
             if path == "/block":
-                pids = [worker.pid for worker in server.workers]
-                eventually(lambda: any(_sleeps(pid) for pid in pids), "a worker holds its loop")
+                server.wait_for("It holds the loop")
             server.kill()
             server.wait()
             eventually(lambda: server.processes() == [], "workers and template are gone", within=SOON)
-
-
-def _sleeps(pid: int) -> bool:
-    """Whether it is in `time.sleep`, and not in its event loop."""
-    return "nanosleep" in Path(f"/proc/{pid}/wchan").read_text()
 
 
 class TestBadStarts:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import select
 import socket
+import ssl
 import struct
 import termios
 import urllib.parse
@@ -44,8 +45,8 @@ class Address:
         # "All interfaces" is where a server listens, and nowhere to connect to.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname, parts.hostname)
         if ":" in host:
-            return cls(socket.AF_INET6, (host, parts.port), f"http://[{host}]:{parts.port}")
-        return cls(socket.AF_INET, (host, parts.port), f"http://{host}:{parts.port}")
+            return cls(socket.AF_INET6, (host, parts.port), f"{parts.scheme}://[{host}]:{parts.port}")
+        return cls(socket.AF_INET, (host, parts.port), f"{parts.scheme}://{host}:{parts.port}")
 
     def reached_by(self, host: str) -> Address:
         """The same port at another address of this machine."""
@@ -91,6 +92,8 @@ class Client:
         source: str | None = None,
         receive_buffer: int | None = None,
         timeout: float = DEADLINE,
+        tls: ssl.SSLContext | None = None,
+        session: ssl.SSLSession | None = None,
     ) -> None:
         self.address = address
         self.socket = socket.socket(address.family, socket.SOCK_STREAM)
@@ -105,6 +108,8 @@ class Client:
             if address.family != socket.AF_UNIX:
                 # Every send becomes a segment of its own, as the tests mean it.
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if tls is not None:
+                self.socket = tls.wrap_socket(self.socket, server_hostname="localhost", session=session)
         except BaseException:
             self.socket.close()
             raise

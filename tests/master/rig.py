@@ -219,13 +219,20 @@ class Rig:
         self.idle += 1
 
     def listen(
-        self, bind: str = "127.0.0.1:0", *, policy: Policy | None = None, client_speaks_first: bool = False
+        self,
+        bind: str = "127.0.0.1:0",
+        *,
+        policy: Policy | None = None,
+        client_speaks_first: bool = False,
+        tls: bool = False,
     ) -> Listener:
         """A listener that the dispatcher accepts from."""
         self._keys += 1
         listener = open_listener(self._keys, Bind.parse(bind), 128, pinned=True)
         self._stack.callback(listener.close)
-        self.distributor.add_handle(listener.key, policy or RoundRobin(), client_speaks_first=client_speaks_first)
+        self.distributor.add_handle(
+            listener.key, policy or RoundRobin(), client_speaks_first=client_speaks_first, tls=tls
+        )
         self.dispatcher.add_listener(listener, client_speaks_first=client_speaks_first)
         return listener
 

@@ -726,6 +726,22 @@ def test_an_end_while_a_502_is_still_being_read(loop: SkewedLoop) -> None:
     rig.close()
 
 
+def test_no_502_and_no_503_within_tls(rig: Rig) -> None:
+    """The client could not read it, and a stranger might have put it there."""
+    listener = rig.listen(client_speaks_first=True, tls=True)
+    dying = rig.worker(listener)
+    client, offer = offered(rig, dying, listener)
+    offer.sock.recv(1)
+    dying.die()
+    assert ended(client) == b""
+    rig.distributor.queue_timeout = 1.0
+    waiting = rig.connect(listener, REQUEST)
+    rig.loop.until(lambda: rig.distributor.queued, "nobody is there for it")
+    rig.loop.forward(1.0)
+    rig.loop.until(lambda: not rig.distributor.queued, "it has waited for too long")
+    assert ended(waiting) == b""
+
+
 def test_no_502_in_a_protocol_that_is_not_ours(rig: Rig) -> None:
     listener = rig.listen(client_speaks_first=False)
     dying = rig.worker(listener)

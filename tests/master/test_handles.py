@@ -455,7 +455,7 @@ def test_udp_is_shared_under_every_policy(rig: Rig, request: pytest.FixtureReque
     worker = rig.worker()
     listener = ask(handles, worker, "127.0.0.1:0", datagram=True)
     assert handles.is_shared(listener.datagram)
-    assert handles.address(listener.key) == ("127.0.0.1", port_of(listener), "udp4", None)
+    assert handles.address(listener.key) == ("127.0.0.1", port_of(listener), "udp4", None, False)
     assert ask(handles, rig.worker(), f"127.0.0.1:{port_of(listener)}", datagram=True) is listener
     # A free port of TCP is another.
     assert ask(handles, worker, "127.0.0.1:0") is not listener

@@ -101,12 +101,12 @@ class TestTheRequest:
             await loop.create_server(asyncio.Protocol, sock=BindSocket(bind), backlog=2048, ssl=None)
         await loop.create_server(asyncio.Protocol, sock=BindSocket(Bind("fd", fd=3)), ssl=context)
         assert all(r.pinned for r in fake.of(Listen))
-        assert [(r.bind, r.backlog, r.client_speaks_first) for r in fake.of(Listen)] == [
-            ("127.0.0.1:0", 2048, True),
-            ("unix:/run/x.sock", 2048, True),
-            ("fd://3", 2048, True),
-            # A TLS client speaks first to the loop's TLS transport.
-            ("fd://3", 100, False),
+        assert all(r.client_speaks_first for r in fake.of(Listen))
+        assert [(r.bind, r.backlog, r.tls) for r in fake.of(Listen)] == [
+            ("127.0.0.1:0", 2048, False),
+            ("unix:/run/x.sock", 2048, False),
+            ("fd://3", 2048, False),
+            ("fd://3", 100, True),
         ]
 
     @pytest.mark.parametrize("kind", [str, Path, os.fsencode])

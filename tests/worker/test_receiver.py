@@ -710,6 +710,86 @@ class TestTLS:
         assert handed.answers == [Kind.ACK, Kind.CLOSED]
         assert recorders.only.calls == []
 
+    async def test_a_client_of_ours_that_says_nothing_goes_back(
+        self, loop: Loop, master: Master, recorders: Recorders, server_context: ssl.SSLContext
+    ) -> None:
+        master.receiver.borrow(None, keep=True, head_timeout=0)
+        master.serve(recorders, ssl=server_context)
+        handed = master.hand()
+        await master.answered(handed)
+        assert handed.answers == [Kind.ACK | Kind.SILENT]
+        assert not recorders.all
+
+    async def test_a_connection_of_ours_is_taken_when_its_handshake_is_done(
+        self,
+        loop: Loop,
+        master: Master,
+        recorders: Recorders,
+        server_context: ssl.SSLContext,
+        client_context: ssl.SSLContext,
+    ) -> None:
+        master.receiver.borrow(None, keep=True, head_timeout=0)
+        master.serve(recorders.on(data=respond), ssl=server_context)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = client_context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+        with pytest.raises(ssl.SSLWantReadError):
+            client.do_handshake()
+        handed = master.hand(outgoing.read())
+        await master.answered(handed)
+        assert handed.answers == [Kind.ACK]
+        handed.client.setblocking(False)
+        waiting = loop.create_task(master.receiver.handshakes_done(60.0))
+        incoming.write(await loop.sock_recv(handed.client, 65536))
+        client.do_handshake()
+        assert not waiting.done()
+        client.write(b"question")
+        await loop.sock_sendall(handed.client, outgoing.read())
+        await waiting
+        await handed.ends()
+        assert handed.answers in (
+            [Kind.ACK, Kind.TAKEN, Kind.CLOSED],
+            # Over before the master had heard of it.
+            [Kind.ACK, Kind.CLOSED],
+        )
+        assert recorders.only.data == b"question"
+        await master.receiver.handshakes_done(60.0)
+
+    async def test_the_end_of_a_client_that_does_not_confirm_it(
+        self,
+        loop: Loop,
+        master: Master,
+        recorders: Recorders,
+        server_context: ssl.SSLContext,
+        client_context: ssl.SSLContext,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("clusterserve.worker.real.FAREWELL", 0.01)
+        master.serve(recorders.on(data=respond), first=False, ssl=server_context)
+        handed = master.hand()
+        handed.client.setblocking(True)
+
+        def ask() -> tuple[ssl.SSLSocket, bytes]:
+            client = client_context.wrap_socket(handed.client.dup(), server_hostname="localhost")
+            client.sendall(b"question")
+            return client, client.recv(8)
+
+        client, said = await loop.run_in_executor(None, ask)
+        with client:
+            await handed.ends()
+            assert said == b"QUESTION"
+        # Not by the loop's patience, which has an end as well.
+        (error,) = recorders.only.lost
+        assert not isinstance(error, TimeoutError | asyncio.TimeoutError)
+
+    async def test_handshakes_are_not_waited_for_without_end(
+        self, loop: Loop, master: Master, recorders: Recorders, server_context: ssl.SSLContext
+    ) -> None:
+        master.serve(recorders, first=False, ssl=server_context)
+        handed = master.hand()
+        await master.answered(handed)
+        await master.receiver.handshakes_done(0.01)
+        await master.receiver.handshakes_done(0.0)
+
 
 # ── a loop that is closing ──────────────────────────────────────────────────────────────────────────────────────────
 

@@ -22,6 +22,7 @@ async def app(scope, receive, send):  # type: ignore[no-untyped-def]
         await _lifespan(receive, send)
         return
     if scope["path"] == "/block":
+        print("It holds the loop", flush=True)
         time.sleep(3600)  # noqa: ASYNC251 - that is what it is for
     if scope["path"].startswith("/exit/"):
         os._exit(int(scope["path"][6:]))
