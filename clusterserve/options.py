@@ -110,6 +110,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         ),
         _value("--max-pending", "N", "Stop accepting while this many connections wait for a worker."),
         _value(
+            "--limit-concurrency",
+            "N",
+            "Answer 503 to what comes while this many requests and WebSockets are in progress in all workers together.",
+        ),
+        _value(
             "--timeout-queue",
             "SECONDS",
             "Answer 503 to a request for which no worker was free for this long; 0: let it wait.",

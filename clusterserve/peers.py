@@ -53,7 +53,7 @@ _SAID: Final[dict[str, str]] = {
     f"{_YET}: every worker imports the application by itself, leave it out": "--preload",
     f"{_YET}: it serves ASGI only, wrap a WSGI application with a2wsgi": "--threads",
     f"{_YET}: see --max-pending and --timeout-queue for what bounds the requests that wait": """
-        --limit-concurrency --worker-connections --backpressure""",
+        --worker-connections --backpressure""",
     f"{_YET}: the HTTP parser's own limits hold, and h11's is set with --h11-max-incomplete-event-size": """
         --limit-request-line --limit-request-fields --limit-request-field_size""",
     f"{_YET}: see --timeout-request-header and --timeout-keep-alive": "--timeout-request-body",

@@ -70,6 +70,7 @@ class Settings(Launch):
     workers_source: str = ""  # why that many, for the start-up line
     respawn: bool = True  # False: how many workers there are is the program's business
     max_pending: int = 2048
+    limit_concurrency: int | None = None  # over all workers together
     hooks: str | None = None
 
     timeout_boot: float = 60.0
@@ -215,6 +216,7 @@ _CHECKS: Final[dict[str, Check]] = {
     "dispatch": choice("auto", "connection", "request"),
     "workers_source": text,
     "max_pending": whole(1),
+    "limit_concurrency": optional(whole(1)),
     "hooks": optional(module),
     "timeout_boot": seconds(above_zero=True),
     "timeout_graceful_shutdown": seconds(),

@@ -179,6 +179,7 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--policy": ("least", "policy", "least"),
         "--dispatch": ("connection", "dispatch", "connection"),
         "--max-pending": ("5", "max_pending", 5),
+        "--limit-concurrency": ("9", "limit_concurrency", 9),
         "--hooks": ("package.hooks", "hooks", "package.hooks"),
         "--timeout-boot": ("9", "timeout_boot", 9.0),
         "--timeout-graceful-shutdown": ("1.5", "timeout_graceful_shutdown", 1.5),

@@ -378,6 +378,7 @@ def test_a_value_is_kept_in_its_own_type(name: str, given: object, kept: object)
         ("backlog", 2**31, "must be a whole number"),
         ("backlog", None, "must be a whole number"),
         ("max_pending", 0, "must be a whole number of at least 1"),
+        ("limit_concurrency", 0, "must be a whole number of at least 1"),
         ("hooks", "package:module", "must be the name of a module, as in package.module"),
         ("hooks", "", "must be the name of a module"),
         ("hooks", ".relative", "must be the name of a module"),

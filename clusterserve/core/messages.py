@@ -40,6 +40,8 @@ class Boot:
     path: list[str]
     #: How this worker was launched: exec (empty: serve the application), args, serialization …
     launch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: Its cell in the tally, which no other living worker has.
+    place: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 from .. import faults
 from ..channel.message import MessageChannel, Riders
+from ..channel.tally import Places
 from ..core.envelope import Envelope
 from ..core.events import Event, Exited, Forked, StartedDraining, WasKilled, WentWrong, WorkerName
 from ..core.lifecycle import WorkerEvent, WorkerState
@@ -53,6 +54,8 @@ class Seat:
     farewell: int = 0
     #: Where a debugger can attach, HOST:PORT; empty: nowhere.
     debugger: str = ""
+    #: Its cell in the tally.
+    place: int = 0
 
     @property
     def who(self) -> tuple[int, int, int]:
@@ -87,6 +90,7 @@ class Crew:
         self.environments: dict[int, Environment] = {}
         #: How the last one ended that was not told to.
         self.last_exit = "no worker process could be started"
+        self._places = Places()
         self._loop = loop
         self._roster = roster
         self._dispatcher = dispatcher
@@ -109,6 +113,7 @@ class Crew:
         now = self._loop.time()
         member = self._roster.spawned(action.slot, action.generation, now, wear)
         self._say_why(action, member)
+        place = self._places.take()
         try:
             process = WorkerProcess(
                 action.slot,
@@ -116,8 +121,10 @@ class Crew:
                 partial(self._ears.on_exit, member.id),
                 self.settings,
                 self.environments.get(action.slot, ()),
+                self._places.tally.fd,
             )
         except OSError as exc:
+            self._places.free(place)
             self._stillborn(member, exc, now)
             return member.id
         channel = MessageChannel(
@@ -127,12 +134,12 @@ class Crew:
             partial(self._ears.on_closed, member.id),
             partial(self._ears.on_envelope, member.id),
         )
-        seat = self.seats[member.id] = Seat(member, process, channel)
+        seat = self.seats[member.id] = Seat(member, process, channel, place=place)
         self.tell(seat, Forked)
         self._dispatcher.add_worker(
             member.id, action.slot, process.connections, process.board, process.kept, process.pid
         )
-        channel.send(self._boot(member, debug_port))
+        channel.send(self._boot(member, debug_port, place))
         return member.id
 
     def _stillborn(self, member: Member, error: OSError, now: float) -> None:
@@ -144,7 +151,7 @@ class Crew:
             self._emit(Exited(name, None, None))
         self._roster.happened(member.id, WorkerEvent.EXITED, now)
 
-    def _boot(self, member: Member, debug_port: int | None) -> Boot:
+    def _boot(self, member: Member, debug_port: int | None, place: int) -> Boot:
         # Python overlooks what is no text there, a Path for one; so do we.
         entries: list[object] = [*sys.path]
         path = [entry for entry in entries if isinstance(entry, str)]
@@ -155,7 +162,7 @@ class Crew:
             launch["debug_port"] = debug_port
         if launch["debug_port"] is not None:
             self._roster.debugging(member.id)
-        return Boot(member.id, member.slot, self.settings.to_json(), path, launch)
+        return Boot(member.id, member.slot, self.settings.to_json(), path, launch, place)
 
     def _say_why(self, action: Spawn, member: Member) -> None:
         if action.worn:
@@ -169,6 +176,16 @@ class Crew:
                 member.id,
                 self._roster.rejected,
             )
+
+    def dead(self, worker: int) -> Seat:
+        """Its process has ended: what it had in progress is over."""
+        seat = self.seats.pop(worker)
+        self._places.free(seat.place)
+        return seat
+
+    def close(self) -> None:
+        """Let go of what the workers shared; they are dead."""
+        self._places.close()
 
     # -- ending ---------------------------------------------------------------------------------------------------
 

@@ -355,6 +355,7 @@ class Engine:
         self.handles.close()
         self._dispatcher.close()
         self.outbox.close()
+        self._crew.close()
         if self._deadline is not None:
             self._deadline.cancel()
 
@@ -513,7 +514,7 @@ class Engine:
             self._stacks.gone(worker)
             if seat.stacks >= 0:
                 os.close(seat.stacks)
-            del self.seats[worker]
+            self._crew.dead(worker)
             self._debuggers.settle(worker)
             asked = seat.member.drained is not None
             self.handles.leave_all(worker, crashed=not asked)

@@ -79,8 +79,11 @@ class WorkerProcess:
         on_exit: Callable[[Exit], None],
         launch: Launch = Launch(),  # noqa: B008 - frozen
         env: Sequence[tuple[str, str]] = (),
+        tally: int = -1,
     ) -> None:
         """Spawn it, with `env` besides what `launch` says; raises OSError if that is impossible.
+
+        `tally` is a descriptor that it gets a copy of: what all workers count in.
 
         Must be called by a thread that lives as long as the worker shall: the parent-death signal follows the thread.
         """
@@ -100,9 +103,10 @@ class WorkerProcess:
                 undo.callback(self.board.close)
                 self.kept = select.epoll()
                 undo.callback(self.kept.close)
-                channels = (
+                channels = [
                     their_messages.fileno(), their_connections.fileno(), self.board.fd, self.kept.fileno(),
-                )  # fmt: skip
+                    *([] if tally < 0 else [tally]),
+                ]  # fmt: skip
                 lifted: list[int] = []
                 if streams.extra:
                     # The numbers that `stdio` gives away may be the channels'.

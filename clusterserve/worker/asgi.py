@@ -22,11 +22,13 @@ import uvicorn
 from uvicorn.importer import ImportFromStringError, import_from_string
 
 from .. import faults
+from ..channel.tally import Crowd
 from ..core.address import Address
 from ..currentworker import CurrentWorker
 from ..errors import BootError
 from ..settings import Settings
 from ..tracebacks import of_application
+from .concurrency import limited
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
@@ -115,6 +117,8 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
         config.app = import_from_string(settings.app)
         config.load()
         config.loaded_app = draining.announced(config.loaded_app)
+        if settings.limit_concurrency is not None and link.tally is not None:
+            config.loaded_app = limited(config.loaded_app, Crowd(link.tally, link.place, settings.limit_concurrency))
         # What exists now lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()

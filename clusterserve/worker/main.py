@@ -16,6 +16,7 @@ from typing import Final
 
 from .. import faults
 from ..channel.board import Board
+from ..channel.tally import Tally
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
 from ..current import STDIO_VARIABLE, VARIABLE, become
 from ..currentworker import CurrentWorker
@@ -38,7 +39,7 @@ _MASTERS: Final = ("SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN
 def main() -> int:
     """Run as a worker until told to finish; returns the exit code."""
     place_descriptors(os.environ.pop(STDIO_VARIABLE, ""))
-    messages, connections, board, kept, master = (int(number) for number in os.environ.pop(VARIABLE).split(","))
+    messages, connections, board, kept, *tally, master = (int(each) for each in os.environ.pop(VARIABLE).split(","))
     die_with(master)
     for name in _MASTERS:
         signal.signal(getattr(signal, name), heed_the_master)
@@ -47,7 +48,7 @@ def main() -> int:
         # signal handler, to the descriptor and not to what the application may put in the place of sys.stderr.
         faulthandler.enable(2, all_threads=True)
     channel = socket.socket(fileno=messages)
-    for descriptor in (messages, connections, board, kept):
+    for descriptor in (messages, connections, board, kept, *tally):
         os.set_inheritable(descriptor, False)
     try:
         boot = _receive_boot(channel)
@@ -59,6 +60,8 @@ def main() -> int:
     worker = CurrentWorker(boot.worker, boot.slot, os.getpid(), pickled=pickled)
     become(worker)
     link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
+    if tally:
+        link.tally, link.place = Tally(tally[0]), boot.place
     told = answer_signal()
     if boot.launch.get("exec"):
         return _run(boot, channel, link, worker, told)
