@@ -125,6 +125,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "SECONDS",
             "How long requests in flight may take once the cluster stops.",
         ),
+        _value(
+            "--shutdown-delay",
+            "SECONDS",
+            "Once told to stop, serve on as before for this long; the application can know it (docs/draining.md).",
+        ),
         _value("--hooks", "MODULE", "Call this module's functions on_fork, on_exit, on_ready … (docs/hooks.md)."),
         _value("--restart-backoff", "SECONDS", "Wait before a dead worker is replaced; doubles while they keep dying."),
         _value("--restart-backoff-max", "SECONDS", "The longest such wait."),

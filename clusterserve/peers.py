@@ -59,7 +59,6 @@ _SAID: Final[dict[str, str]] = {
     f"{_YET}: see --timeout-request-header and --timeout-keep-alive": "--timeout-request-body",
     f"{_YET}: the number of workers is fixed with --workers, and changed by SIGTTIN and SIGTTOU": "--max-workers",
     f"{_YET}: only the master listens, so nothing needs it": "--reuse-port",
-    f"{_YET}: let the proxy or the load balancer stop sending before it stops the master": "--shutdown-delay",
     "has no counterpart: the heartbeats of workers need no file, leave it out": "--worker-tmp-dir",
     "has no counterpart: nothing is sent with sendfile, leave it out": "--no-sendfile",
     "has no counterpart: there is no control socket, leave it out": "--no-control-socket",

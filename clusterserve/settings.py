@@ -75,6 +75,7 @@ class Settings(Launch):
 
     timeout_boot: float = 60.0
     timeout_graceful_shutdown: float = 30.0
+    shutdown_delay: float = 0.0
     timeout_keep_alive: int = 5
     timeout_queue: float = 30.0
     timeout_request_header: float = 30.0
@@ -220,6 +221,7 @@ _CHECKS: Final[dict[str, Check]] = {
     "hooks": optional(module),
     "timeout_boot": seconds(above_zero=True),
     "timeout_graceful_shutdown": seconds(),
+    "shutdown_delay": seconds(),
     "timeout_keep_alive": whole(0),
     "timeout_queue": seconds(),
     "timeout_request_header": seconds(),

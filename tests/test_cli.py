@@ -183,6 +183,7 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--hooks": ("package.hooks", "hooks", "package.hooks"),
         "--timeout-boot": ("9", "timeout_boot", 9.0),
         "--timeout-graceful-shutdown": ("1.5", "timeout_graceful_shutdown", 1.5),
+        "--shutdown-delay": ("2.5", "shutdown_delay", 2.5),
         "--restart-backoff": ("0.2", "restart_backoff", 0.2),
         "--restart-backoff-max": ("3", "restart_backoff_max", 3.0),
         "--reload-surge": ("2", "reload_surge", 2),

@@ -1,8 +1,9 @@
 """Who gets this connection: the queue, the ready workers, the offers between them.
 
-A shell feeds it facts (accepted, readable, answered, looked, recalled, lost) and does what it returns: `distribute` the
-offers to send, `overdue` the workers whose unread offers to recall, `looked` those whose kept connections to take back,
-`answer` the connection to close or to park.  It holds no descriptor and knows no time but what it is told.
+A shell feeds it facts (accepted, readable, answered, recalled, lost) and does what it returns: `distribute` the offers
+to send, `answer` the connection to close or to park.  Of its parts, `lateness` names the workers from which to take
+something back, and `parking` the connections whose time is over.  It holds no descriptor and knows no time but what it
+is told.
 
 Invariants, kept by construction and checked in `tests/core/test_distributor.py`: a connection is in one state and one
 place; at most `window` un-acked offers per worker; no connection waits while its policy would give it to a ready
@@ -11,53 +12,22 @@ worker; within a lane, who was queued first is offered first; a lost worker lose
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ..errors import PolicyError, ProtocolError
 from .connection import Connection, Event, State
 from .handle import Handle
+from .lateness import PATIENCE, Lateness
+from .parking import KEEP_ALIVE, Parking
 from .policies import Policy
 from .records import Kind
 from .worker import EXPENSIVE, Worker
 
-#: How long a worker may sit on offers without acknowledging any before it is stalled (seconds).
-PATIENCE: Final = 0.010
-
-#: The same where a connection is given back after every request: being spread evenly matters less than not waiting.
-REQUEST_PATIENCE: Final = 0.002
-
-#: The same for a worker that gets one offer at a time: longer than a request that is merely not cheap should take, or
-#: what was offered ahead would come back just before its turn.
-AHEAD_PATIENCE: Final = 0.005
-
-#: Nor is a worker late that takes no longer than so many times what they all take on average: on a machine whose
-#: processors are all busy, taking offers back only moves them from one waiting worker to another.
-_PACES: Final = 3
-
-#: What one answer counts for at most in that average (seconds): those who are stuck must not set the pace.
-_SLOWEST: Final = 0.020
-
-#: How often in a row a worker is excused that has no processor to run on: a busy machine must not look like stuck
-#: workers.
-EXCUSES: Final = 25
-
-#: How long a connection that was given back may be idle (seconds), unless told otherwise.
-KEEP_ALIVE: Final = 5.0
-
 #: A worker that refused a connection is left alone this long, so that a connection nobody can take does not spin.
 REFUSED_PAUSE: Final = 0.1
-
-#: A stalled worker from which every offer was taken back has nothing left to acknowledge: it is tried again after this
-#: long (seconds).
-RETRY: Final = 0.1
-
-#: The same where every request is offered: then a probe delays one request for a moment, and a machine that was slow to
-#: let a worker run must not cost a worker for long.
-REQUEST_RETRY: Final = 0.004
 
 _ACK: Final = int(Kind.ACK)
 _CLOSED: Final = int(Kind.CLOSED)
@@ -98,26 +68,19 @@ class Distributor:
         head: float = 0.0,
         narrows: bool = False,
     ) -> None:
-        self.patience = patience
         #: Whether a worker of an expensive application gets one offer at a time.  Where connections are for long, being
         #: spread evenly counts for more.
         self.narrows = narrows
-        self.keep_alive = keep_alive
-        #: How long a connection may wait for a worker, and a new client with its first word (seconds; 0: for ever).
+        #: How long a connection may wait for a worker (seconds; 0: for ever).
         self.queue_timeout = queue
-        self.head_timeout = head
         self.handles: dict[int, Handle] = {}
         self.workers: dict[int, Worker] = {}
-        self.parked: dict[int, Connection] = {}
-        #: When a parked connection that was served before is closed, by id, soonest first.
-        self._expiries: dict[int, float] = {}
-        #: The same of those that have never said anything.
-        self._silent: dict[int, float] = {}
+        #: Whose client must speak first, and who makes no progress.
+        self.parking = Parking(keep_alive, head)
+        self.lateness = Lateness(self.workers, self.handles, patience, narrows)
         #: Connections in all lanes together; what `--max-pending` bounds.
         self.queued = 0
         self._tickets = 0
-        #: How long workers take to acknowledge, on average (seconds).
-        self._pace = 0.0
         #: As many as `resize` said; None: the policies know.
         self._slots: int | None = None
 
@@ -134,12 +97,10 @@ class Distributor:
         handle = self.handles.pop(key)
         left = [connection for lane in handle.lanes.values() for connection in lane]
         self.queued -= len(left)
-        left += [connection for connection in self.parked.values() if connection.listener == key]
+        left += self.parking.clear(key)
         for worker in handle.workers.values():
             worker.listeners.discard(key)
         for connection in left:
-            self.parked.pop(connection.id, None)
-            self._unpark(connection.id)
             connection.step(Event.CLOSE)
         return left
 
@@ -210,39 +171,17 @@ class Distributor:
         if waiting:
             self._enqueue(connection)
         else:
-            self._park_silent(connection, connection.since)
+            self.parking.silent(connection)
 
     def readable(self, id: int) -> None:
         """A parked connection's client has sent something."""
-        self._unpark(id)
-        self._enqueue(self.parked.pop(id))
+        self._enqueue(self.parking.leave(id))
 
     def hung_up(self, id: int) -> Connection:
-        """A parked connection's client left without a word; returns it for the shell to close."""
-        connection = self.parked.pop(id)
-        self._unpark(id)
+        """A parked connection's client left without a word, or its time is over; returns it for the shell to close."""
+        connection = self.parking.leave(id)
         connection.step(Event.CLOSE)
         return connection
-
-    def expired(self, now: float) -> list[Connection]:
-        """Idle for `keep_alive` seconds since they were given back, or silent for `head_timeout` from the start.
-
-        They are `hung_up`, if nothing has arrived meanwhile.  Each is named once; whoever has sent something is
-        `readable` as soon as the shell hears of it.
-        """
-        ids = []
-        for deadlines in (self._expiries, self._silent):
-            for id, deadline in deadlines.items():
-                if deadline > now:
-                    break
-                ids.append(id)
-        for id in ids:
-            self._unpark(id)
-        return [self.parked[id] for id in ids]
-
-    def longest_idle(self, count: int) -> list[Connection]:
-        """So many parked connections that were served before, longest idle first: who goes when room is short."""
-        return [self.parked[id] for id in itertools.islice(self._expiries, count)]
 
     def waited_too_long(self, now: float) -> list[Connection]:
         """Take out of the queue who has waited for a worker for `queue_timeout`; the shell answers and closes them."""
@@ -294,13 +233,7 @@ class Distributor:
             # A peak counts at once and fades over some hundred answers: see `held`.
             worker.held = max(held, worker.held - (worker.held >> 6) - 1)
             worker.narrow = self.narrows and worker.held > EXPENSIVE
-        if self.narrows and not worker.narrow:
-            took = now - worker.progress
-            self._pace += ((min(_SLOWEST, took)) - self._pace) * 0.05
-        # Whatever it says, its loop has turned.
-        worker.progress = now
-        worker.stalled = worker.suspect = False
-        worker.excuses = 0
+        self.lateness.acknowledged(worker, now)
         if kind == _ACK:
             connection.step(Event.ACK)
             worker.borrowed[id] = connection
@@ -319,13 +252,12 @@ class Distributor:
         elif kind & _SILENT and connection.listener in self.handles:
             connection.step(Event.RETURN)
             connection.worker = 0
-            self._park_silent(connection, connection.since)
+            self.parking.silent(connection)
             return connection
         elif kind & _RETURNED and connection.listener in self.handles:
             connection.step(Event.RETURN)
             connection.worker = 0
-            self.parked[id] = connection
-            self._expiries[id] = now + self.keep_alive
+            self.parking.idle(connection, now)
             return connection
         else:
             # Closed, or given back for a listener that is gone.
@@ -379,8 +311,7 @@ class Distributor:
             connection.step(Event.CLOSE)
             return False
         connection.step(Event.RETURN)
-        self.parked[connection.id] = connection
-        self._expiries[connection.id] = now + self.keep_alive
+        self.parking.idle(connection, now)
         return True
 
     def gone(self, connection: Connection) -> None:
@@ -409,92 +340,12 @@ class Distributor:
                 worker.ahead = False
         return offers
 
-    def late(self, now: float) -> list[int]:
-        """The workers that made no progress for `patience` and that `overdue` should not take for stalled at once.
-
-        What was offered ahead needs no excuse: it belongs to whoever is free first.
-        """
-        return [
-            worker.id
-            for worker in self.workers.values()
-            if worker.unacked
-            and not worker.stalled
-            and not (worker.narrow and len(worker.unacked) > 1)
-            and now >= self._overdue_at(worker)
-        ]
-
-    def overdue(self, now: float, excused: Container[int] = ()) -> list[Worker]:
-        """Mark the workers that made no progress for `patience`; returns those whose unread offers should come back.
-
-        Only while another worker is ready: with nobody to take them, they may as well stay where they are.  `excused`
-        are workers that could not run for want of a processor: each gets its `patience` anew, `EXCUSES` times.
-        """
-        late = []
-        for worker in self.workers.values():
-            if worker.resting and now >= worker.resting:
-                worker.resting = 0.0
-            if worker.unacked:
-                # The same sum as in `wake_at`: a difference may round to the other side and spin.
-                if now < self._overdue_at(worker):
-                    continue
-                if not worker.stalled and worker.id in excused and worker.excuses < EXCUSES:
-                    worker.excuses += 1
-                    worker.progress = now
-                    continue
-                worker.stalled = True
-                if worker.unread:
-                    late.append(worker)
-            elif worker.stalled and now >= worker.retry:
-                worker.stalled = False
-                worker.suspect = True
-        # What was offered ahead belongs to whoever is free first, and that is somebody else.  But whoever drains is the
-        # last that could have it: nothing is offered any more.
-        late = [
-            worker for worker in late if (worker.narrow and worker.open) or self._replaceable(worker, worker.unacked)
-        ]
-        for worker in late:
-            worker.retry = now + (REQUEST_RETRY if self.narrows else RETRY)
-        return late
-
-    @property
-    def watched(self) -> bool:
-        """Whether there is anything to look for: connections that workers keep, or a worker that was stuck."""
-        return any(worker.kept or worker.stuck for worker in self.workers.values())
-
-    def looked(self, worker: Worker, turns: int, unclaimed: bool, running: int) -> bool:
-        """What the worker's board shows: how often its loop has begun or ended a turn, and the requests in progress.
-
-        `unclaimed`: the next request of some connection that it keeps lies there.  Marks it as stuck if nothing has
-        moved since the last look, and it is in the midst of a turn, or requests have been waiting since; returns
-        whether they should be taken back, because somebody else is ready for them.
-        """
-        still = turns == worker.turns and (bool(turns & 1) or (unclaimed and worker.unclaimed))
-        worker.turns, worker.unclaimed, worker.running, worker.stuck = turns, unclaimed, running, still
-        return still and unclaimed and self._replaceable(worker, worker.kept)
-
-    def overlook(self) -> None:
-        """The shell stops looking for a while: what was seen last says nothing about what it will see next."""
-        for worker in self.workers.values():
-            worker.turns, worker.unclaimed, worker.stuck = -1, False, False
-
     def wake_at(self, now: float) -> float | None:
-        """When `overdue` and `distribute` should run again though nothing happened; None if never."""
-        times = []
-        for worker in self.workers.values():
-            if worker.resting:
-                times.append(worker.resting)
-            if not worker.stalled:
-                if worker.unacked:
-                    times.append(self._overdue_at(worker))
-            elif not worker.unacked:
-                times.append(worker.retry)
-            elif worker.unread:
-                times.append(now + self.patience)
+        """When `lateness`, `parking` and `distribute` should be asked again though nothing happened; None if never."""
+        times = [*self.lateness.deadlines(now), *self.parking.deadlines()]
         if self.queued:
             wakes = (getattr(handle.policy, "wake_at", None) for handle in self.handles.values())
             times += [wake for wake in wakes if wake is not None]
-        times += itertools.islice(self._expiries.values(), 1)
-        times += itertools.islice(self._silent.values(), 1)
         if self.queued and self.queue_timeout:
             heads = [lane[0].since for handle in self.handles.values() for lane in handle.lanes.values() if lane]
             times.append(min(heads) + self.queue_timeout)
@@ -505,7 +356,7 @@ class Distributor:
         workers = self.workers.values()
         return Statistics(
             queued=self.queued,
-            parked=len(self.parked),
+            parked=len(self.parking.connections),
             offered=sum(len(worker.unacked) for worker in workers),
             borrowed=sum(len(worker.borrowed) for worker in workers),
             workers=tuple((worker.id, worker.slot, len(worker.unacked), len(worker.borrowed)) for worker in workers),
@@ -544,17 +395,6 @@ class Distributor:
                 if not lane:
                     del lanes[0]
 
-    # -- parking --------------------------------------------------------------------------------------------------
-
-    def _park_silent(self, connection: Connection, since: float) -> None:
-        self.parked[connection.id] = connection
-        if self.head_timeout:
-            self._silent[connection.id] = since + self.head_timeout
-
-    def _unpark(self, id: int) -> None:
-        self._expiries.pop(id, None)
-        self._silent.pop(id, None)
-
     # -- the queue ------------------------------------------------------------------------------------------------
 
     def _enqueue(self, connection: Connection) -> None:
@@ -584,21 +424,11 @@ class Distributor:
             self.queued += 1
         return orphans
 
-    def _overdue_at(self, worker: Worker) -> float:
-        patience = AHEAD_PATIENCE if worker.narrow else self.patience
-        return worker.progress + max(patience, _PACES * self._pace)
-
     def _release(self, worker: Worker, connection: Connection) -> None:
         """The worker keeps it no longer.  Its number may be another's already, whose KEPT came first."""
         if worker.kept.get(connection.handle) is connection:
             del worker.kept[connection.handle]
         connection.handle = -1
-
-    def _replaceable(self, late: Worker, held: Mapping[int, Connection]) -> bool:
-        """Whether another ready worker listens where one of those that this worker holds came from."""
-        keys = {connection.listener for connection in held.values()} & self.handles.keys()
-        handles = [handle for key in keys if not (handle := self.handles[key]).sticky]
-        return any(other is not late and other.ready for handle in handles for other in handle.workers.values())
 
 
 def _by_ticket(connection: Connection) -> int:

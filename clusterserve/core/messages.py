@@ -166,6 +166,11 @@ class Leave:
 
 
 @dataclass(frozen=True)
+class Stopping:
+    """Master to worker: the cluster was told to stop.  Serve on until you are drained, but you may let others know."""
+
+
+@dataclass(frozen=True)
 class Drain:
     """Master to worker: finish what you hold within `grace` seconds (`quick`: cut it), shut down, exit 0.
 
@@ -179,7 +184,7 @@ class Drain:
 
 Message = (
     Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain | Debug | Debugged
-    | ShowStacks | Stacks
+    | ShowStacks | Stacks | Stopping
 )  # fmt: skip
 
 _KINDS: Final = MappingProxyType({kind.__name__: kind for kind in get_args(Message)})

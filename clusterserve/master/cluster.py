@@ -100,7 +100,7 @@ class Cluster(Emitter):
     def stop(self, *, quick: bool = False) -> None:
         """Stop and return when every process is gone: requests in flight finish within `timeout_graceful_shutdown`.
 
-        `quick` cuts them.  Does nothing if it does not run.
+        It serves on for `shutdown_delay` before.  `quick` does not, and cuts them.  Does nothing if it does not run.
         """
         self._thread.order_stop(quick)
         self._thread.join()

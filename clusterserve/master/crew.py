@@ -1,6 +1,6 @@
 """`Crew`: the worker processes of a cluster, started and told what `plan` has decided.
 
-What becomes of them is a fact, and the engine's business (`Ears`).
+What becomes of them is a fact, and somebody else's business (`Ears`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..channel.tally import Places
 from ..core.envelope import Envelope
 from ..core.events import Event, Exited, Forked, StartedDraining, WasKilled, WentWrong, WorkerName
 from ..core.lifecycle import WorkerEvent, WorkerState
-from ..core.messages import Boot, Message
+from ..core.messages import Boot, Failed, Message, Stopping
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Drain, Kill, Spawn
 from ..core.roster import Member, Roster
@@ -73,7 +73,10 @@ class Ears(Protocol):
 
 
 class Crew:
-    """Every worker that is not dead, by id.  `settings` are for those to come."""
+    """Every worker that is not dead, by id.  `settings` are for those to come; `ears` hear of all of them, and must be
+    there before the first is started."""
+
+    ears: Ears
 
     def __init__(
         self,
@@ -82,20 +85,26 @@ class Crew:
         roster: Roster,
         dispatcher: Dispatcher,
         emit: Callable[[Event], None],
-        ears: Ears,
     ) -> None:
         self.settings = settings
         self.seats: dict[int, Seat] = {}
         #: What `fork` was given, by slot: replacements inherit it.
         self.environments: dict[int, Environment] = {}
+        #: Whether the cluster was told to stop, and those that start all the same are to know it.
+        self.stopping = False
         #: How the last one ended that was not told to.
         self.last_exit = "no worker process could be started"
+        #: What the first said, since this was last None, that could not start.
+        self.failure: Failed | None = None
         self._places = Places()
         self._loop = loop
         self._roster = roster
         self._dispatcher = dispatcher
         self._emit = emit
-        self._ears = ears
+
+    def why(self) -> Failed:
+        """Why workers cannot start."""
+        return self.failure or Failed(self.last_exit, "")
 
     def channel(self, worker: int) -> MessageChannel | None:
         """Its message channel; None if it is gone."""
@@ -118,7 +127,7 @@ class Crew:
             process = WorkerProcess(
                 action.slot,
                 self._loop,
-                partial(self._ears.on_exit, member.id),
+                partial(self.ears.on_exit, member.id),
                 self.settings,
                 self.environments.get(action.slot, ()),
                 self._places.tally.fd,
@@ -130,9 +139,9 @@ class Crew:
         channel = MessageChannel(
             self._loop,
             process.messages,
-            partial(self._ears.on_message, member.id),
-            partial(self._ears.on_closed, member.id),
-            partial(self._ears.on_envelope, member.id),
+            partial(self.ears.on_message, member.id),
+            partial(self.ears.on_closed, member.id),
+            partial(self.ears.on_envelope, member.id),
         )
         seat = self.seats[member.id] = Seat(member, process, channel, place=place)
         self.tell(seat, Forked)
@@ -140,6 +149,8 @@ class Crew:
             member.id, action.slot, process.connections, process.board, process.kept, process.pid
         )
         channel.send(self._boot(member, debug_port, place))
+        if self.stopping:
+            channel.send(Stopping())
         return member.id
 
     def _stillborn(self, member: Member, error: OSError, now: float) -> None:
@@ -219,10 +230,16 @@ class Crew:
         if action.interrupt:
             seat.process.send_signal(signal.SIGTERM)
 
+    def announce_stop(self) -> None:
+        """Let every worker know that the cluster was told to stop, those to come included."""
+        self.stopping = True
+        for seat in self.seats.values():
+            seat.channel.send(Stopping())
+
     def broke_protocol(self, worker: int, error: ProtocolError) -> None:
-        """It costs it its life."""
-        seat = self.seats[worker]
-        if not seat.member.killed:
+        """What came of it could not be read, and no honest sender sends that: it costs it its life."""
+        seat = self.seats.get(worker)
+        if seat is not None and not seat.member.killed:
             # Or else it goes on talking until it is dead.
             self._dispatcher.distributor.drain_worker(worker)
             self._kill(seat, str(error), logging.ERROR, ": ")

@@ -206,7 +206,7 @@ class Dispatcher:
             self._set_accepting(queued < self._max_pending)
         if not queued:
             self._on_idle()
-        if self._timer is None or self._due > now + self.distributor.patience:
+        if self._timer is None or self._due > now + self.distributor.lateness.patience:
             # A look that is due within that time is soon enough for what has just begun.
             wake = self.distributor.wake_at(now)
             if wake is not None:
@@ -224,10 +224,10 @@ class Dispatcher:
         self._timer = None
         now = self._loop.time()
         overslept = now - self._due > _OVERSLEPT
-        starving = {id for id in self.distributor.late(now) if overslept or self._starves(id, now)}
-        for worker in self.distributor.overdue(now, starving):
+        starving = {id for id in self.distributor.lateness.late(now) if overslept or self._starves(id, now)}
+        for worker in self.distributor.lateness.overdue(now, starving):
             self._recall(worker, self._ends[worker.id])
-        self._end_idle(self.distributor.expired(now))
+        self._end_idle(self.distributor.parking.expired(now))
         self._turn_away(self.distributor.waited_too_long(now))
         self._distribute(now)
 
@@ -292,7 +292,7 @@ class Dispatcher:
             _end(connection)
 
     def _exhausted(self, exc: OSError) -> None:
-        idle = self.distributor.longest_idle(_SHED)
+        idle = self.distributor.parking.longest_idle(_SHED)
         if self._may_complain():
             what = f"closing the {len(idle)} connections idle longest" if idle else "waiting"
             logger.warning("Cannot accept: %s; %s (said once in %g s)", exc.strerror, what, _COMPLAINT_PAUSE)

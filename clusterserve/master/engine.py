@@ -1,54 +1,35 @@
-"""The cluster's engine: facts in, `plan` and the distributor's decisions out, on one event loop of its own.
+"""The cluster's engine: its parts, put together, and the orders it takes, on one event loop of its own.
 
-Nothing here waits: every handler records a fact and asks `plan` again.  No user code runs on this loop; `run`,
-`with Cluster` and `async with Cluster` are front ends that talk to it from outside.
+Facts come in through `Facts` and `Dispatcher`; what follows from them is decided by `plan` and the distributor, and
+done by `Reconciler` and `Crew`.  Nothing here waits.  No user code runs on this loop; `run`, `with Cluster` and
+`async with Cluster` are front ends that talk to it from outside.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import errno
 import itertools
 import logging
 import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from .. import faults
-from ..channel.message import Riders
-from ..core.connection import IllegalStep
-from ..core.distributor import PATIENCE, REQUEST_PATIENCE, Distributor, Statistics
-from ..core.envelope import Envelope
+from ..core.distributor import Distributor, Statistics
 from ..core.events import (
     BecameReady,
-    CameOnline,
-    Disconnected,
     Event,
-    Exited,
-    Messaged,
     Scaled,
-    StartedListening,
     StartedReload,
     StartedShutdown,
     Stopped,
 )
-from ..core.lifecycle import WorkerEvent, WorkerState
+from ..core.lateness import PATIENCE, REQUEST_PATIENCE
+from ..core.lifecycle import WorkerState
 from ..core.messages import (
-    Beat,
-    Closed,
-    Debugged,
     Failed,
-    Leave,
-    Listen,
-    Listened,
-    Listening,
-    Message,
-    Online,
-    Stacks,
 )
-from ..core.reconcile import Drain, Spawn, Stop, Target, Verdict, plan
+from ..core.reconcile import Drain, Plan, Spawn, Stop, Target, Verdict
 from ..core.roster import Limits, Roster
 from ..errors import BindError, BootError, ClusterError, ProtocolError
 from ..settings import Settings
@@ -56,12 +37,13 @@ from .changes import Changes
 from .crew import Crew, Environment
 from .debuggers import Debuggers
 from .dispatcher import Dispatcher
+from .facts import Facts
 from .handles import Handles
 from .health import Health
 from .listeners import Access
 from .outbox import Outbox
 from .policies import policy_factory
-from .process import Exit
+from .reconciler import Reconciler
 from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
@@ -106,27 +88,30 @@ class Engine:
             loop, self._dispatcher, policy, Access(settings.socket_mode, *owner), programs=bool(settings.exec)
         )
         self._roster = Roster(_limits(settings), programs=bool(settings.exec))
-        self._health = Health(loop, settings, self._roster, self._pids, self._reconcile)
         self._stacks = StackCollector(loop)
-        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self)
+        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit)
         #: Who is there, by id.
         self.seats = self._crew.seats
+        self._health = Health(loop, settings, self._roster, self._pids, lambda: self._reconciler.reconcile())
+        target = Target(settings.workers, manual=not settings.respawn)
+        self._reconciler = Reconciler(loop, self._roster, self._crew, target, self._health.wear, self._heed)
         self._debuggers = Debuggers(loop, self._roster, self.seats)
-        self._target = Target(settings.workers, manual=not settings.respawn)
+        self._crew.ears = Facts(
+            self._roster, self._crew, self._reconciler, self._dispatcher,
+            self.handles, self._health, self._debuggers, self._stacks,
+        )  # fmt: skip
         #: What held before a reload brought other settings, until they are proved.
         self._before: Settings | None = None
         #: Who waits for the last worker's end, in a cluster whose program says how many there are.
         self._departures = Changes(loop)
+        self._changes = Changes(loop)
         self._ready = False
         self._hasty, self._repeats = faults.on("disconnect-first"), faults.on("disconnect-again")
         self._generation = 1
-        self._changes = Changes(loop)
-        self._stopping = Stop.NO
         self._stop_deadline = 0.0
-        self._deadline: asyncio.TimerHandle | None = None
-        self._planning = False
-        self._failure: Failed | None = None
-        #: The one that nobody was told of when the stop was ordered: the others were still booting.
+        #: While it serves on although it was told to stop.
+        self._delay: asyncio.TimerHandle | None = None
+        #: The failure that nobody was told of when the stop was ordered: the others were still booting.
         self._untold: Failed | None = None
 
     # -- start and stop -------------------------------------------------------------------------------------------
@@ -154,19 +139,39 @@ class Engine:
         )
         self._health.start()
         # Before it is ready, so that who hears of that finds them.
-        with self._as_one():
-            for _ in range(count if self._target.manual else 0):
+        with self._reconciler.as_one():
+            for _ in range(count if self._reconciler.target.manual else 0):
                 self.fork()
 
-    def stop(self, how: Stop) -> None:
-        """Stop the cluster: GRACEFUL serves what was accepted, QUICK does not.  May be called again, to hurry."""
-        if how.value <= self._stopping.value:
+    def stop(self, how: Stop, *, at_once: bool = False) -> None:
+        """Stop the cluster: GRACEFUL serves what was accepted, after `shutdown_delay`, QUICK does not.
+
+        May be called again, to hurry: `at_once` ends the delay.
+        """
+        first = self._reconciler.stopping is Stop.NO
+        if how.value > self._reconciler.stopping.value:
+            self._reconciler.stopping = how
+        elif self._delay is None or not at_once:
             return
-        first, self._stopping = self._stopping is Stop.NO, how
         if first:
             self._emit(StartedShutdown())
             # What a worker says from now on may come of being interrupted.
-            self._untold = None if self.served else self._failure
+            self._untold = None if self.served else self._crew.failure
+            self._crew.announce_stop()
+            delay = 0.0 if at_once or how is Stop.QUICK or not self.served else self.settings.shutdown_delay
+            if delay:
+                logger.info("Told to stop: serving on for %g s, --shutdown-delay", delay)
+                self._delay = self._loop.call_later(delay, self._begin_stop)
+                return
+        self._begin_stop()
+
+    def _begin_stop(self) -> None:
+        """No delay, or it is over."""
+        if self._delay is not None:
+            self._delay.cancel()
+            self._delay = None
+        how, first = self._reconciler.stopping, not self._stop_deadline
+        if first:
             self._stop_deadline = self._loop.time() + self.settings.timeout_graceful_shutdown
             logger.info("Stopping %s", "quickly" if how is Stop.QUICK else "when what was accepted is served")
         if how is Stop.QUICK or not self._roster.proven:
@@ -183,16 +188,16 @@ class Engine:
         Raises `ClusterError`, as `reload` does, if the number of workers is the program's business.
         """
         self._must_not_be_manual("scale")
-        if count != self._target.count and self._stopping is Stop.NO:
-            logger.info("Scaling from %d to %d workers", self._target.count, count)
-            self._emit(Scaled(count, self._target.count))
-            self._target = dataclasses.replace(self._target, count=count)
+        if count != self._reconciler.target.count and self._reconciler.stopping is Stop.NO:
+            logger.info("Scaling from %d to %d workers", self._reconciler.target.count, count)
+            self._emit(Scaled(count, self._reconciler.target.count))
+            self._reconciler.target = dataclasses.replace(self._reconciler.target, count=count)
             self._dispatcher.resize(count)
         return self._change()
 
     def scale_by(self, difference: int) -> None:
         """One more or one less; there is always one."""
-        self.scale(max(1, self._target.count + difference))
+        self.scale(max(1, self._reconciler.target.count + difference))
 
     def reload(self) -> asyncio.Future[None]:
         """Replace every worker by a fresh one, `reload_surge` at a time, each when its replacement serves.
@@ -201,16 +206,16 @@ class Engine:
         one could, and another fails again and again, it is tried for ever, but whoever waits here hears of it.
         """
         self._must_not_be_manual("reload")
-        if self._stopping is Stop.NO:
+        if self._reconciler.stopping is Stop.NO:
             self._generation += 1
-            logger.info("Reloading: generation %d replaces %d", self._generation, self._target.generation)
+            logger.info("Reloading: generation %d replaces %d", self._generation, self._reconciler.target.generation)
             self._emit(StartedReload())
-            self._failure = None
-            self._target = dataclasses.replace(self._target, generation=self._generation)
+            self._crew.failure = None
+            self._reconciler.target = dataclasses.replace(self._reconciler.target, generation=self._generation)
         return self._change()
 
     def _must_not_be_manual(self, what: str) -> None:
-        if self._target.manual:
+        if self._reconciler.target.manual:
             raise ClusterError(f"cannot {what}: with respawn=False workers come and go by fork and disconnect only")
 
     def setup(self, settings: Settings) -> None:
@@ -254,27 +259,27 @@ class Engine:
         `debug_port` is for this one worker, if the setting is a function.
         In a cluster that respawns, one more is wanted from now on, and a replacement inherits `env`.
         """
-        if self._stopping is not Stop.NO or self.finished.done():
+        if self._reconciler.stopping is not Stop.NO or self.finished.done():
             raise ClusterError("cannot fork: the cluster is stopping")
-        if self._target.manual:
+        if self._reconciler.target.manual:
             taken = {member.slot for member in self._roster.members.values()}
             slot = next(number for number in itertools.count() if number not in taken)
         else:
-            slot = self._target.count
+            slot = self._reconciler.target.count
             self._emit(Scaled(slot + 1, slot))
-            self._target = dataclasses.replace(self._target, count=slot + 1)
+            self._reconciler.target = dataclasses.replace(self._reconciler.target, count=slot + 1)
             taken = set(range(slot))
         self._crew.environments[slot] = env
         self._distributor.resize(max(taken | {slot}) + 1)
-        with self._as_one():
-            return self._crew.spawn(Spawn(slot, self._target.generation), self._health.wear(), debug_port)
+        with self._reconciler.as_one():
+            return self._crew.spawn(Spawn(slot, self._reconciler.target.generation), self._health.wear(), debug_port)
 
     def disconnect(self, worker: int) -> None:
         """Have a worker finish what it holds and leave.  Nothing happens if it leaves already, or is gone."""
         seat = self.seats.get(worker)
         if seat is not None and (seat.member.current or self._repeats):
             self._crew.perform(Drain(worker, quick=False, interrupt=False, keep=True))
-            self._reconcile()
+            self._reconciler.reconcile()
 
     def destroy(self, worker: int, number: int) -> None:
         """`disconnect`, and once its channel is closed and it has not ended by itself, a signal."""
@@ -284,51 +289,30 @@ class Engine:
     def send_signal(self, worker: int, number: int) -> None:
         """Deliver a signal to a worker's process.  Nothing happens if it is gone."""
         self._crew.send_signal(worker, number)
-        self._reconcile()
+        self._reconciler.reconcile()
 
     def disconnect_all(self) -> asyncio.Future[None]:
         """Have every worker leave; done when the last is dead.  The cluster goes on, and can fork again."""
-        if not self._target.manual:
+        if not self._reconciler.target.manual:
             return self.scale(0)
         departure = self._departures.begin()
         for worker in tuple(self.seats):
             self.disconnect(worker)
-        self._reconcile()
+        self._reconciler.reconcile()
         return departure
+
+    def misbehaved(self, worker: int, error: ProtocolError) -> None:
+        """What came of a worker's program could not be read: the worker is killed, if it is still there."""
+        self._crew.broke_protocol(worker, error)
 
     def _change(self) -> asyncio.Future[None]:
         change = self._changes.begin()
         if self._roster.proven:
             # A fresh start for every slot: before anybody listened, who failed stays where it is.
-            self._failure = None
+            self._crew.failure = None
             self._roster.forgiven(self._loop.time())
-        self._reconcile()
+        self._reconciler.reconcile()
         return change
-
-    def _reject(self) -> None:
-        """The new generation cannot start: back to the one that serves."""
-        failure = self._failure or Failed(self._crew.last_exit, "")
-        reason = f"generation {self._target.generation} cannot start: {failure.reason}"
-        logger.error("Reload failed, %s; generation %d stays", reason, self._roster.proven)
-        error = BootError(reason, failure.traceback)
-        self._target = dataclasses.replace(self._target, generation=self._roster.proven)
-        if self._before is not None:
-            self._use(self._before)
-            self._before = None
-        self._changes.over(error)
-        self._reconcile()
-
-    def _give_up(self, slots: tuple[int, ...]) -> None:
-        """What was ordered may never be: let nobody wait for it, and go on trying."""
-        failure = self._failure or Failed(self._crew.last_exit, "")
-        where = ", ".join(map(str, slots))
-        reason = f"workers die again and again before they are of use, in slot {where}: {failure.reason}"
-        logger.error("Not done yet: %s; the cluster goes on trying", reason)
-        if not self.settled.done():
-            self.settled.set_exception(BootError(reason, failure.traceback))
-            # Nobody may be waiting: a program of our own goes on with the others.
-            self.settled.exception()
-        self._changes.over(BootError(f"{reason}; the cluster goes on trying", failure.traceback))
 
     def _close_listeners(self) -> None:
         if self.handles.open:
@@ -339,15 +323,15 @@ class Engine:
 
     def _queue_is_empty(self) -> None:
         """Once nothing more can come and nothing waits, the workers may go."""
-        if self._stopping is not Stop.NO and not self.handles.open and not self._distributor.queued:
+        if self._reconciler.stopping is not Stop.NO and not self.handles.open and not self._distributor.queued:
             self._stop_workers()
 
     def _stop_workers(self) -> None:
-        if self._target.stop.value < self._stopping.value:
-            self._target = dataclasses.replace(self._target, stop=self._stopping)
+        if self._reconciler.target.stop.value < self._reconciler.stopping.value:
+            self._reconciler.target = dataclasses.replace(self._reconciler.target, stop=self._reconciler.stopping)
             left = max(0.0, self._stop_deadline - self._loop.time())
             self._roster.limits = dataclasses.replace(self._roster.limits, graceful=left)
-            self._reconcile()
+            self._reconciler.reconcile()
 
     def _close(self) -> None:
         self._health.close()
@@ -356,40 +340,13 @@ class Engine:
         self._dispatcher.close()
         self.outbox.close()
         self._crew.close()
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._reconciler.close()
+        if self._delay is not None:
+            self._delay.cancel()
 
-    def _finish(self, error: BootError | None) -> None:
-        if not self.finished.done():
-            for waiting in (self._changes, self._departures):
-                waiting.over(ClusterError("the cluster has stopped"))
-            self._close()
-            self._emit(Stopped())
-            self.finished.set_result(error)
+    # -- what has become of it ------------------------------------------------------------------------------------
 
-    # -- reconciliation -------------------------------------------------------------------------------------------
-
-    def _reconcile(self) -> None:
-        """Do what `plan` says until it says nothing more for now."""
-        if self._planning or self.finished.done():
-            # An action of the loop below has become a fact, or a fact is not whole yet; it is asked again.
-            return
-        self._planning = True
-        while True:
-            current = plan(self._target, self._roster, self._loop.time())
-            for action in current.actions:
-                if isinstance(action, Spawn):
-                    self._crew.spawn(action, self._health.wear())
-                else:
-                    self._crew.perform(action)
-            if not current.actions:
-                break
-        self._planning = False
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        if current.deadline is not None:
-            self._deadline = self._loop.call_at(current.deadline, self._reconcile)
+    def _heed(self, current: Plan) -> None:
         if not self._roster.members or self._hasty:
             self._departures.over()
         if current.verdict is Verdict.SETTLED:
@@ -403,7 +360,7 @@ class Engine:
         elif current.verdict is Verdict.REJECTED:
             self._reject()
         elif current.verdict is Verdict.FAILED:
-            failure = self._failure
+            failure = self._crew.failure
             if failure is None:
                 self._finish(BootError(f"no worker came to listen: {self._crew.last_exit}"))
             else:
@@ -414,149 +371,40 @@ class Engine:
         elif current.stuck and (self._changes or not self.settled.done()):
             self._give_up(current.stuck)
 
-    @contextlib.contextmanager
-    def _as_one(self) -> Iterator[None]:
-        """What happens in this block is one fact: a plan made in the midst of it would count on a dead worker, or take
-        one that listens for one that boots."""
-        planning, self._planning = self._planning, True
-        try:
-            yield
-        finally:
-            self._planning = planning
-        self._reconcile()
+    def _reject(self) -> None:
+        """The new generation cannot start: back to the one that serves."""
+        failure = self._crew.why()
+        reason = f"generation {self._reconciler.target.generation} cannot start: {failure.reason}"
+        logger.error("Reload failed, %s; generation %d stays", reason, self._roster.proven)
+        error = BootError(reason, failure.traceback)
+        self._reconciler.target = dataclasses.replace(self._reconciler.target, generation=self._roster.proven)
+        if self._before is not None:
+            self._use(self._before)
+            self._before = None
+        self._changes.over(error)
+        self._reconciler.reconcile()
 
-    # -- messages of the program --------------------------------------------------------------------------------------
+    def _give_up(self, slots: tuple[int, ...]) -> None:
+        """What was ordered may never be: let nobody wait for it, and go on trying."""
+        failure = self._crew.why()
+        where = ", ".join(map(str, slots))
+        reason = f"workers die again and again before they are of use, in slot {where}: {failure.reason}"
+        logger.error("Not done yet: %s; the cluster goes on trying", reason)
+        if not self.settled.done():
+            self.settled.set_exception(BootError(reason, failure.traceback))
+            # Nobody may be waiting: a program of our own goes on with the others.
+            self.settled.exception()
+        self._changes.over(BootError(f"{reason}; the cluster goes on trying", failure.traceback))
 
-    def on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None:
-        self._crew.tell(self.seats[worker], Messaged, envelope, riders)
+        self._crew.close()
 
-    def misbehaved(self, worker: int, error: ProtocolError) -> None:
-        """What came of a worker's program could not be read, and no honest sender sends that."""
-        if worker in self.seats:
-            self._crew.broke_protocol(worker, error)
-
-    # -- facts about workers --------------------------------------------------------------------------------------
-
-    def _happened(self, worker: int, event: WorkerEvent) -> None:
-        self._roster.happened(worker, event, self._loop.time())
-        self._reconcile()
-
-    def _says(self, worker: int, event: WorkerEvent) -> None:
-        """What a worker says of itself; what cannot be is its fault."""
-        try:
-            self._happened(worker, event)
-        except IllegalStep as exc:
-            raise ProtocolError(str(exc)) from None
-
-    def on_message(self, worker: int, message: Message, descriptors: list[int]) -> None:
-        if isinstance(message, Online) and descriptors and self.seats[worker].stacks < 0:
-            self.seats[worker].stacks = descriptors.pop(0)
-        for fd in descriptors:
-            os.close(fd)
-        if isinstance(message, Listen):
-            self._listen(worker, message)
-        elif isinstance(message, Listening):
-            self._listening(worker, message.listener)
-        elif isinstance(message, Closed):
-            self.handles.leave(worker, message.listener, crashed=False)
-        elif isinstance(message, Online):
-            with self._as_one():
-                self._says(worker, WorkerEvent.ONLINE)
-                self._crew.tell(self.seats[worker], CameOnline)
-        elif isinstance(message, Beat):
-            self._health.heard(worker, message.served)
-        elif isinstance(message, Debugged):
-            self._debuggers.answered(worker, message)
-        elif isinstance(message, Stacks):
-            self._stacks.answered(worker, message)
-        elif isinstance(message, Leave):
-            self._leave(worker)
-        elif isinstance(message, Failed):
-            self._failed(worker, message)
-        else:
-            raise ProtocolError(f"the master does not expect {type(message).__name__}")
-
-    def _leave(self, worker: int) -> None:
-        """Somebody sent it SIGTERM: drain and replace it, unless all go anyway, each in its time."""
-        seat = self.seats[worker]
-        if self._stopping is Stop.NO and seat.member.current:
-            logger.info("Worker %d (slot %d, pid %d) was told to go", *seat.who)
-            self._crew.perform(Drain(worker, quick=False, interrupt=False, keep=True))
-            self._reconcile()
-
-    def _failed(self, worker: int, message: Failed) -> None:
-        if self._failure is None:
-            self._failure = message
-        if self._roster.proven or self._target.manual:
-            # The cluster serves already: this one's story would not be told otherwise.
-            logger.error("Worker %d: %s\n%s", worker, message.reason, message.traceback.rstrip())
-
-    def on_closed(self, worker: int, error: ProtocolError | None) -> None:
-        if error is not None:
-            self._crew.broke_protocol(worker, error)
-        # Its process may live on for a while, but it is not ours to rely on any more.
-        self._distributor.drain_worker(worker)
-        seat = self.seats[worker]
-        self._crew.tell(seat, Disconnected)
-        self._crew.bid_farewell(seat)
-        self._happened(worker, WorkerEvent.DISCONNECTED)
-
-    def on_exit(self, worker: int, ended: Exit) -> None:
-        seat = self.seats[worker]
-        with self._as_one():
-            # What it said last counts: why it failed, above all.
-            seat.channel.drain()
-            seat.channel.close()
-            if seat.member.state is not WorkerState.DISCONNECTED:
-                self._crew.tell(seat, Disconnected)
-            self._crew.tell(seat, Exited, ended.code, ended.signal)
-            self._dispatcher.remove_worker(worker, hung=seat.member.aborted is not None)
-            self._stacks.gone(worker)
-            if seat.stacks >= 0:
-                os.close(seat.stacks)
-            self._crew.dead(worker)
-            self._debuggers.settle(worker)
-            asked = seat.member.drained is not None
-            self.handles.leave_all(worker, crashed=not asked)
-            self._crew.last_exit = self._crew.last_exit if seat.member.doomed else f"worker {worker} {ended}"
-            known = self._roster.proven or self._target.manual
-            level = logging.ERROR if known and not asked else logging.DEBUG
-            logger.log(level, "Worker %d (slot %d, pid %d) %s", *seat.who, ended)
-            self._happened(worker, WorkerEvent.EXITED)
-
-    # -- listeners ------------------------------------------------------------------------------------------------
-
-    def _listen(self, worker: int, request: Listen) -> None:
-        """Give a worker a listener: the one of this name, or a new one (Node: queryServer)."""
-        channel = self.seats[worker].channel
-        try:
-            listener = self.handles.listen(worker, request)
-        except BindError as exc:
-            if faults.on("mute-errors"):
-                return
-            code = exc.errno or errno.EINVAL
-            channel.send(Listened(request.request, 0, code, str(exc), socket.AF_UNSPEC, "", False))
-            return
-        shared = self.handles.is_shared(listener.datagram)
-        answer = Listened(request.request, listener.key, 0, "", listener.family, listener.sockname, shared)
-        channel.send(
-            dataclasses.replace(answer, backlog=listener.backlog, data=listener.data),
-            [listener.sock.fileno()] if shared else [],
-        )
-
-    def _listening(self, worker: int, key: int) -> None:
-        seat = self.seats[worker]
-        with self._as_one():
-            self.handles.attach(worker, key)
-            seat.listening.add(key)
-            if seat.member.current:
-                self._crew.tell(seat, StartedListening, self.handles.address(key))
-            if seat.member.state is WorkerState.LISTENING:
-                return
-            if self._roster.programs or self.handles.pinned <= seat.listening:
-                if seat.member.current:
-                    logger.info("Worker %d (slot %d, pid %d) is listening", *seat.who)
-                self._says(worker, WorkerEvent.LISTENING)
+    def _finish(self, error: BootError | None) -> None:
+        if not self.finished.done():
+            for waiting in (self._changes, self._departures):
+                waiting.over(ClusterError("the cluster has stopped"))
+            self._close()
+            self._emit(Stopped())
+            self.finished.set_result(error)
 
     # -- looking in -----------------------------------------------------------------------------------------------
 
@@ -577,7 +425,7 @@ class Engine:
 
     def healthy(self, within: float) -> bool:
         """Whether some worker serves whose event loop has turned in so many seconds, or none can be expected to."""
-        if not self.served or self._stopping is not Stop.NO:
+        if not self.served or self._reconciler.stopping is not Stop.NO:
             # Starting and stopping have limits of their own.
             return True
         return self._roster.responsive(within, self._loop.time())

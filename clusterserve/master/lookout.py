@@ -91,7 +91,7 @@ class Lookout:
     def start(self) -> None:
         """A worker keeps something: look from now on, until nobody does."""
         if self._timer is None:
-            self._distributor.overlook()
+            self._distributor.lateness.overlook()
             self._timer = self._loop.call_later(CALM_LOOK, self._look)
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class Lookout:
         for post in self._posts.values():
             worker, counters = post.worker, post.board.counters
             before = worker.stuck
-            late = self._distributor.looked(worker, counters[0], post.kept.fileno() in unclaimed, counters[1])
+            late = self._distributor.lateness.looked(worker, counters[0], post.kept.fileno() in unclaimed, counters[1])
             if worker.stuck and self._waits_for_a_processor(post, now):
                 worker.stuck = False
             elif late:
@@ -117,7 +117,7 @@ class Lookout:
                 post.end.remind()
         if changed:
             self._distribute(now)
-        if self._distributor.watched:
+        if self._distributor.lateness.watched:
             self._timer = self._loop.call_later(LOOK if now < self._alert_until else CALM_LOOK, self._look)
         else:
             self._timer = None

@@ -161,8 +161,9 @@ class _Signals:
         if self._interrupted:
             self._quit(FORCED_INT)
         self._interrupted = True
+        # Behind a SIGTERM it is somebody who does not want to wait for --shutdown-delay.
+        self._engine.stop(Stop.GRACEFUL, at_once=bool(self.first))
         self.first = self.first or signal.SIGINT
-        self._engine.stop(Stop.GRACEFUL)
 
     def _quit(self, code: int) -> None:
         self.code = self.code or code

@@ -87,7 +87,8 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
     server = uvicorn.Server(config)
     title = Title(settings, lambda: _load(server))
     heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
-    draining = Draining(server.server_state.tasks)
+    draining = Draining(server.server_state.tasks, member.worker.id, member.worker.slot)
+    link.on_stopping = draining.stopping.set
     logger.addFilter(draining)
     deadline = Deadline(server.server_state.tasks, settings.timeout_request) if settings.timeout_request else None
     if deadline is not None:

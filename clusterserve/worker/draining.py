@@ -38,10 +38,15 @@ NAMED: Final = 20
 
 
 class Draining:
-    """One per worker.  `event` is set when the drain begins; `tasks` are uvicorn's running requests."""
+    """One per worker.  `event` is set when the drain begins, `stopping` when the cluster was told to stop.
 
-    def __init__(self, tasks: set[asyncio.Task[None]]) -> None:
+    `tasks` are uvicorn's running requests, `worker` and `slot` who this is.
+    """
+
+    def __init__(self, tasks: set[asyncio.Task[None]], worker: int = 0, slot: int = 0) -> None:
         self.event = asyncio.Event()
+        self.stopping = asyncio.Event()
+        self._extension = {"draining": self.event, "stopping": self.stopping, "worker": worker, "slot": slot}
         self._tasks = tasks
         self._cut = False
         self._since: dict[asyncio.Task[None], float] = {}
@@ -50,7 +55,7 @@ class Draining:
 
     def announced(self, app: Any) -> Any:
         """`app`, whose every scope has the extension."""
-        extension = {"draining": self.event}
+        extension = self._extension
 
         def call(scope: dict[str, Any], receive: Any, send: Any) -> Any:
             # The outer dictionary is each scope's own: what a middleware adds there must not be the next request's.

@@ -41,6 +41,10 @@ _JOINED: Final = 16384
 #: One `writev` takes at most this many pieces (IOV_MAX on Linux is 1024).
 _MAX_PIECES: Final = 512
 
+#: Whom a transport that is over has for a protocol.  They refer to each other, and thousands that wait for the garbage
+#: collector make a worker three times as large as it need be.
+GONE: Final = asyncio.BaseProtocol()
+
 
 class Phase(IntEnum):
     LAZY = 0
@@ -375,3 +379,4 @@ class LazyTransport(asyncio.Transport):
             self._protocol.connection_lost(error)
         except Exception as exc:  # noqa: BLE001 - the user's protocol; the other connections of this turn must go on
             self._receiver.fault(exc, "protocol")
+        self._protocol = GONE

@@ -26,7 +26,19 @@ from ..channel.message import MessageChannel, Riders
 from ..channel.tally import Tally
 from ..core.address import Address
 from ..core.envelope import Envelope
-from ..core.messages import Closed, Debug, Drain, Leave, Listen, Listened, Listening, Message, ShowStacks, Stacks
+from ..core.messages import (
+    Closed,
+    Debug,
+    Drain,
+    Leave,
+    Listen,
+    Listened,
+    Listening,
+    Message,
+    ShowStacks,
+    Stacks,
+    Stopping,
+)
 from ..current import current_worker
 from ..errors import ClusterError, ProtocolError
 from . import debugging
@@ -67,6 +79,8 @@ class Link:
         self.servers: set[Any] = set()
         #: Called with (grace seconds, quick, keep) when the master wants this worker to finish.
         self.on_drain: Callable[[float, bool, bool], None] = lambda grace, quick, keep: None
+        #: Called when the cluster was told to stop; when this worker is to finish, it hears of that besides.
+        self.on_stopping: Callable[[], None] = lambda: None
         #: Called with each message of the program that has the cluster.
         self.on_envelope: Callable[[Envelope, Riders], None] = lambda envelope, riders: riders.close()
         #: Where this worker's listeners listen.
@@ -256,6 +270,8 @@ class Link:
                 # Every offer was sent before this message: none is left behind when the servers close.
                 self._receiver.drain()
             self.on_drain(message.grace, message.quick, message.keep)
+        elif isinstance(message, Stopping):
+            self.on_stopping()
         elif isinstance(message, Debug):
             worker = current_worker()
             assert worker is not None

@@ -27,7 +27,7 @@ class Membership:
 
     def __init__(self, link: Link, worker: CurrentWorker) -> None:
         self._link = link
-        self._worker = worker
+        self.worker = self._worker = worker
 
     def begin(self, loop: asyncio.AbstractEventLoop) -> None:
         """`loop` is the application's, and runs from now on."""

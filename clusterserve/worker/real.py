@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING, Any, cast
 
 from ..channel.board import UNKNOWN
-from .lazy import Phase
+from .lazy import GONE, Phase
 
 if TYPE_CHECKING:
     from .transport import HandedTransport
@@ -118,8 +118,9 @@ def _lost(handed: HandedTransport, error: Exception | None) -> None:
     handed._phase = Phase.CLOSED
     handed._closing = True
     handed._receiver.ended(handed._id, returned=handed._returning and error is None and not handed._upgraded)
+    protocol, handed._protocol = handed._protocol, GONE
     if handed._made:
-        handed._protocol.connection_lost(error)
+        protocol.connection_lost(error)
 
 
 class _Wire(asyncio.BaseProtocol):

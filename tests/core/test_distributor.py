@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from clusterserve.core import distributor as module
 from clusterserve.core import handle as handles
+from clusterserve.core import lateness as module
 from clusterserve.core import worker as workers
 from clusterserve.core.connection import Connection, State
-from clusterserve.core.distributor import AHEAD_PATIENCE, PATIENCE, REFUSED_PAUSE, RETRY, Distributor, Statistics
+from clusterserve.core.distributor import REFUSED_PAUSE, Distributor, Statistics
+from clusterserve.core.lateness import AHEAD_PATIENCE, PATIENCE, RETRY
 from clusterserve.core.policies import TURN, Candidate, Hash, Policy, RoundRobin, Waiting, make_policy
 from clusterserve.core.records import Kind
 from clusterserve.core.worker import EXPENSIVE, Worker
@@ -75,7 +76,7 @@ def where(distributor: Distributor) -> Iterator[tuple[Connection, str]]:
         for lane in handle.lanes.values():
             for connection in lane:
                 yield connection, "lane"
-    for connection in distributor.parked.values():
+    for connection in distributor.parking.connections.values():
         yield connection, "parked"
     for worker in distributor.workers.values():
         for connection in worker.unacked.values():
@@ -126,7 +127,7 @@ class TestTheQueue:
         distributor.accepted(connection, waiting=False)
         assert distributor.hung_up(1) is connection
         assert connection.state is State.GONE
-        assert distributor.parked == {}
+        assert distributor.parking.connections == {}
 
     def test_nobody_to_take_it(self) -> None:
         distributor = rig(workers=0)
@@ -325,7 +326,7 @@ class TestWorkers:
         accept(distributor, 1)
         distribute(distributor)
         assert repr(worker) == "<Worker 1 slot 0 busy: 1 offered, 0 borrowed, 0 of them kept>"
-        distributor.overdue(PATIENCE)
+        distributor.lateness.overdue(PATIENCE)
         assert repr(worker) == "<Worker 1 slot 0 stalled: 1 offered, 0 borrowed, 0 of them kept>"
         say(distributor, 1, Kind.ACK, 1)
         distributor.drain_worker(1)
@@ -353,7 +354,7 @@ class TestAnswers:
         assert say(distributor, 1, Kind.ACK | ending if how == "with the ack" else ending, 1) is connection
         assert connection.state is ENDINGS[ending]
         assert connection.worker == 0
-        assert list(distributor.parked) == ([1] if ending is Kind.RETURNED else [])
+        assert list(distributor.parking.connections) == ([1] if ending is Kind.RETURNED else [])
         if ending is Kind.TAKEN:
             # Nobody else's concern, but a load on its worker as long as it lasts.
             assert distributor.workers[1].load == 1
@@ -431,9 +432,9 @@ class TestAnswers:
         assert say(distributor, 1, Kind.REFUSED, 1, now=5.0) is None
         accept(distributor, 3)
         assert distribute(distributor, 5.0) == [(2, 1), (2, 3)]
-        distributor.overdue(5.0 + REFUSED_PAUSE / 2)
+        distributor.lateness.overdue(5.0 + REFUSED_PAUSE / 2)
         assert not distributor.workers[1].ready
-        distributor.overdue(5.0 + REFUSED_PAUSE)
+        distributor.lateness.overdue(5.0 + REFUSED_PAUSE)
         assert distributor.workers[1].ready
 
     def test_what_could_not_be_sent_comes_back_to_the_head_and_its_worker_rests(self) -> None:
@@ -445,7 +446,7 @@ class TestAnswers:
         assert waiting(distributor) == [1, 3, 5]
         assert distribute(distributor, 5.0) == [(2, 1), (2, 3), (2, 5)]
         assert distributor.wake_at(5.0) == 5.0 + PATIENCE
-        distributor.overdue(5.0 + REFUSED_PAUSE)
+        distributor.lateness.overdue(5.0 + REFUSED_PAUSE)
         assert distributor.workers[1].ready
 
     def test_how_long_it_holds_its_loop_is_its_recent_worst(self) -> None:
@@ -472,7 +473,7 @@ class TestAnswers:
             wake = distributor.wake_at(now)
             assert wake == now + REFUSED_PAUSE
             now = wake
-            assert distributor.overdue(now) == []
+            assert distributor.lateness.overdue(now) == []
 
 
 class TestStalledWorkers:
@@ -482,22 +483,22 @@ class TestStalledWorkers:
         assert distribute(distributor, 1.0) == [(1, 1), (2, 2), (1, 3)]
         say(distributor, 2, Kind.ACK, 2, now=1.001)
         assert distributor.wake_at(1.001) == 1.0 + PATIENCE
-        assert distributor.overdue(1.009) == []
+        assert distributor.lateness.overdue(1.009) == []
         now = 1.0 + PATIENCE
         worker = distributor.workers[1]
-        assert distributor.overdue(now) == [worker]
+        assert distributor.lateness.overdue(now) == [worker]
         accept(distributor, 4)
         # It had read the first.
         assert distributor.recalled(worker, [3]) == []
         assert distribute(distributor, now) == [(2, 3), (2, 4)]
         # Once is enough.
-        assert distributor.overdue(now + PATIENCE / 2) == []
+        assert distributor.lateness.overdue(now + PATIENCE / 2) == []
 
     def test_it_gets_nothing_more_until_it_answers(self) -> None:
         distributor = rig(workers=1)
         accept(distributor, 1)
         distribute(distributor, 1.0)
-        distributor.overdue(2.0)
+        distributor.lateness.overdue(2.0)
         accept(distributor, 2)
         assert distribute(distributor, 2.0) == []
         say(distributor, 1, Kind.ACK, 1, now=2.1)
@@ -508,7 +509,7 @@ class TestStalledWorkers:
         distributor = rig(workers=1)
         accept(distributor, 1)
         distribute(distributor, 1.0)
-        distributor.overdue(2.0)
+        distributor.lateness.overdue(2.0)
         worker = distributor.workers[1]
         assert worker.stalled
         say(distributor, 1, kind, 1, now=2.1)
@@ -519,7 +520,7 @@ class TestStalledWorkers:
         accept(distributor, 1, 2, 3)
         distribute(distributor, 1.0)
         say(distributor, 1, Kind.ACK, 1, now=1.009)
-        distributor.overdue(1.0 + PATIENCE)
+        distributor.lateness.overdue(1.0 + PATIENCE)
         assert not distributor.workers[1].stalled
         assert distributor.workers[2].stalled
 
@@ -527,18 +528,18 @@ class TestStalledWorkers:
         distributor = rig()
         accept(distributor, 1)
         distribute(distributor, 100.0)
-        assert distributor.overdue(100.0) == []
+        assert distributor.lateness.overdue(100.0) == []
         assert distributor.wake_at(100.0) == 100.0 + PATIENCE
 
     def test_with_nobody_to_take_them_its_offers_stay_and_it_is_looked_at_again(self) -> None:
         distributor = rig(workers=1)
         accept(distributor, 1)
         distribute(distributor, 1.0)
-        assert distributor.overdue(2.0) == []
+        assert distributor.lateness.overdue(2.0) == []
         assert distributor.wake_at(2.0) == 2.0 + PATIENCE
         distributor.add_worker(2, 1)
         distributor.attach(2, 1)
-        assert distributor.overdue(2.0 + PATIENCE) == [distributor.workers[1]]
+        assert distributor.lateness.overdue(2.0 + PATIENCE) == [distributor.workers[1]]
 
     def test_a_ready_worker_that_listens_elsewhere_is_nobody_to_take_them(self) -> None:
         distributor = rig(workers=1)
@@ -548,7 +549,7 @@ class TestStalledWorkers:
         distributor.attach(2, 2)
         accept(distributor, 1)
         distribute(distributor, 1.0)
-        assert distributor.overdue(2.0) == []
+        assert distributor.lateness.overdue(2.0) == []
         accept(distributor, 2, 3, listener=2)
         assert distribute(distributor, 2.0) == [(2, 2), (2, 3)]
 
@@ -557,14 +558,14 @@ class TestStalledWorkers:
         accept(distributor, 1)
         distribute(distributor, 1.0)
         distributor.detach(1, 1)
-        assert distributor.overdue(2.0) == [distributor.workers[1]]
+        assert distributor.lateness.overdue(2.0) == [distributor.workers[1]]
 
     def test_offers_of_a_listener_that_is_gone_are_nothing_to_take_back(self) -> None:
         distributor = rig()
         accept(distributor, 1)
         distribute(distributor, 1.0)
         distributor.remove_handle(1)
-        assert distributor.overdue(2.0) == []
+        assert distributor.lateness.overdue(2.0) == []
 
     def test_what_two_workers_give_back_keeps_one_order(self) -> None:
         distributor = rig(workers=3)
@@ -586,7 +587,7 @@ class TestStalledWorkers:
         accept(distributor, 1)
         assert distribute(distributor, 1.0) == [(1, 1)]
         now = 1.0 + PATIENCE
-        (worker,) = distributor.overdue(now)
+        (worker,) = distributor.lateness.overdue(now)
         distributor.recalled(worker, [1])
         assert distribute(distributor, now) == [(2, 1)]
         say(distributor, 2, Kind.ACK | Kind.CLOSED, 1, now)
@@ -594,7 +595,7 @@ class TestStalledWorkers:
 
         wake = distributor.wake_at(now)
         assert wake == now + RETRY
-        assert distributor.overdue(wake) == []
+        assert distributor.lateness.overdue(wake) == []
         assert worker.ready
         assert distributor.wake_at(wake) is None
         accept(distributor, 2, 3, 4)
@@ -612,13 +613,13 @@ class TestStalledWorkers:
         for id in (3, 4, 5):
             wake = distributor.wake_at(now)
             assert wake == now + PATIENCE
-            (worker,) = distributor.overdue(wake)
+            (worker,) = distributor.lateness.overdue(wake)
             distributor.recalled(worker, list(worker.unacked))
             for _, connection in distributor.distribute(wake):
                 say(distributor, 2, Kind.CLOSED, connection.id, wake)
             now = wake + RETRY
             assert distributor.wake_at(wake) == now
-            assert distributor.overdue(now) == []
+            assert distributor.lateness.overdue(now) == []
             accept(distributor, id)
             assert distribute(distributor, now) == [(1, id)]
 
@@ -630,38 +631,38 @@ class TestStalledWorkers:
         distribute(distributor, now)
         say(distributor, 2, Kind.ACK, 2, now)
         worker = distributor.workers[1]
-        assert distributor.late(1.009) == []
+        assert distributor.lateness.late(1.009) == []
         for _ in range(3):
             now += PATIENCE
-            assert distributor.late(now) == [1]
-            assert distributor.overdue(now, {1}) == []
+            assert distributor.lateness.late(now) == [1]
+            assert distributor.lateness.overdue(now, {1}) == []
             assert not worker.stalled
             # Its time begins anew.
-            assert distributor.late(now) == []
+            assert distributor.lateness.late(now) == []
             assert distributor.wake_at(now) == now + PATIENCE
         now += PATIENCE
-        assert distributor.overdue(now, {1}) == [worker]
+        assert distributor.lateness.overdue(now, {1}) == [worker]
         assert worker.stalled
-        assert distributor.late(now) == []
+        assert distributor.lateness.late(now) == []
 
     def test_every_answer_gives_it_all_its_excuses_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "EXCUSES", 1)
         distributor = rig(workers=1)
         accept(distributor, 1, 2)
         distribute(distributor, 1.0)
-        distributor.overdue(2.0, {1})
+        distributor.lateness.overdue(2.0, {1})
         say(distributor, 1, Kind.ACK, 1, now=2.0)
-        distributor.overdue(3.0, {1})
+        distributor.lateness.overdue(3.0, {1})
         assert not distributor.workers[1].stalled
-        distributor.overdue(4.0, {1})
+        distributor.lateness.overdue(4.0, {1})
         assert distributor.workers[1].stalled
 
     def test_nobody_who_is_stalled_is_excused_afterwards(self) -> None:
         distributor = rig()
         accept(distributor, 1)
         distribute(distributor, 1.0)
-        assert distributor.overdue(2.0) == [distributor.workers[1]]
-        assert distributor.overdue(3.0, {1}) == [distributor.workers[1]]
+        assert distributor.lateness.overdue(2.0) == [distributor.workers[1]]
+        assert distributor.lateness.overdue(3.0, {1}) == [distributor.workers[1]]
 
     def test_taking_back_what_it_was_not_offered_changes_nothing(self) -> None:
         """A worker answered for an offer it had not read: what comes out of its channel then is no longer its."""
@@ -709,8 +710,8 @@ class TestNarrowWorkers:
         now = 1.0 + AHEAD_PATIENCE
         assert distributor.wake_at(1.0) == now
         # What was offered ahead needs no excuse, but the one that only has what it works on does.
-        assert distributor.late(now) == [2]
-        worker, _ = distributor.overdue(now)
+        assert distributor.lateness.late(now) == [2]
+        worker, _ = distributor.lateness.overdue(now)
         distributor.recalled(worker, [3])
         assert waiting(distributor) == [3]
         distributor.answer(distributor.workers[2], Kind.ACK | Kind.CLOSED, 2, 2000, now)
@@ -725,7 +726,7 @@ class TestNarrowWorkers:
         distribute(distributor, 1.0)
         for id in (1, 2):
             distributor.drain_worker(id)
-        assert distributor.overdue(2.0) == []
+        assert distributor.lateness.overdue(2.0) == []
         assert list(distributor.workers[1].unacked) == [1, 3]
 
 
@@ -742,7 +743,7 @@ class TestListenersThatGo:
         assert distributor.remove_handle(1) == [*queued, parked]
         assert {connection.state for connection in (*queued, parked)} == {State.GONE}
         assert distributor.queued == 1
-        assert list(distributor.parked) == [5]
+        assert list(distributor.parking.connections) == [5]
 
     def test_its_workers_forget_it(self) -> None:
         distributor = rig(workers=1)
@@ -833,14 +834,14 @@ class TestWakeAt:
         distributor.workers[3].resting = 1.004
         say(distributor, 2, Kind.ACK, 2, now=1.002)
         assert distributor.wake_at(1.002) == 1.004
-        distributor.overdue(1.004)
+        distributor.lateness.overdue(1.004)
         assert distributor.wake_at(1.004) == 1.0 + PATIENCE
 
     def test_nothing_while_a_stalled_worker_is_busy_with_what_it_read(self) -> None:
         distributor = rig()
         accept(distributor, 1)
         distribute(distributor, 1.0)
-        (worker,) = distributor.overdue(2.0)
+        (worker,) = distributor.lateness.overdue(2.0)
         distributor.recalled(worker, [])
         assert distributor.wake_at(2.0) is None
 
@@ -982,9 +983,9 @@ class Shell(RuleBasedStateMachine):
     @rule(spoke=st.sets(ONE))
     def expire(self, spoke: set[int]) -> None:
         """Whose time is over is closed, but for those who have spoken in the last moment."""
-        named = self.distributor.expired(self.now)
+        named = self.distributor.parking.expired(self.now)
         assert [connection.state for connection in named] == [State.PARKED] * len(named)
-        assert self.distributor.expired(self.now) == []
+        assert self.distributor.parking.expired(self.now) == []
         for position, connection in enumerate(named):
             if position in spoke:
                 self.distributor.readable(connection.id)
@@ -995,8 +996,8 @@ class Shell(RuleBasedStateMachine):
 
     @invariant()
     def only_what_is_parked_expires(self) -> None:
-        assert self.distributor._expiries.keys() <= self.distributor.parked.keys()
-        assert list(self.distributor._expiries.values()) == sorted(self.distributor._expiries.values())
+        assert self.distributor.parking._expiries.keys() <= self.distributor.parking.connections.keys()
+        assert list(self.distributor.parking._expiries.values()) == sorted(self.distributor.parking._expiries.values())
 
     @precondition(lambda self: self.processes)
     @rule(number=ONE, touched=st.sets(ONE), together=st.booleans())
@@ -1036,9 +1037,9 @@ class Shell(RuleBasedStateMachine):
     @rule(number=ONE, speaks=st.booleans())
     def a_parked_one(self, number: int, speaks: bool = True) -> None:
         """It says something, or leaves without a word."""
-        if not self.distributor.parked:
+        if not self.distributor.parking.connections:
             return
-        id = one_of(list(self.distributor.parked), number)
+        id = one_of(list(self.distributor.parking.connections), number)
         if speaks:
             self.distributor.readable(id)
         else:
@@ -1111,17 +1112,17 @@ class Shell(RuleBasedStateMachine):
     def look(self, turns: list[int], unclaimed: bool, pause: bool) -> None:
         """At the boards: who stands still loses its requests, if somebody else is ready for them."""
         if pause:
-            self.distributor.overlook()
+            self.distributor.lateness.overlook()
         for number, worker in enumerate(tuple(self.distributor.workers.values())):
             before = worker.turns
-            back = self.distributor.looked(worker, one_of(turns, number), unclaimed, 1)
+            back = self.distributor.lateness.looked(worker, one_of(turns, number), unclaimed, 1)
             assert not (worker.stuck and before != worker.turns)
             if back:
                 assert worker.stuck
                 assert not worker.ready
                 assert worker.kept
                 assert any(other.ready for other in self.distributor.workers.values())
-        assert self.distributor.watched == any(
+        assert self.distributor.lateness.watched == any(
             worker.stuck or worker.kept for worker in self.distributor.workers.values()
         )
         self.turn(0.0)
@@ -1150,10 +1151,10 @@ class Shell(RuleBasedStateMachine):
     def turn(self, delay: float, starving: bool = False, full: int | None = None, room: int = 0) -> None:
         """The master's loop turns: what is due, then offers, of which one worker's channel may take only some."""
         self.now += delay
-        late = self.distributor.late(self.now)
-        for worker in self.distributor.overdue(self.now, late[:1] if starving else ()):
+        late = self.distributor.lateness.late(self.now)
+        for worker in self.distributor.lateness.overdue(self.now, late[:1] if starving else ()):
             self.recall(worker)
-        assert self.distributor.late(self.now) == []
+        assert self.distributor.lateness.late(self.now) == []
         offers = self.offer()
         if offers and full is not None:
             worker = one_of(offers, full)[0]
@@ -1194,7 +1195,7 @@ class Shell(RuleBasedStateMachine):
     def serve_everything(self) -> bool:
         """Read and end all there is; whether there was anything."""
         before = self.now, dict(self.places)
-        self.distributor.overlook()
+        self.distributor.lateness.overlook()
         for id, process in self.processes.items():
             self.hears(id, process.unread)
             process.read += process.unread
@@ -1203,7 +1204,7 @@ class Shell(RuleBasedStateMachine):
                 self.say(id, connection, Kind.ACK | Kind.CLOSED)
             for connection in tuple(self.distributor.workers[id].borrowed):
                 self.say(id, connection, Kind.CLOSED)
-        while self.distributor.parked:
+        while self.distributor.parking.connections:
             self.a_parked_one(0)
         return before != (self.now, self.places)
 
@@ -1404,6 +1405,6 @@ def test_nothing_is_recalled_for_a_sticky_policy() -> None:
         distributor.attach(number + 1, 1)
     distributor.accepted(Connection(1, 10, 1, client=b"\x01" * 16), waiting=True)
     [(worker, _)] = distributor.distribute(0.0)
-    assert distributor.overdue(1.0) == []
+    assert distributor.lateness.overdue(1.0) == []
     assert worker.stalled
     assert list(worker.unacked) == [1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from clusterserve.core.connection import Connection, State
-from clusterserve.core.distributor import KEEP_ALIVE, Distributor
+from clusterserve.core.distributor import Distributor
+from clusterserve.core.parking import KEEP_ALIVE
 from clusterserve.core.policies import Hash, RoundRobin
 from clusterserve.core.records import Kind
 
@@ -39,11 +40,11 @@ def test_given_back_is_parked_and_nobodys(distributor: Distributor) -> None:
 def test_the_ones_that_expire_are_named_once_and_in_time(distributor: Distributor) -> None:
     first, second = give_back(distributor, 1, 10.0), give_back(distributor, 2, 12.0)
     assert distributor.wake_at(12.0) == 10.0 + KEEP_ALIVE
-    assert distributor.expired(9.9 + KEEP_ALIVE) == []
-    assert distributor.expired(10.0 + KEEP_ALIVE) == [first]
-    assert distributor.expired(10.0 + KEEP_ALIVE) == []
+    assert distributor.parking.expired(9.9 + KEEP_ALIVE) == []
+    assert distributor.parking.expired(10.0 + KEEP_ALIVE) == [first]
+    assert distributor.parking.expired(10.0 + KEEP_ALIVE) == []
     assert distributor.wake_at(15.0) == 12.0 + KEEP_ALIVE
-    assert distributor.expired(99.0) == [second]
+    assert distributor.parking.expired(99.0) == [second]
     assert distributor.wake_at(99.0) is None
     # Both are still parked: what has arrived meanwhile decides.
     distributor.readable(1)
@@ -53,7 +54,7 @@ def test_the_ones_that_expire_are_named_once_and_in_time(distributor: Distributo
 
 def test_who_never_spoke_does_not_expire(distributor: Distributor) -> None:
     distributor.accepted(Connection(1, 101, 1), waiting=False)
-    assert distributor.expired(1e9) == []
+    assert distributor.parking.expired(1e9) == []
     assert distributor.wake_at(0.0) is None
 
 
@@ -63,10 +64,10 @@ def test_who_speaks_begins_anew(distributor: Distributor) -> None:
     assert distributor.wake_at(10.0) is None
     ((worker, connection),) = distributor.distribute(14.0)
     distributor.answer(worker, Kind.ACK, 1, 0, 14.0)
-    assert distributor.expired(99.0) == []
+    assert distributor.parking.expired(99.0) == []
     distributor.answer(worker, Kind.RETURNED, 1, 0, 100.0)
-    assert distributor.expired(100.0) == []
-    assert distributor.expired(100.0 + KEEP_ALIVE) == [connection]
+    assert distributor.parking.expired(100.0) == []
+    assert distributor.parking.expired(100.0 + KEEP_ALIVE) == [connection]
 
 
 def test_who_hangs_up_and_whose_listener_goes_is_forgotten(distributor: Distributor) -> None:
@@ -74,7 +75,7 @@ def test_who_hangs_up_and_whose_listener_goes_is_forgotten(distributor: Distribu
     other = give_back(distributor, 2, 10.0)
     distributor.hung_up(1)
     assert distributor.remove_handle(1) == [other]
-    assert distributor.expired(99.0) == []
+    assert distributor.parking.expired(99.0) == []
 
 
 def test_resize_is_for_the_policies_that_care() -> None:
@@ -145,16 +146,16 @@ def test_who_must_speak_first_has_so_long_for_it() -> None:
     silent = Connection(1, 101, 1, since=5.0)
     distributor.accepted(silent, waiting=False)
     assert distributor.wake_at(5.0) == 15.0
-    assert distributor.expired(14.9) == []
-    assert distributor.expired(15.0) == [silent]
+    assert distributor.parking.expired(14.9) == []
+    assert distributor.parking.expired(15.0) == [silent]
 
 
 def test_the_longest_idle_are_the_first_to_go_when_room_is_short(distributor: Distributor) -> None:
     first, second, _ = [give_back(distributor, id, 10.0 + id) for id in (1, 2, 3)]
     # One that was never served is none of them.
     distributor.accepted(Connection(4, 104, 1), waiting=False)
-    assert distributor.longest_idle(2) == [first, second]
-    assert len(distributor.longest_idle(9)) == 3
+    assert distributor.parking.longest_idle(2) == [first, second]
+    assert len(distributor.parking.longest_idle(9)) == 3
 
 
 @pytest.mark.parametrize("listens", [True, False])

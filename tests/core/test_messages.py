@@ -32,6 +32,7 @@ from clusterserve.core.messages import (
     Online,
     ShowStacks,
     Stacks,
+    Stopping,
     decode,
     encode,
 )
@@ -65,6 +66,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.just(ShowStacks()),
     st.builds(Stacks, OBJECTS, TEXTS),
     st.builds(Drain, SECONDS, st.booleans()),
+    st.just(Stopping()),
 )
 FRAMES = st.lists(st.tuples(MESSAGES, st.integers(0, 255)), max_size=5)
 
@@ -83,6 +85,7 @@ EXAMPLES: list[Message] = [
     ShowStacks(),
     Stacks({"00007f0a000b9b80": "MainThread"}, "Task-1\n  File"),
     Drain(30.0, False, True),
+    Stopping(),
 ]
 
 

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from clusterserve.binds import Bind
 from clusterserve.channel.board import UNKNOWN, Board
 from clusterserve.channel.connection import MasterEnd, WorkerEnd, connection_channel
-from clusterserve.core.distributor import PATIENCE, Distributor
+from clusterserve.core.distributor import Distributor
+from clusterserve.core.lateness import PATIENCE
 from clusterserve.core.policies import Policy, RoundRobin
 from clusterserve.core.records import Kind, pack_answer, unpack_offers
 from clusterserve.core.worker import Worker
@@ -248,7 +249,7 @@ class Rig:
 
     def parked(self, count: int) -> None:
         """Run until so many connections are parked."""
-        self.loop.until(lambda: len(self.distributor.parked) == count, f"{count} connections are parked")
+        self.loop.until(lambda: len(self.distributor.parking.connections) == count, f"{count} connections are parked")
 
     def late(self) -> None:
         """Whoever has not said anything yet has not said anything for long."""

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from clusterserve.channel.connection import MAX_BATCH
-from clusterserve.core.distributor import PATIENCE, REFUSED_PAUSE, RETRY
+from clusterserve.core.distributor import REFUSED_PAUSE
+from clusterserve.core.lateness import PATIENCE, RETRY
 from clusterserve.core.policies import Hash, Least, RoundRobin
 from clusterserve.core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_answer
 from clusterserve.core.worker import EXPENSIVE
@@ -218,7 +219,7 @@ def test_a_parked_client_that_hangs_up_at_the_descriptor_limit(rig: Rig, unix: L
     try:
         with no_more_descriptors():
             client.shutdown(socket.SHUT_RDWR)
-            rig.loop.until(lambda: not rig.distributor.parked, "it is closed")
+            rig.loop.until(lambda: not rig.distributor.parking.connections, "it is closed")
     finally:
         os.close(spare[0])
 

@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from clusterserve.core.distributor import KEEP_ALIVE
+from clusterserve.core.parking import KEEP_ALIVE
 from clusterserve.core.records import Kind
 from clusterserve.master.listeners import Listener
 from tests.helpers.waiting import eventually
@@ -34,10 +34,10 @@ def give_back(rig: Rig, worker: FakeWorker, count: int = 1) -> list[int]:
     offers = worker.receive(count)
     for offer in offers:
         assert offer.sock.recv(100)
-    before = len(rig.distributor.parked)
+    before = len(rig.distributor.parking.connections)
     worker.answer(GIVEN_BACK, *(offer.id for offer in offers))
     rig.parked(before + count)
-    return [rig.distributor.parked[offer.id].fd for offer in offers]
+    return [rig.distributor.parking.connections[offer.id].fd for offer in offers]
 
 
 def test_it_is_offered_again_when_its_client_goes_on(rig: Rig, listener: Listener, worker: FakeWorker) -> None:
@@ -140,7 +140,7 @@ def test_a_client_that_speaks_and_hangs_up_is_served(rig: Rig, listener: Listene
     (offer,) = worker.receive()
     assert offer.sock.recv(100) == b"last"
     worker.answer(GIVEN_BACK, offer.id)
-    rig.loop.until(lambda: not rig.distributor.parked and not rig.distributor.queued, "it is closed")
+    rig.loop.until(lambda: not rig.distributor.parking.connections and not rig.distributor.queued, "it is closed")
 
 
 def test_a_listener_that_goes_takes_them_along(rig: Rig, listener: Listener, worker: FakeWorker) -> None:
@@ -178,7 +178,7 @@ def test_end_idle(rig: Rig, listener: Listener, worker: FakeWorker) -> None:
     worker.answer(GIVEN_BACK, of[idle], of[asks])
     rig.parked(2)
     asks.sendall(b"two")
-    eventually(lambda: _unread(rig.distributor.parked[of[asks]].fd), "it has arrived")
+    eventually(lambda: _unread(rig.distributor.parking.connections[of[asks]].fd), "it has arrived")
     rig.dispatcher.end_idle()
     assert idle.recv(1) == b""
     (offer,) = worker.receive()

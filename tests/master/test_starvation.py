@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterserve.core.distributor import EXCUSES
+from clusterserve.core.lateness import EXCUSES
 from clusterserve.core.policies import Least
 from clusterserve.master.starvation import Starvation
 from tests.helpers import proc

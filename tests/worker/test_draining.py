@@ -58,7 +58,7 @@ def logged(draining: Draining, message: str, *args: object, exc: BaseException |
 
 class TestTheExtension:
     def test_every_scope_has_it(self) -> None:
-        draining = Draining(set())
+        draining = Draining(set(), worker=7, slot=2)
         seen: list[Scope] = []
 
         async def app(scope: Scope, receive: str, send: str) -> str:
@@ -69,7 +69,8 @@ class TestTheExtension:
         websocket = {"type": "websocket", "extensions": {"websocket.http.response": {}}}
         for scope in ({"type": "http"}, {"type": "http"}, websocket):
             assert asyncio.run(call(scope, "receive", "send")) == "receive send"
-        assert [each["extensions"]["clusterserve"] for each in seen] == [{"draining": draining.event}] * 3
+        told = {"draining": draining.event, "stopping": draining.stopping, "worker": 7, "slot": 2}
+        assert [each["extensions"]["clusterserve"] for each in seen] == [told] * 3
         assert "websocket.http.response" in seen[2]["extensions"]
         # What somebody adds to one is not in the other.
         assert seen[0]["extensions"] is not seen[1]["extensions"]

@@ -6,12 +6,14 @@ What the receiver tells the master is checked by the `master` fixture for every 
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 import select
 import socket
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -830,6 +832,40 @@ class TestClosing:
             recorders.only.transport.close()
         assert await handed.rest() == b""
         assert recorders.only.lost == [None]
+
+
+class Frugal(asyncio.Protocol):
+    """Refers to its transport, as protocols do."""
+
+    alive: ClassVar[list[weakref.ref[Frugal]]] = []
+
+    def __init__(self) -> None:
+        self.alive.append(weakref.ref(self))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        cast("asyncio.Transport", self.transport).write(b"x" * 4_000_000 if data == b"much" else data)
+        self.transport.close()
+
+
+class TestGarbage:
+    @pytest.mark.parametrize("question", [b"little", b"much"])
+    async def test_what_is_over_does_not_wait_for_the_collector(
+        self, loop: Loop, master: Master, question: bytes
+    ) -> None:
+        Frugal.alive.clear()
+        master.serve(Frugal)
+        gc.collect()
+        gc.disable()
+        try:
+            handed = master.hand(question)
+            await handed.rest()
+            await handed.ends()
+            await until(lambda: Frugal.alive[0]() is None, "nothing refers to the protocol")
+        finally:
+            gc.enable()
 
 
 # ── the protocol ────────────────────────────────────────────────────────────────────────────────────────────────────
