@@ -185,6 +185,18 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "SECONDS",
             "End a request that runs for longer: 504, or the end of the connection if that has begun. 0: never.",
         ),
+        _value(
+            "--timeout-request-body",
+            "SECONDS",
+            "End a request whose body pauses for longer: 408, or the end of the connection. 0: as long as it likes.",
+        ),
+        _value("--limit-request-line", "BYTES", "The longest line of a request; then 414. 0: as long as it is."),
+        _value("--limit-request-fields", "N", "The most header fields of a request; then 431. 0: any number."),
+        _value(
+            "--limit-request-field-size --limit-request-field_size",
+            "BYTES",
+            "The longest header field of a request; then 431. 0: as long as it is.",
+        ),
         _value("--timeout-keep-alive --keep-alive", "SECONDS", "Close a connection that asks nothing for this long."),
         _value("--root-path", "PATH", "ASGI's root_path, for an app that is mounted below this path."),
         _value("--header", "NAME:VALUE", "Send this header with every response; repeatable.", "headers")._replace(

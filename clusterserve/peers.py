@@ -54,9 +54,6 @@ _SAID: Final[dict[str, str]] = {
     f"{_YET}: it serves ASGI only, wrap a WSGI application with a2wsgi": "--threads",
     f"{_YET}: see --max-pending and --timeout-queue for what bounds the requests that wait": """
         --worker-connections --backpressure""",
-    f"{_YET}: the HTTP parser's own limits hold, and h11's is set with --h11-max-incomplete-event-size": """
-        --limit-request-line --limit-request-fields --limit-request-field_size""",
-    f"{_YET}: see --timeout-request-header and --timeout-keep-alive": "--timeout-request-body",
     f"{_YET}: the number of workers is fixed with --workers, and changed by SIGTTIN and SIGTTOU": "--max-workers",
     f"{_YET}: only the master listens, so nothing needs it": "--reuse-port",
     "has no counterpart: the heartbeats of workers need no file, leave it out": "--worker-tmp-dir",

@@ -80,6 +80,10 @@ class Settings(Launch):
     timeout_queue: float = 30.0
     timeout_request_header: float = 30.0
     timeout_request: float = 0.0
+    timeout_request_body: float = 0.0
+    limit_request_line: int = 4094
+    limit_request_fields: int = 100
+    limit_request_field_size: int = 8190
     restart_backoff: float = 0.1
     restart_backoff_max: float = 15.0
     min_uptime: float = 1.0
@@ -226,6 +230,10 @@ _CHECKS: Final[dict[str, Check]] = {
     "timeout_queue": seconds(),
     "timeout_request_header": seconds(),
     "timeout_request": seconds(),
+    "timeout_request_body": seconds(),
+    "limit_request_line": whole(0),
+    "limit_request_fields": whole(0),
+    "limit_request_field_size": whole(0),
     # From zero, doubling would never leave zero: a dying app would be respawned in a busy loop.
     "restart_backoff": seconds(above_zero=True),
     "restart_backoff_max": seconds(above_zero=True),

@@ -396,8 +396,6 @@ class Engine:
             self.settled.exception()
         self._changes.over(BootError(f"{reason}; the cluster goes on trying", failure.traceback))
 
-        self._crew.close()
-
     def _finish(self, error: BootError | None) -> None:
         if not self.finished.done():
             for waiting in (self._changes, self._departures):

@@ -24,6 +24,7 @@ from uvicorn.importer import ImportFromStringError, import_from_string
 from .. import faults
 from ..channel.tally import Crowd
 from ..core.address import Address
+from ..core.head import HeadLimits
 from ..currentworker import CurrentWorker
 from ..errors import BootError
 from ..settings import Settings
@@ -32,11 +33,12 @@ from .concurrency import limited
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
+from .limits import look_at_bodies
 from .link import Link
 from .loop import cluster_loop
 from .membership import Membership
 from .output import stdout_for_logs
-from .protocols import Borrowing, borrowing_protocol
+from .protocols import Borrowing, http_protocol
 from .server import BindSocket
 from .title import Title
 
@@ -108,6 +110,10 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
             draining.watch(asyncio.get_running_loop())
             if deadline is not None:
                 deadline.watch(asyncio.get_running_loop())
+            if settings.timeout_request_body:
+                look_at_bodies(
+                    asyncio.get_running_loop(), server.server_state.connections, settings.timeout_request_body
+                )
             # uvicorn has taken both for itself meanwhile.  A terminal's Ctrl-C and systemd's SIGTERM reach the whole
             # group, and what was accepted is served only if the master says who goes when.
             signal.signal(signal.SIGINT, _heed_the_master)
@@ -167,7 +173,8 @@ def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Member
     options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
-    options["http"] = borrowing_protocol(settings.http, borrowing) if handed else settings.http
+    limits = HeadLimits(settings.limit_request_line, settings.limit_request_fields, settings.limit_request_field_size)
+    options["http"] = http_protocol(settings.http, borrowing if handed else None, limits)
     if settings.log_config is not None:
         options["log_config"] = settings.log_config
     config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
