@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 #: the master's pid.  Removed at start-up, so that what the application starts is not taken for one.
 VARIABLE: Final = "CLUSTERSERVE_WORKER"
 
+#: What makes a process a template, from which workers are forked: the descriptor of its channel, and the master's pid.
+TEMPLATE_VARIABLE: Final = "CLUSTERSERVE_TEMPLATE"
+
 #: Which descriptors a worker is to put where before anything else, "4:70,5:71".
 STDIO_VARIABLE: Final = "CLUSTERSERVE_STDIO"
 

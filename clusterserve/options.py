@@ -108,6 +108,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "How long a worker has a connection: until it ends, for one request, or (auto) as long as its requests are "
             "cheaper than handing it on.",
         ),
+        _flag(
+            "--preload",
+            "Import APP once, in a template process from which the workers are forked, so that they share its memory "
+            "(docs/preload.md).",
+        ),
         _value("--max-pending", "N", "Stop accepting while this many connections wait for a worker."),
         _value(
             "--limit-concurrency",

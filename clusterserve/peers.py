@@ -50,7 +50,6 @@ _SAID: Final[dict[str, str]] = {
         --metrics-bind --metrics-port""",
     _SIGNALS: "--control-socket --control-socket-mode",
     _CRASHES: "--max-restarts --on-worker-exit-code",
-    f"{_YET}: every worker imports the application by itself, leave it out": "--preload",
     f"{_YET}: it serves ASGI only, wrap a WSGI application with a2wsgi": "--threads",
     f"{_YET}: see --max-pending and --timeout-queue for what bounds the requests that wait": """
         --worker-connections --backpressure""",

@@ -71,6 +71,7 @@ class Settings(Launch):
     respawn: bool = True  # False: how many workers there are is the program's business
     max_pending: int = 2048
     limit_concurrency: int | None = None  # over all workers together
+    preload: bool = False
     hooks: str | None = None
 
     timeout_boot: float = 60.0
@@ -167,9 +168,28 @@ class Settings(Launch):
             raise SettingValueError("restart_backoff", settings.restart_backoff, reason)
         if callable(settings.debug_port) and (settings.respawn or settings.workers):
             raise SettingValueError("debug_port", settings.debug_port, NEEDS_FORK)
+        if settings.preload and (why := settings._unforkable()):
+            raise SettingsError(f"preload {why}")
         if settings.policy == "none" and settings.dispatch == "request":
             raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
         return settings
+
+    def _unforkable(self) -> str:
+        """Why there can be no preload; empty if there can."""
+        if self.exec:
+            return "is for applications: a program is started anew in every worker"
+        if not self.respawn:
+            return "needs respawn: with respawn=False every worker is started for itself"
+        if self.debug_wait:
+            return "excludes debug_wait: when a worker could wait for its debugger, the application is imported already"
+        if self.capture_output and (self.silent or self.stdio):
+            return "excludes capture_output with silent or stdio: what is printed has one place for all workers then"
+        return ""
+
+    @property
+    def templated(self) -> bool:
+        """Whether workers are forked from a template process, for whatever it prepares (worker/preparations.py)."""
+        return self.preload and self.respawn and not self.exec
 
     @property
     def borrows(self) -> bool:
@@ -222,6 +242,7 @@ _CHECKS: Final[dict[str, Check]] = {
     "workers_source": text,
     "max_pending": whole(1),
     "limit_concurrency": optional(whole(1)),
+    "preload": flag,
     "hooks": optional(module),
     "timeout_boot": seconds(above_zero=True),
     "timeout_graceful_shutdown": seconds(),

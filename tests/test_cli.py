@@ -235,6 +235,8 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         # Of the command line alone: tests/test_sources.py, tests/test_peers.py.
         *("--config", "--check-config", "--print-config", "--chdir", "--env"),
         *("--worker-class", "--access-logfile", "--error-logfile", "--initgroups"),
+        # It excludes others: below.
+        "--preload",
     }
     assert {flag.replace("--no-", "--") for flag in options} == {spec.name for spec in SPECS} - elsewhere
 
@@ -243,6 +245,11 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
     assert {name: getattr(settings, name) for _, name, _ in options.values()} == {
         name: value for _, name, value in options.values()
     }
+
+
+def test_preload(parsed: Parsed) -> None:
+    assert parsed("a:b").preload is False
+    assert parsed("a:b", "--preload").preload is True
 
 
 def test_the_positive_half_of_a_pair(parsed: Parsed) -> None:

@@ -60,24 +60,27 @@ class Tally:
 
 
 class Places:
-    """The master's side: who has which cell.  Owns the tally."""
+    """The master's side: which worker, by id, has which cell; no two that live have the same.  Owns the tally."""
 
     def __init__(self) -> None:
         self.tally = Tally.create()
-        self._taken: set[int] = set()
+        self.places: dict[int, int] = {}
 
-    def take(self) -> int:
-        """A place for a worker that is about to be started; no two living workers have the same."""
-        place = next(number for number in range(_PLACES) if number not in self._taken)
-        self._taken.add(place)
+    @property
+    def fd(self) -> int:
+        return self.tally.fd
+
+    def take(self, worker: int) -> int:
+        """A place for a worker that is about to be started."""
+        taken = set(self.places.values())
+        place = self.places[worker] = next(number for number in range(_PLACES) if number not in taken)
         # Before the worker exists: whoever looks after it has added something looks at its cell too.
         self.tally.cells[0] = max(self.tally.cells[0], place + 1)
         return place
 
-    def free(self, place: int) -> None:
-        """Its worker is dead, and with it what it had in progress."""
-        self.tally.cells[1 + place] = 0
-        self._taken.discard(place)
+    def free(self, worker: int) -> None:
+        """It is dead, or was never born, and with it what it had in progress is over."""
+        self.tally.cells[1 + self.places.pop(worker)] = 0
 
     def close(self) -> None:
         """Unmap it; the workers are dead."""

@@ -182,9 +182,54 @@ class Drain:
     keep: bool
 
 
+@dataclass(frozen=True)
+class Prepare:
+    """Master to template, first of all: what to make once for all workers of this generation."""
+
+    template: int
+    generation: int
+    settings: dict[str, Any]
+    #: As in `Boot`.
+    path: list[str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Workers can be forked from this template from now on."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Master to template: fork a worker.  `env` are variables of its own.
+
+    Its descriptors ride along: the four of every worker, and then those of `stdio`, by the numbers they shall have.
+    """
+
+    worker: int
+    slot: int
+    env: dict[str, Any]
+    stdio: list[int]
+
+
+@dataclass(frozen=True)
+class Born:
+    """The worker was forked, is a child of the master, and starts now."""
+
+    worker: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Unborn:
+    """The worker could not be forked, for this errno."""
+
+    worker: int
+    errno: int
+
+
 Message = (
     Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain | Debug | Debugged
-    | ShowStacks | Stacks | Stopping
+    | ShowStacks | Stacks | Stopping | Prepare | Prepared | Fork | Born | Unborn
 )  # fmt: skip
 
 _KINDS: Final = MappingProxyType({kind.__name__: kind for kind in get_args(Message)})
@@ -229,8 +274,9 @@ def decode(body: bytes) -> Message:
 
 
 def _is_of_type(value: object, annotation: str) -> bool:
-    if annotation == "list[str]":
-        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    if annotation in ("list[str]", "list[int]"):
+        kind = str if annotation == "list[str]" else int
+        return isinstance(value, list) and all(type(each) is kind for each in value)
     # bool is an int to isinstance, and must not pass for one.
     return isinstance(value, _JSON_TYPES[annotation]) and (not isinstance(value, bool) or annotation == "bool")
 

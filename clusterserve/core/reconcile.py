@@ -14,6 +14,7 @@ from enum import Enum
 
 from .lifecycle import WorkerState
 from .roster import Member, Roster, Slot
+from .templates import Step, steps
 
 
 class Stop(Enum):
@@ -88,7 +89,7 @@ class Kill:
     why: str
 
 
-Action = Spawn | Drain | Abort | Kill
+Action = Spawn | Drain | Abort | Kill | Step
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,12 @@ def plan(target: Target, roster: Roster, now: float) -> Plan:
     else:
         wanted = [*_start(target, roster, now), *_retire(target, roster, now)]
     wanted += _kill(roster)
+    hopeless = _hopeless(target, roster, wanted)
+    wanted += _templates(target, roster, hopeless)
     # An entry is (when, what); what lies ahead only sets the deadline.
     actions = tuple(action for due, action in wanted if due <= now)
     deadline = min((due for due, _ in wanted if due > now), default=None)
-    return Plan(actions, deadline, _verdict(target, roster, actions), _stuck(target, roster))
+    return Plan(actions, deadline, _verdict(target, roster, actions, hopeless), _stuck(target, roster))
 
 
 _Due = Iterator[tuple[float, Action]]
@@ -132,6 +135,9 @@ def _stop(target: Target, roster: Roster) -> _Due:
 def _start(target: Target, roster: Roster, now: float) -> _Due:
     """Fill empty slots; in a reload and for worn workers also start replacements, `surge` at a time."""
     if _rejected(target, roster):
+        return
+    if roster.templates is not None and roster.templates.ready(target.generation) is None:
+        # Nobody to fork them: it is asked again when there is.
         return
     here = [member for member in roster.members.values() if member.current and not _abandoned(member, target, roster)]
     newest = {member.slot: member for member in here}
@@ -221,13 +227,40 @@ def _kill(roster: Roster) -> _Due:
             yield 0.0, Abort(member.id, f"its event loop has not turned for {limits.timeout:g} s")
 
 
-def _verdict(target: Target, roster: Roster, actions: tuple[Action, ...]) -> Verdict:
+def _templates(target: Target, roster: Roster, hopeless: bool) -> _Due:
+    """One for what is wanted, and the one of what serves: if the wanted one cannot start, that stays."""
+    if roster.templates is None:
+        return
+    over = target.stop is not Stop.NO or hopeless
+    keep = () if over else (target.generation, roster.proven)
+    start = 0 if over or _rejected(target, roster) or _tried(target, roster) else target.generation
+    yield from steps(roster.templates, keep, start, roster.limits.boot, roster.limits.disconnected)
+
+
+def _tried(target: Target, roster: Roster) -> bool:
+    """Whether, before anyone ever listened, this generation has had its template: no respawn loop of a broken app."""
+    return roster.templates is not None and not roster.proven and roster.templates.tried >= target.generation
+
+
+def _hopeless(target: Target, roster: Roster, wanted: list[tuple[float, Action]]) -> bool:
+    """Whether no worker of the first generation ever listened, and none is left to do so."""
+    if target.stop is not Stop.NO or target.manual or roster.proven or roster.members or not target.count:
+        return False
+    if roster.templates is not None:
+        template = roster.templates.of(target.generation)
+        if not _tried(target, roster) or (template is not None and template.ready is None):
+            return False
+    return not any(isinstance(action, Spawn) for _, action in wanted)
+
+
+def _verdict(target: Target, roster: Roster, actions: tuple[Action, ...], hopeless: bool) -> Verdict:
     members = roster.members.values()
+    templates = roster.templates is not None and bool(roster.templates.here)
     if target.stop is not Stop.NO:
-        return Verdict.RUNNING if members else Verdict.STOPPED
+        return Verdict.RUNNING if members or templates else Verdict.STOPPED
     if target.manual:
         return Verdict.SETTLED
-    if not members and not roster.proven and target.count and not any(isinstance(action, Spawn) for action in actions):
+    if hopeless and not templates:
         return Verdict.FAILED
     if _rejected(target, roster):
         # Why it failed is known for certain when it is dead.
@@ -249,8 +282,9 @@ def _stuck(target: Target, roster: Roster) -> tuple[int, ...]:
     served = {
         member.slot for member in roster.members.values() if member.serving and member.generation == target.generation
     }
+    unforked = 0 if roster.templates is None else roster.templates.failures
     return tuple(
         number
         for number in range(target.count)
-        if number not in served and roster.slots.get(number, Slot()).failures >= roster.limits.tries
+        if number not in served and max(unforked, roster.slots.get(number, Slot()).failures) >= roster.limits.tries
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from .heartbeat import pace
 from .lifecycle import WorkerEvent, WorkerState, step
+from .templates import Templates
 from .wear import Wear
 
 
@@ -99,6 +100,8 @@ class Roster:
     limits: Limits
     #: Workers run programs, of which nobody knows whether they will ever listen: who is up is of use.
     programs: bool = False
+    #: What workers are forked from; None: each is a process of its own from the start.
+    templates: Templates | None = None
     members: dict[int, Member] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
     #: Whether any worker ever listened, and the newest generation of which one did.
@@ -159,8 +162,18 @@ class Roster:
         member = self.members[id]
         member.debugged, member.silence = True, 0.0
 
+    def template_gone(self, id: int, now: float) -> None:
+        """Template `id` has ended."""
+        assert self.templates is not None
+        limits = self.limits
+        template = self.templates.gone(id, now, limits.backoff, limits.backoff_max, limits.min_uptime)
+        if template.dismissed is None and self.proven and template.generation > self.proven:
+            self.rejected = template.generation
+
     def forgiven(self, now: float) -> None:
         """Somebody has ordered a change: what failed before says nothing of what will be."""
+        if self.templates is not None:
+            self.templates.forgiven(now)
         for slot in self.slots.values():
             self._recovered(slot, now)
 

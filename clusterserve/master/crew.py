@@ -25,11 +25,13 @@ from ..core.messages import Boot, Failed, Message, Stopping
 from ..core.messages import Drain as DrainMessage
 from ..core.reconcile import Abort, Drain, Kill, Spawn
 from ..core.roster import Member, Roster
+from ..core.templates import Step
 from ..core.wear import Wear
 from ..errors import ProtocolError
 from ..settings import Settings
 from .dispatcher import Dispatcher
 from .process import Exit, WorkerProcess
+from .templates import Templates
 
 logger = logging.getLogger("clusterserve")
 
@@ -54,8 +56,6 @@ class Seat:
     farewell: int = 0
     #: Where a debugger can attach, HOST:PORT; empty: nowhere.
     debugger: str = ""
-    #: Its cell in the tally.
-    place: int = 0
 
     @property
     def who(self) -> tuple[int, int, int]:
@@ -70,6 +70,7 @@ class Ears(Protocol):
     def on_envelope(self, worker: int, envelope: Envelope, riders: Riders) -> None: ...
     def on_closed(self, worker: int, error: ProtocolError | None) -> None: ...
     def on_exit(self, worker: int, ended: Exit) -> None: ...
+    def on_templates(self) -> None: ...
 
 
 class Crew:
@@ -96,11 +97,26 @@ class Crew:
         self.last_exit = "no worker process could be started"
         #: What the first said, since this was last None, that could not start.
         self.failure: Failed | None = None
-        self._places = Places()
+        self._tally = Places()
         self._loop = loop
         self._roster = roster
         self._dispatcher = dispatcher
         self._emit = emit
+        #: What workers are forked from; None: they are spawned.
+        self._templates: Templates | None = None
+        if roster.templates is not None:
+            self._templates = Templates(
+                loop, roster, self._template_failed, lambda: self.ears.on_templates(), self._tally.fd
+            )
+
+    def pids(self) -> list[int]:
+        """The processes of the workers that are not dead, and of the templates."""
+        templates = [] if self._templates is None else self._templates.pids()
+        return [*(seat.process.pid for seat in self.seats.values()), *templates]
+
+    def _template_failed(self, failed: Failed) -> None:
+        if self.failure is None:
+            self.failure = failed
 
     def why(self) -> Failed:
         """Why workers cannot start."""
@@ -117,25 +133,41 @@ class Crew:
 
     # -- starting -------------------------------------------------------------------------------------------------
 
-    def spawn(self, action: Spawn, wear: Wear, debug_port: int | None = None) -> int:
-        """Start one; the id of the worker that was started, or could not be."""
-        now = self._loop.time()
-        member = self._roster.spawned(action.slot, action.generation, now, wear)
+    def spawn(self, action: Spawn, wear: Wear, debug_port: int | None = None, *, alone: bool = False) -> int:
+        """Start one; the id of the worker that was started, or could not be.
+
+        Where there are templates it is forked from one, unless it is to be `alone`.
+        """
+        member = self._roster.spawned(action.slot, action.generation, self._loop.time(), wear)
         self._say_why(action, member)
-        place = self._places.take()
+        self._tally.take(member.id)
+        env = self.environments.get(action.slot, ())
+        on_exit = partial(self.ears.on_exit, member.id)
         try:
-            process = WorkerProcess(
-                action.slot,
-                self._loop,
-                partial(self.ears.on_exit, member.id),
-                self.settings,
-                self.environments.get(action.slot, ()),
-                self._places.tally.fd,
-            )
+            if self._templates is not None and not alone:
+                born = partial(self._forked, member, debug_port)
+                self._templates.fork(member, self.settings, env, on_exit, born)
+            else:
+                process = WorkerProcess(action.slot, self._loop, on_exit, self.settings, env, self._tally.fd)
+                self._seat(member, process, debug_port)
         except OSError as exc:
-            self._places.free(place)
-            self._stillborn(member, exc, now)
-            return member.id
+            self._stillborn(member, exc)
+        return member.id
+
+    def _forked(
+        self, member: Member, debug_port: int | None, result: WorkerProcess | OSError, owed: list[Drain | Abort | Kill]
+    ) -> None:
+        """What became of a worker that a template was to fork, and what it was told meanwhile."""
+        if isinstance(result, OSError):
+            self._stillborn(member, result)
+            return
+        seat = self._seat(member, result, debug_port)
+        if member.drained is not None:
+            self.tell(seat, StartedDraining)
+        for action in owed:
+            self.perform(action)
+
+    def _seat(self, member: Member, process: WorkerProcess, debug_port: int | None) -> Seat:
         channel = MessageChannel(
             self._loop,
             process.messages,
@@ -143,43 +175,50 @@ class Crew:
             partial(self.ears.on_closed, member.id),
             partial(self.ears.on_envelope, member.id),
         )
-        seat = self.seats[member.id] = Seat(member, process, channel, place=place)
+        seat = self.seats[member.id] = Seat(member, process, channel)
         self.tell(seat, Forked)
         self._dispatcher.add_worker(
-            member.id, action.slot, process.connections, process.board, process.kept, process.pid
+            member.id, member.slot, process.connections, process.board, process.kept, process.pid
         )
-        channel.send(self._boot(member, debug_port, place))
+        channel.send(self._boot(member, debug_port))
         if self.stopping:
             channel.send(Stopping())
-        return member.id
+        return seat
 
-    def _stillborn(self, member: Member, error: OSError, now: float) -> None:
+    def _stillborn(self, member: Member, error: OSError) -> None:
+        self._tally.free(member.id)
         self.last_exit = f"worker {member.id} could not be spawned: {error}"
         logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, error)
         name = WorkerName(member.id, member.slot, 0)
         self._emit(WentWrong(name, error))
         if not faults.on("no-exit-of-the-unborn"):
             self._emit(Exited(name, None, None))
-        self._roster.happened(member.id, WorkerEvent.EXITED, now)
+        self._roster.happened(member.id, WorkerEvent.EXITED, self._loop.time())
 
-    def _boot(self, member: Member, debug_port: int | None, place: int) -> Boot:
+    def _path(self) -> list[str]:
+        """Where workers look for the application."""
         # Python overlooks what is no text there, a Path for one; so do we.
         entries: list[object] = [*sys.path]
         path = [entry for entry in entries if isinstance(entry, str)]
         if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
             path.insert(0, first)
+        return path
+
+    def _boot(self, member: Member, debug_port: int | None) -> Boot:
         launch = self.settings.to_worker()
         if debug_port is not None:
             launch["debug_port"] = debug_port
         if launch["debug_port"] is not None:
             self._roster.debugging(member.id)
-        return Boot(member.id, member.slot, self.settings.to_json(), path, launch, place)
+        return Boot(
+            member.id, member.slot, self.settings.to_json(), self._path(), launch, self._tally.places[member.id]
+        )
 
     def _say_why(self, action: Spawn, member: Member) -> None:
         if action.worn:
             who = (member.id, action.worn, action.slot, self.seats[action.worn].process.pid)
             logger.info("Worker %d is to replace worker %d (slot %d, pid %d), which %s", *who, action.why)
-        if self._roster.rejected > action.generation:
+        if self._roster.rejected > action.generation and self._templates is None:
             # There is no other way to get at the old code; what it does then, its log lines say.
             logger.warning(
                 "Worker %d starts from the files as they are now, from which generation %d could not start; "
@@ -188,20 +227,25 @@ class Crew:
                 self._roster.rejected,
             )
 
-    def dead(self, worker: int) -> Seat:
+    def dead(self, worker: int) -> None:
         """Its process has ended: what it had in progress is over."""
-        seat = self.seats.pop(worker)
-        self._places.free(seat.place)
-        return seat
+        del self.seats[worker]
+        self._tally.free(worker)
 
     def close(self) -> None:
         """Let go of what the workers shared; they are dead."""
-        self._places.close()
+        self._tally.close()
 
     # -- ending ---------------------------------------------------------------------------------------------------
 
-    def perform(self, action: Drain | Abort | Kill) -> None:
+    def perform(self, action: Drain | Abort | Kill | Step) -> None:
         """Do it, which is a fact from then on."""
+        if isinstance(action, Step):
+            assert self._templates is not None
+            self._templates.perform(action, self.settings, self._path())
+            return
+        if self._templates is not None and self._templates.owe(action):
+            return
         seat, now = self.seats[action.worker], self._loop.time()
         if isinstance(action, Drain):
             self._drain(seat, action, now)

@@ -31,6 +31,7 @@ from ..core.messages import (
 )
 from ..core.reconcile import Drain, Plan, Spawn, Stop, Target, Verdict
 from ..core.roster import Limits, Roster
+from ..core.templates import Templates
 from ..errors import BindError, BootError, ClusterError, ProtocolError
 from ..settings import Settings
 from .changes import Changes
@@ -87,7 +88,8 @@ class Engine:
         self.handles = Handles(
             loop, self._dispatcher, policy, Access(settings.socket_mode, *owner), programs=bool(settings.exec)
         )
-        self._roster = Roster(_limits(settings), programs=bool(settings.exec))
+        templates = Templates() if settings.templated else None
+        self._roster = Roster(_limits(settings), programs=bool(settings.exec), templates=templates)
         self._stacks = StackCollector(loop)
         self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit)
         #: Who is there, by id.
@@ -272,7 +274,9 @@ class Engine:
         self._crew.environments[slot] = env
         self._distributor.resize(max(taken | {slot}) + 1)
         with self._reconciler.as_one():
-            return self._crew.spawn(Spawn(slot, self._reconciler.target.generation), self._health.wear(), debug_port)
+            # At once, whatever there is to be forked from.
+            action = Spawn(slot, self._reconciler.target.generation)
+            return self._crew.spawn(action, self._health.wear(), debug_port, alone=True)
 
     def disconnect(self, worker: int) -> None:
         """Have a worker finish what it holds and leave.  Nothing happens if it leaves already, or is gone."""
@@ -418,8 +422,8 @@ class Engine:
         return self._roster.proven > 0
 
     def pids(self) -> list[int]:
-        """The processes of the workers that are not dead."""
-        return [seat.process.pid for seat in self.seats.values()]
+        """The processes of the workers that are not dead, and of their templates."""
+        return self._crew.pids()
 
     def healthy(self, within: float) -> bool:
         """Whether some worker serves whose event loop has turned in so many seconds, or none can be expected to."""

@@ -158,6 +158,10 @@ class Facts:
             # The cluster serves already: this one's story would not be told otherwise.
             logger.error("Worker %d: %s\n%s", worker, message.reason, message.traceback.rstrip())
 
+    def on_templates(self) -> None:
+        """Something has become of a template, or of a worker that one was to fork."""
+        self._reconciler.reconcile()
+
     # -- its end --------------------------------------------------------------------------------------------------
 
     def on_closed(self, worker: int, error: ProtocolError | None) -> None:

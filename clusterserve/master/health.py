@@ -83,10 +83,11 @@ class Health:
 
     def _weigh(self) -> None:
         self._again(self._weigh, self._settings.rss_sample_interval)
+        weigh = proportional if self._settings.preload else resident
         worn = False
         for worker, pid in self._pids():
             if self._roster.members[worker].serving:
-                worn = self._roster.weighed(worker, resident(pid), self._loop.time()) or worn
+                worn = self._roster.weighed(worker, weigh(pid), self._loop.time()) or worn
         if worn:
             self._changed()
 
@@ -101,3 +102,21 @@ def resident(pid: int) -> int:
             return int(statm.read().split()[1]) * _PAGE
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+def proportional(pid: int) -> int:
+    """The same, but what it shares with other processes counts a part each (proc(5), smaps_rollup: Pss).
+
+    The kernel walks all its pages for this.  Where it does not tell, which takes CAP_SYS_PTRACE for another user's
+    process, it is what the process holds.
+    """
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as rollup:
+            for line in rollup:
+                if line.startswith("Pss:"):
+                    return int(line.split()[1]) << 10
+    except PermissionError:
+        return resident(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0

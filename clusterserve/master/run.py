@@ -112,7 +112,8 @@ async def _serve(
     engine.start()
     teller.watch(loop, engine.healthy)
     orphans = Orphans(loop, engine.pids)
-    if os.getpid() == 1:
+    if os.getpid() == 1 or settings.templated:
+        # Under a template too, because for moments orphans come to us (subreaper.py).
         orphans.start()
     error = await engine.finished
     orphans.close()

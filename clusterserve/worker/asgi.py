@@ -38,6 +38,7 @@ from .link import Link
 from .loop import cluster_loop
 from .membership import Membership
 from .output import stdout_for_logs
+from .preparations import Prepared
 from .protocols import Borrowing, http_protocol
 from .server import BindSocket
 from .title import Title
@@ -51,6 +52,9 @@ _PASSED: Final = (
     "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "factory", "h11_max_incomplete_event_size",
     "reset_contextvars",
 )  # fmt: skip
+
+#: Those of them that its logging is made of.
+_LOGGED: Final = ("log_level", "access_log", "use_colors")
 
 #: What uvicorn says of every start and stop.  The master says it once for all; `--log-level debug` brings these back.
 CHATTER: Final = frozenset(
@@ -75,15 +79,66 @@ _LIFESPAN_SHARE: Final = 1.0
 _UNTIMED: Final = 0.2
 
 
-def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -> None:
+def preload(settings: Settings) -> Any:
+    """The application, for every worker that will be forked from this process; raises `BootError` as `serve` does.
+
+    Logging is configured before, as for an application that a worker imports, and not again in the workers: what the
+    application has made of it stays.
+    """
+    with stdout_for_logs() if settings.capture_output else contextlib.nullcontext():
+        config = uvicorn.Config(_nobody, interface="asgi3", **_passed(settings, *_LOGGED, "http", "ws", "lifespan"))
+    boot = _BootLog()
+    logger.addFilter(boot)
+    try:
+        app = _imported(settings, boot)
+        # Not for use: it imports the protocols, and says if one is missing.
+        config.load()
+        return app() if settings.factory else app
+    except BootError:
+        raise
+    except ImportFromStringError as exc:
+        raise BootError(f"The protocol of --http or --ws is missing. {exc}") from None
+    except SystemExit as exc:
+        raise _refused(settings, boot, exc) from None
+    except Exception as exc:
+        raise _could_not_load(settings.app, boot, exc) from exc
+    finally:
+        logger.removeFilter(boot)
+        boot.release()
+
+
+async def _nobody(scope: Any, receive: Any, send: Any) -> None:
+    """In the place of an application where none is needed."""
+
+
+def _imported(settings: Settings, boot: _BootLog) -> Any:
+    """What the name of the application means; raises `BootError` if there is no such thing."""
+    try:
+        return import_from_string(settings.app)
+    except ModuleNotFoundError as exc:
+        if not _names(settings.app, exc.name):
+            raise _could_not_load(settings.app, boot, exc) from None
+        where, module = os.path.abspath(settings.app_dir or os.curdir), settings.app.partition(":")[0]
+        reason = f'Could not import module "{module}": there is no "{exc.name}" in {where}, nor is it installed.'
+        raise BootError(f"Error loading ASGI app. {reason}") from None
+    except ImportFromStringError as exc:
+        raise BootError(f"Error loading ASGI app. {exc}") from None
+
+
+def serve(
+    settings: Settings, link: Link, worker: CurrentWorker | None = None, prepared: Prepared | None = None
+) -> None:
     """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started.
 
-    `worker` has its handlers on the application's loop, and is told what becomes of it.
+    `worker` has its handlers on the application's loop, and is told what becomes of it.  `prepared` is what the
+    template has made of which this process is a fork.
     """
+    prepared = prepared or Prepared()
+    preloaded = prepared.app is not None
     borrowing = Borrowing(after_response=settings.borrows)
     member = Membership(link, worker or CurrentWorker(0, 0, os.getpid()))
-    with stdout_for_logs() if settings.capture_output else contextlib.nullcontext():
-        config = _config(settings, link, borrowing, member)
+    with stdout_for_logs() if settings.capture_output and not preloaded else contextlib.nullcontext():
+        config = _config(settings, link, borrowing, member, preloaded)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
@@ -121,7 +176,7 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
 
     link.on_listening = listening
     try:
-        config.app = import_from_string(settings.app)
+        config.app = prepared.app if preloaded else _imported(settings, boot)
         config.load()
         config.loaded_app = draining.announced(config.loaded_app)
         if settings.limit_concurrency is not None and link.tally is not None:
@@ -131,21 +186,14 @@ def serve(settings: Settings, link: Link, worker: CurrentWorker | None = None) -
         gc.freeze()
         server.shutdown = member.says_goodbye(server.shutdown)  # type: ignore[method-assign]
         server.run(sockets=[cast("socket", BindSocket(bind)) for bind in settings.binds])
-    except ModuleNotFoundError as exc:
-        if config.app is not settings.app or not _names(settings.app, exc.name):
-            raise _could_not_load(settings.app, boot, exc) from None
-        where, module = os.path.abspath(settings.app_dir or os.curdir), settings.app.partition(":")[0]
-        reason = f'Could not import module "{module}": there is no "{exc.name}" in {where}, nor is it installed.'
-        raise BootError(f"Error loading ASGI app. {reason}") from None
+    except BootError:
+        raise
     except ImportFromStringError as exc:
         # The application is imported first, and takes the place of its name.
-        what = "Error loading ASGI app." if config.app is settings.app else "The protocol of --http or --ws is missing."
-        raise BootError(f"{what} {exc}") from None
+        raise BootError(f"The protocol of --http or --ws is missing. {exc}") from None
     except SystemExit as exc:
         if expected:
-            # An application that refuses to start may say why, as in sys.exit("SECRET_KEY is not set").
-            why = f"{exc.code}\n" if isinstance(exc.code, str) else ""
-            raise BootError(f"the application {settings.app!r} could not be started", boot.text() + why) from None
+            raise _refused(settings, boot, exc) from None
         raise
     except Exception as exc:
         if expected:
@@ -169,14 +217,31 @@ def _could_not_load(app: str, boot: _BootLog, exc: Exception) -> BootError:
     return BootError(f"the application {app!r} could not be loaded", boot.text() + of_application(exc))
 
 
-def _config(settings: Settings, link: Link, borrowing: Borrowing, member: Membership) -> uvicorn.Config:
-    options: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED}
+def _refused(settings: Settings, boot: _BootLog, exc: SystemExit) -> BootError:
+    """For an application that refuses to start, and may say why, as in sys.exit("SECRET_KEY is not set")."""
+    why = f"{exc.code}\n" if isinstance(exc.code, str) else ""
+    return BootError(f"the application {settings.app!r} could not be started", boot.text() + why)
+
+
+def _passed(settings: Settings, *names: str) -> dict[str, Any]:
+    """These settings, for uvicorn's Config."""
+    options = {name: getattr(settings, name) for name in names}
+    if settings.log_config is not None:
+        options["log_config"] = settings.log_config
+    return options
+
+
+def _config(
+    settings: Settings, link: Link, borrowing: Borrowing, member: Membership, preloaded: bool
+) -> uvicorn.Config:
+    options = _passed(settings, *_PASSED)
+    if preloaded:
+        # The template has done this; and called it, if it was a factory.
+        options.update(log_config=None, factory=False)
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
     limits = HeadLimits(settings.limit_request_line, settings.limit_request_fields, settings.limit_request_field_size)
     options["http"] = http_protocol(settings.http, borrowing if handed else None, limits)
-    if settings.log_config is not None:
-        options["log_config"] = settings.log_config
     config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
     loop_class = cluster_loop(_loop_class(settings.loop), link)
 

@@ -3,58 +3,58 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import faulthandler
 import os
 import select
-import signal
 import socket
 import sys
-from collections.abc import Iterator
-from types import FrameType
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from .. import faults
 from ..channel.board import Board
 from ..channel.tally import Tally
-from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Message, Online, decode, encode
-from ..current import STDIO_VARIABLE, VARIABLE, become
+from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Online, decode
+from ..current import STDIO_VARIABLE, TEMPLATE_VARIABLE, VARIABLE, become
 from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
 from ..settings import Settings
 from . import debugging
-from .link import MASTER_GONE, Link
+from .link import Link
 from .stacks import answer_signal
+from .startup import BOOT_FAILURE, begin, die_with, exactly, send
 
-#: What a worker exits with when its application cannot be loaded or started (uvicorn's STARTUP_FAILURE).
-BOOT_FAILURE: Final = 3
-
-_PR_SET_PDEATHSIG: Final = 1
-
-#: A terminal sends some of these to the whole process group, and people send the others to "all of it": the master acts
-#: on them.  A handler, not SIG_IGN: what the application starts must not inherit deafness.
-_MASTERS: Final = ("SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGPWR")
+if TYPE_CHECKING:
+    from .preparations import Prepared
 
 
 def main() -> int:
     """Run as a worker until told to finish; returns the exit code."""
-    place_descriptors(os.environ.pop(STDIO_VARIABLE, ""))
-    messages, connections, board, kept, *tally, master = (int(each) for each in os.environ.pop(VARIABLE).split(","))
-    die_with(master)
-    for name in _MASTERS:
-        signal.signal(getattr(signal, name), heed_the_master)
-    if not faulthandler.is_enabled():
-        # The master's SIGABRT finds a worker that no longer runs any Python: its stacks are written in C, from the
-        # signal handler, to the descriptor and not to what the application may put in the place of sys.stderr.
-        faulthandler.enable(2, all_threads=True)
+    template = os.environ.pop(TEMPLATE_VARIABLE, "")
+    if not template:
+        place_descriptors(os.environ.pop(STDIO_VARIABLE, ""))
+        *descriptors, master = (int(number) for number in os.environ.pop(VARIABLE).split(","))
+        begin(master)
+        return _work(descriptors, None)
+    channel, master = (int(number) for number in template.split(","))
+    begin(master)
+    from .template import live
+
+    birth = live(channel, master)
+    # A fork inherits everything of `begin` but this.
+    die_with(birth.master)
+    return _work(birth.descriptors, birth.prepared)
+
+
+def _work(descriptors: Sequence[int], prepared: Prepared | None) -> int:
+    """Be the worker to which these descriptors belong: messages, connections, board, kept, tally."""
+    messages, connections, board, kept, *tally = descriptors
     channel = socket.socket(fileno=messages)
-    for descriptor in (messages, connections, board, kept, *tally):
+    for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
     try:
         boot = _receive_boot(channel)
     except ProtocolError as exc:
         # The package may have been upgraded under a running master, and this process is the first of the new version.
-        _send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
+        send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
         return BOOT_FAILURE
     pickled = boot.launch.get("serialization") == "pickle"
     worker = CurrentWorker(boot.worker, boot.slot, os.getpid(), pickled=pickled)
@@ -65,11 +65,12 @@ def main() -> int:
     told = answer_signal()
     if boot.launch.get("exec"):
         return _run(boot, channel, link, worker, told)
-    if boot.path:
+    if boot.path and (prepared is None or prepared.app is None):
+        # One that was imported has its path as it wants it.
         sys.path[:] = boot.path
-    _send(channel, Online(os.getpid()), told)
+    send(channel, Online(os.getpid()), told)
     with _watched(boot, channel, worker):
-        return _serve(boot, channel, link, worker)
+        return _serve(boot, channel, link, worker, prepared)
 
 
 @contextlib.contextmanager
@@ -78,7 +79,7 @@ def _watched(boot: Boot, channel: socket.socket, worker: CurrentWorker) -> Itera
     with contextlib.ExitStack() as stack:
         if boot.launch.get("debug_port") is not None:
             debugged = debugging.listen(boot.launch["debug_port"], boot.slot)
-            _send(channel, debugged)
+            send(channel, debugged)
             if debugged.address and boot.launch.get("debug_wait"):
                 debugging.wait()
         if boot.launch.get("profile"):
@@ -88,15 +89,15 @@ def _watched(boot: Boot, channel: socket.socket, worker: CurrentWorker) -> Itera
         yield
 
 
-def _serve(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker) -> int:
+def _serve(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, prepared: Prepared | None) -> int:
     """Serve an application."""
     # Importing uvicorn takes most of the start-up: not before the master knows that we live.
     from .asgi import serve
 
     try:
-        serve(Settings.from_json(boot.settings), link, worker)
+        serve(Settings.from_json(boot.settings), link, worker, prepared)
     except BootError as exc:
-        _send(channel, Failed(exc.args[0], exc.traceback))
+        send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
     return 0
 
@@ -109,9 +110,9 @@ def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, 
     try:
         module = MainModule(boot.launch["exec"], boot.launch["args"])
     except BootError as exc:
-        _send(channel, Failed(exc.args[0], exc.traceback))
+        send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
-    _send(channel, Online(os.getpid()), told)
+    send(channel, Online(os.getpid()), told)
     with _watched(boot, channel, worker):
         return Program(module, Settings.from_json(boot.settings), link, worker).run()
 
@@ -124,50 +125,14 @@ def place_descriptors(places: str) -> None:
         os.close(fd)
 
 
-def die_with(master: int) -> None:
-    """Be killed when the process `master` ends, even if this one is busy or blocked (prctl(2), PR_SET_PDEATHSIG)."""
-    if faults.on("no-parent-death-signal"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # It may have ended before the call above.
-    if os.getppid() != master:
-        os._exit(MASTER_GONE)
-
-
-def heed_the_master(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the master hears the signal too and says what to do."""
-
-
 def _receive_boot(channel: socket.socket) -> Boot:
     """The first frame, and not a byte more: what follows belongs to the channel's reader."""
     decoder = Decoder()
-    header = _exactly(channel, HEADER_SIZE)
+    header = exactly(channel, HEADER_SIZE)
     frames = list(decoder.feed(header))
     # Not before it is clear that this can be a frame's length.
-    frames += decoder.feed(_exactly(channel, int.from_bytes(header[:4], "little")))
+    frames += decoder.feed(exactly(channel, int.from_bytes(header[:4], "little")))
     message = decode(frames[0][0])
     if not isinstance(message, Boot):
         raise ProtocolError(f"a worker does not expect {type(message).__name__} first")
     return message
-
-
-def _exactly(channel: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        part = channel.recv(size - len(data))
-        if not part:
-            os._exit(MASTER_GONE)
-        data += part
-    return bytes(data)
-
-
-def _send(channel: socket.socket, message: Message, *descriptors: int) -> None:
-    """Before or after the loop's time: block until it is sent.  If the master is gone, nobody needs it."""
-    channel.setblocking(True)
-    frame = encode(message, len(descriptors))
-    try:
-        # They ride with the first byte.
-        sent = socket.send_fds(channel, [frame], descriptors)
-        channel.sendall(frame[sent:])
-    except (BrokenPipeError, ConnectionResetError):
-        os._exit(MASTER_GONE)

@@ -29,7 +29,7 @@ def places() -> Iterator[Places]:
 
 
 def crowds(places: Places, count: int, limit: int) -> list[Crowd]:
-    return [Crowd(places.tally, places.take(), limit) for _ in range(count)]
+    return [Crowd(places.tally, places.take(100 + number), limit) for number in range(count)]
 
 
 def test_all_together_are_let_in_up_to_the_limit(places: Places) -> None:
@@ -47,21 +47,21 @@ def test_what_a_dead_one_had_in_progress_is_over(places: Places) -> None:
     # It was about to begin another.
     places.tally.cells[1] |= WANT
     assert not alive.enter()
-    places.free(0)
+    places.free(100)
     assert alive.enter()
 
 
 def test_two_workers_of_one_slot_have_a_place_each(places: Places) -> None:
-    assert [places.take() for _ in range(3)] == [0, 1, 2]
-    places.free(1)
-    assert [places.take(), places.take()] == [1, 3]
+    assert [places.take(worker) for worker in (1, 2, 3)] == [0, 1, 2]
+    places.free(2)
+    assert [places.take(4), places.take(5)] == [1, 3]
 
 
 def test_who_was_there_first_sees_who_came_later(places: Places) -> None:
     (old,) = crowds(places, 1, 1)
     assert old.enter()
     old.leave()
-    (new,) = crowds(places, 1, 1)
+    new = Crowd(places.tally, places.take(7), 1)
     assert new.enter()
     assert not old.enter()
 
@@ -169,8 +169,8 @@ def test_many_processes_at_once(places: Places, limit: int) -> None:
     tokens = os.eventfd(limit, os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
     gate, opens = os.pipe()
     processes = []
-    for _ in range(count):
-        numbers = (places.tally.fd, tokens, gate, places.take(), limit)
+    for worker in range(count):
+        numbers = (places.tally.fd, tokens, gate, places.take(worker), limit)
         words = [sys.executable, "-m", "tests.helpers.rush", *map(str, numbers)]
         fds = (places.tally.fd, tokens, gate)
         processes.append(subprocess.Popen(words, cwd=ROOT, pass_fds=fds, stdout=subprocess.PIPE, text=True))

@@ -48,7 +48,7 @@ def spawn(loop: SkewedLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exi
     def start(source: str = "messages.recv(1)", slot: int = 0) -> WorkerProcess:
         program = tmp_path / f"worker{len(started)}.py"
         program.write_text(PRELUDE + textwrap.dedent(source))
-        monkeypatch.setattr(module, "_ENTRY", str(program))
+        monkeypatch.setattr(module, "ENTRY", str(program))
         started.append(WorkerProcess(slot, loop, exits.append))
         return started[-1]
 

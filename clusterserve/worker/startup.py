@@ -1,0 +1,74 @@
+"""What every process of ours does when it starts, a worker or the template of workers: its life is the master's.
+
+And the message channel before the event loop has it: a frame at a time, blocking.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import socket
+from types import FrameType
+from typing import Final
+
+from .. import faults
+from ..core.messages import Message, encode
+from .link import MASTER_GONE
+
+#: What a worker exits with when its application cannot be loaded or started (uvicorn's STARTUP_FAILURE).
+BOOT_FAILURE: Final = 3
+
+_PR_SET_PDEATHSIG: Final = 1
+
+#: A terminal sends some of these to the whole process group, and people send the others to "all of it": the master acts
+#: on them.  A handler, not SIG_IGN: what the application starts must not inherit deafness.
+_MASTERS: Final = ("SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGPWR")
+
+
+def begin(master: int) -> None:
+    """Belong to the process `master`: die with it, leave its signals to it, and tell where you stand if it asks."""
+    die_with(master)
+    for name in _MASTERS:
+        signal.signal(getattr(signal, name), heed_the_master)
+    if not faulthandler.is_enabled():
+        # The master's SIGABRT finds a worker that no longer runs any Python: its stacks are written in C, from the
+        # signal handler, to the descriptor and not to what the application may put in the place of sys.stderr.
+        faulthandler.enable(2, all_threads=True)
+
+
+def die_with(master: int) -> None:
+    """Be killed when the process `master` ends, even if this one is busy or blocked (prctl(2), PR_SET_PDEATHSIG)."""
+    if faults.on("no-parent-death-signal"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # It may have ended before the call above.
+    if os.getppid() != master:
+        os._exit(MASTER_GONE)
+
+
+def heed_the_master(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the master hears the signal too and says what to do."""
+
+
+def exactly(channel: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = channel.recv(size - len(data))
+        if not part:
+            os._exit(MASTER_GONE)
+        data += part
+    return bytes(data)
+
+
+def send(channel: socket.socket, message: Message, *descriptors: int) -> None:
+    """Before or after the loop's time: block until it is sent.  If the master is gone, nobody needs it."""
+    channel.setblocking(True)
+    frame = encode(message, len(descriptors))
+    try:
+        # They ride with the first byte.
+        sent = socket.send_fds(channel, [frame], descriptors)
+        channel.sendall(frame[sent:])
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(MASTER_GONE)

@@ -1,0 +1,258 @@
+"""`--preload`: the application is imported once, in a template, and every worker is a fork of that."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import proc
+from tests.helpers.apps.preloaded import SOURCE
+from tests.helpers.load import under_load
+from tests.helpers.raw import request
+from tests.helpers.server import IN_TURN, WORKER_LISTENS, Serve, Server, run
+from tests.helpers.waiting import eventually
+
+APP = "tests.helpers.apps.preloaded:app"
+FULL = "tests.helpers.apps.full:app"
+QUICK = ("--restart-backoff", "0.01")
+TEMPLATE = re.compile(r"Template (\d+) \(pid (\d+)\) loads")
+
+
+def facts(server: Server, path: str = "/") -> dict[str, Any]:
+    answer = server.get(path).json()
+    assert isinstance(answer, dict)
+    return answer
+
+
+def of_all(server: Server) -> list[dict[str, Any]]:
+    """The facts of every living worker, by slot."""
+    pids = [worker.pid for worker in server.workers]
+    found: dict[int, dict[str, Any]] = {}
+
+    def ask() -> bool:
+        answer = facts(server)
+        found[answer["pid"]] = answer
+        return found.keys() >= set(pids)
+
+    eventually(ask, f"all of {pids} have answered")
+    return [found[pid] for pid in pids]
+
+
+def template(server: Server) -> int:
+    """The newest template's pid."""
+    return int(server.found(TEMPLATE)[-1][2])
+
+
+def kind(link: str) -> str:
+    """What a descriptor is, without which one it is."""
+    return re.sub(r"\[\d+\]$", "", link)
+
+
+@pytest.fixture(scope="module")
+def server(serve_module: Serve) -> Server:
+    return serve_module("--preload", *IN_TURN, app=APP, workers=3)
+
+
+class TestWorkers:
+    def test_the_application_was_imported_once_and_by_none_of_them(self, server: Server) -> None:
+        answers = of_all(server)
+        assert {each["imported_by"] for each in answers} == {template(server)}
+        assert template(server) not in {each["pid"] for each in answers}
+
+    def test_they_are_the_masters_children_like_any_worker(self, server: Server) -> None:
+        answers = of_all(server)
+        assert {each["parent"] for each in answers} == {server.pid}
+        assert proc.children(server.pid) == sorted([template(server), *(each["pid"] for each in answers)])
+
+    def test_each_has_its_slot_and_a_lifespan_of_its_own(self, server: Server) -> None:
+        answers = of_all(server)
+        assert [each["slot"] for each in answers] == ["0", "1", "2"]
+        assert [each["lifespan"] for each in answers] == [each["pid"] for each in answers]
+
+    def test_no_two_have_the_same_random_numbers(self, server: Server) -> None:
+        answers = of_all(server)
+        assert len({each["random"] for each in answers}) == 3
+        assert len({each["uuid"] for each in answers}) == 3
+
+    def test_none_has_a_descriptor_of_anybody_else(self, server: Server, serve: Serve) -> None:
+        spawned = serve(*IN_TURN, app=APP, workers=1)
+        facts(spawned)
+        facts(server)
+        (usual,) = (Counter(map(kind, proc.descriptors(each.pid).values())) for each in spawned.workers)
+        sockets: Counter[int] = Counter()
+        for worker in server.workers:
+            assert Counter(map(kind, proc.descriptors(worker.pid).values())) == usual
+            sockets.update(proc.socket_inodes(worker.pid) - proc.socket_inodes(template(server)))
+        assert set(sockets.values()) == {1}
+        # Its channel, and what it was started with.
+        assert len(proc.socket_inodes(template(server)) - proc.socket_inodes(server.pid)) == 1
+        assert len(proc.descriptors(template(server))) == 4
+
+
+class Code:
+    """An application's file."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "preloaded_code.py"
+        self.env = {"PYTHONPATH": str(directory)}
+        self._writes = 0
+        self.is_(SOURCE)
+
+    def is_(self, source: str) -> None:
+        self.path.write_text(source)
+        # Python takes a compiled file for fresh that is of the same second and size.
+        self._writes += 1
+        os.utime(self.path, (self._writes * 10, self._writes * 10))
+
+    def says(self, version: str) -> None:
+        self.is_(SOURCE.replace('VERSION = "one"', f'VERSION = "{version}"'))
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Code:
+    return Code(tmp_path)
+
+
+class TestReload:
+    def test_new_code_is_in_a_new_template_and_nothing_is_lost(self, serve: Serve) -> None:
+        server = serve("--preload", app=FULL, workers=2)
+        with under_load(server.address) as load:
+            for turn in range(2):
+                before = template(server)
+                server.signal(signal.SIGHUP)
+                wanted = [3 + 2 * turn, 4 + 2 * turn]
+                eventually(lambda: [each.id for each in server.workers] == wanted, f"workers {wanted} serve alone")  # noqa: B023
+                eventually(lambda: not proc.alive(before), "the old template is gone")  # noqa: B023
+                load.answered(10)
+        assert len(server.found(TEMPLATE)) == 3
+
+    def test_what_is_changed_is_imported_again(self, serve: Serve, code: Code) -> None:
+        server = serve("--preload", app="preloaded_code:app", workers=1, env=code.env)
+        code.says("two")
+        assert facts(server)["version"] == "one"
+        server.signal(signal.SIGHUP)
+        eventually(lambda: facts(server)["version"] == "two", "the new code serves")
+
+    def test_broken_code_leaves_the_old_one_and_its_template(self, serve: Serve, code: Code) -> None:
+        server = serve("--preload", *QUICK, app="preloaded_code:app", workers=1, env=code.env, noise=True)
+        old = facts(server)
+        code.is_("raise RuntimeError('its own trouble')")
+        server.signal(signal.SIGHUP)
+        (told,) = server.wait_for(r"Reload failed, generation 2 cannot start: .*; generation 1 stays")
+        assert "the application 'preloaded_code:app' could not be loaded" in told[0]
+        assert len(server.found("Traceback")) == 1
+        assert facts(server)["pid"] == old["pid"]
+        # Whoever replaces a worker now has the code of those that serve: their template has it.
+        os.kill(old["pid"], signal.SIGKILL)
+        server.wait_for(WORKER_LISTENS, count=2)
+        new = facts(server)
+        assert (new["version"], new["imported_by"]) == ("one", old["imported_by"])
+        assert new["pid"] != old["pid"]
+        # Repaired, it goes on.
+        code.says("three")
+        server.signal(signal.SIGHUP)
+        eventually(lambda: facts(server)["version"] == "three", "the repaired code serves")
+
+
+class TestCrashes:
+    def test_exits_are_known_exactly(self, serve: Serve) -> None:
+        server = serve("--preload", *QUICK, app=APP, workers=1)
+        with server.connect() as client:
+            client.send(request("GET", "/exit/42"))
+            server.wait_for(r"Worker 1 \(slot 0, pid \d+\) exited with code 42")
+        server.wait_for(WORKER_LISTENS, count=2)
+        os.kill(server.workers[0].pid, signal.SIGKILL)
+        server.wait_for(r"Worker 2 \(slot 0, pid \d+\) was killed by SIGKILL")
+        server.wait_for(WORKER_LISTENS, count=3)
+
+    def test_a_template_that_dies_is_replaced_and_no_worker_minds(self, serve: Serve) -> None:
+        server = serve("--preload", *QUICK, app=APP, workers=2)
+        before, first = of_all(server), template(server)
+        os.kill(first, signal.SIGKILL)
+        server.wait_for(rf"Template 1 \(pid {first}\) was killed by SIGKILL; running workers go on without it")
+        server.wait_for(TEMPLATE, count=2)
+        assert [each["pid"] for each in of_all(server)] == [each["pid"] for each in before]
+        # Who is to be replaced has to wait for the new one.
+        os.kill(before[0]["pid"], signal.SIGKILL)
+        server.wait_for(WORKER_LISTENS, count=3)
+        assert [each["imported_by"] for each in of_all(server)] == [template(server), first]
+        assert template(server) != first
+
+    @pytest.mark.parametrize("path", ["/block", "/"])
+    def test_a_master_that_is_killed_takes_all_with_it(self, serve: Serve, path: str) -> None:
+        server = serve("--preload", app=APP, workers=2)
+        with server.connect() as client:
+            client.send(request("GET", path))
+            if path == "/block":
+                pids = [worker.pid for worker in server.workers]
+                eventually(lambda: any(_sleeps(pid) for pid in pids), "a worker holds its loop")
+            server.kill()
+            server.wait()
+            eventually(lambda: server.processes() == [], "workers and template are gone", within=2.0)
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether it is in `time.sleep`, and not in its event loop."""
+    return "nanosleep" in Path(f"/proc/{pid}/wchan").read_text()
+
+
+class TestBadStarts:
+    def fails(self, app: str, *options: str, code: int = 3, env: dict[str, str] | None = None) -> str:
+        done = run(app, "--bind", "127.0.0.1:0", "--workers", "2", "--preload", *options, env=env)
+        assert done.code == code
+        return done.err
+
+    def test_an_import_that_raises_is_told_once(self) -> None:
+        told = self.fails("tests.helpers.apps.raises:app")
+        assert told.count("Traceback (most recent call last)") == 1
+        assert told.count("the application 'tests.helpers.apps.raises:app' could not be loaded") == 1
+
+    def test_an_import_that_exits(self, code: Code) -> None:
+        code.is_("import os; os._exit(7)")
+        assert "the template exited with code 7" in self.fails("preloaded_code:app", env=code.env)
+
+    def test_a_lifespan_that_fails(self) -> None:
+        told = self.fails("tests.helpers.apps.lifespans:fails_at_startup")
+        assert told.count("RuntimeError: the lifespan's own trouble") == 1
+
+    def test_an_import_that_never_ends(self) -> None:
+        told = self.fails("tests.helpers.apps.hangs:app", "--timeout-boot", "1")
+        assert "it was not ready within 1 s" in told
+
+    def test_threads_are_refused(self, code: Code) -> None:
+        code.is_(
+            "from threading import Event, Thread\n"
+            "Thread(target=Event().wait, name='pump', daemon=True).start()\n"
+            "app = 1"
+        )
+        (error,) = [line for line in self.fails("preloaded_code:app", env=code.env).splitlines() if "error:" in line]
+        assert "importing 'preloaded_code:app' starts threads, which do not survive the fork of a worker: pump" in error
+
+    def test_event_loops_are_refused(self, code: Code) -> None:
+        code.is_("import asyncio\nloop = asyncio.new_event_loop()\napp = 1")
+        told = self.fails("preloaded_code:app", env=code.env)
+        assert "makes an event loop, which workers must not share: asyncio.unix_events._UnixSelectorEventLoop" in told
+
+    def test_what_it_excludes(self) -> None:
+        told = self.fails(APP, "--debug-wait", code=2)
+        assert told.startswith("clusterserve: error: preload excludes debug_wait")
+
+
+def test_a_stop_does_not_wait_for_the_import(serve: Serve) -> None:
+    server = serve("--preload", app="tests.helpers.apps.hangs:app", workers=2, ready=False)
+    server.wait_for("The import goes on for ever")
+    server.terminate()
+    assert server.wait() == 128 + signal.SIGTERM
+
+
+def test_a_factory_is_called_once(serve: Serve, code: Code) -> None:
+    code.is_(SOURCE.replace("    return app\n", "    print('made', flush=True)\n    return app\n"))
+    server = serve("--preload", "--factory", app="preloaded_code:make", workers=2, env=code.env)
+    assert {each["imported_by"] for each in of_all(server)} == {template(server)}
+    assert len(server.found("^made$")) == 1
