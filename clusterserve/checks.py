@@ -6,6 +6,7 @@ stand behind "--port 99999:" as well as behind "port=99999:".
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -145,6 +146,36 @@ def texts(setting: str, value: object) -> str:
 
 def optional(check: Check) -> Check:
     return lambda setting, value: None if value is None else check(setting, value)
+
+
+def several(check: Check) -> Check:
+    """A list of such values, one that stands alone, or none."""
+
+    def every(setting: str, value: object) -> tuple[object, ...]:
+        if value is None:
+            return ()
+        items = value if isinstance(value, Iterable) and not isinstance(value, str | os.PathLike) else (value,)
+        return tuple(check(setting, each) for each in items)
+
+    return every
+
+
+def pattern(setting: str, value: object) -> str:
+    """A file's path, or a pattern of them."""
+    found = text(setting, os.fspath(value) if isinstance(value, os.PathLike) else value)
+    if not found.strip():
+        raise SettingValueError(setting, value, "is empty")
+    return found
+
+
+def reload(setting: str, value: object) -> bool:
+    """Whether to watch files, which needs what not everybody has."""
+    wanted = flag(setting, value)
+    if wanted and importlib.util.find_spec("watchfiles") is None:
+        raise SettingValueError(
+            setting, value, "needs the package watchfiles, which is not installed: pip install 'clusterserve[reload]'"
+        )
+    return wanted
 
 
 def directory(setting: str, value: object) -> str:

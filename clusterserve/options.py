@@ -164,6 +164,35 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--rss-sample-interval", "SECONDS", "How often its memory is looked at."),
         _value("--rss-samples", "N", "So many looks in a row must find too much."),
     ),
+    "Development": (
+        _flag("--reload", "Watch files, and replace all workers as soon as one changes. Needs clusterserve[reload]."),
+        _value(
+            "--reload-dir",
+            "DIR",
+            "Watch this directory and all below it; repeatable.  [default: the working directory, and --app-dir]",
+            "reload_dirs",
+        )._replace(kind="many"),
+        _value(
+            "--reload-include",
+            "PATTERN",
+            "Files that fit count too, and directories that do are watched; repeatable.  [default: *.py]",
+            "reload_includes",
+        )._replace(kind="many"),
+        _value(
+            "--reload-exclude",
+            "PATTERN",
+            "Files and directories that fit do not count; repeatable.  [default: .* .py[cod] .sw.* ~*, and what is in "
+            "hidden directories, __pycache__, node_modules, site-packages]",
+            "reload_excludes",
+        )._replace(kind="many"),
+        _value("--reload-delay", "SECONDS", "The time between two reloads, at least."),
+        _value(
+            "--reload-extra-file",
+            "FILE",
+            "This file counts too, wherever it is, or those that fit this pattern; repeatable.",
+            "reload_extra_files",
+        )._replace(kind="many"),
+    ),
     "Debugging": (
         _value(
             "--debug-port",

@@ -13,7 +13,6 @@ from clusterserve.options import SPECS
 
 _YET: Final = "is not available in this version"
 _TLS: Final = f"{_YET}: terminate TLS in a proxy in front of it, such as nginx, Caddy or HAProxy"
-_WATCH: Final = f"{_YET}: run watchfiles 'clusterserve APP', or send the master SIGHUP"
 _HTTP1: Final = f"{_YET}: let a proxy in front speak HTTP/2"
 _PARSER: Final = (
     "has no counterpart: it concerns gunicorn's own HTTP parser and the workers use uvicorn's, leave it out"
@@ -31,8 +30,6 @@ _SAID: Final[dict[str, str]] = {
         --ssl-keyfile --ssl-certfile --ssl-keyfile-password --ssl-version --ssl-cert-reqs --ssl-ca-certs --ssl-ciphers
         --ssl-reload --no-ssl-reload --keyfile --certfile --cert-reqs --ca-certs --ciphers --suppress-ragged-eofs
         --do-handshake-on-connect""",
-    _WATCH: """
-        --reload --reload-dir --reload-include --reload-exclude --reload-delay --reload-engine --reload-extra-file""",
     _HTTP1: """
         --http2 --http-protocols --http2-cleartext --http2-max-concurrent-streams --http2-initial-window-size
         --http2-max-frame-size --http2-max-header-list-size""",
@@ -64,6 +61,8 @@ _SAID: Final[dict[str, str]] = {
     "has no counterpart: load the paste file in a module of your own, and name that as MODULE:ATTRIBUTE": """
         --paste --paster --paste-global""",
     "has no counterpart in uvicorn's workers: leave it out": "--asgi-disconnect-grace-period",
+    "has no counterpart: files are watched with watchfiles, or polled if WATCHFILES_FORCE_POLLING=1 is set": """
+        --reload-engine""",
     "is called --lifespan here": "--asgi-lifespan",
     "is called --loop here": "--asgi-loop",
     "is called --http here": "--http-parser",

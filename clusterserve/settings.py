@@ -27,7 +27,10 @@ from clusterserve.checks import (
     near_match,
     octal,
     optional,
+    pattern,
+    reload,
     seconds,
+    several,
     size,
     text,
     texts,
@@ -46,7 +49,10 @@ POLICY_VARIABLES: Final = ("CLUSTERSERVE_POLICY", "CLUSTERSERVE_SCHED_POLICY")  
 NEEDS_FORK: Final = "a function is asked by each fork(): it needs respawn=False, and no workers besides"
 
 #: What `run` does to its process, and a `Cluster` not to the process of the program that it is part of.
-OF_THE_PROCESS: Final = ("pid", "umask")
+OF_THE_PROCESS: Final = ("pid", "umask", "reload")
+
+#: Fields that JSON has as lists.
+_TUPLES: Final = ("reload_dirs", "reload_includes", "reload_excludes", "reload_extra_files")
 
 _ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
 
@@ -118,6 +124,14 @@ class Settings(Launch):
     proxy_headers: bool = True
     forwarded_allow_ips: str | None = None
 
+    # In development: who saves a file sees what comes of it.
+    reload: bool = False
+    reload_dirs: tuple[str, ...] = ()  # none: the working directory, and that of the application
+    reload_includes: tuple[str, ...] = ()  # besides those of core/watched.py
+    reload_excludes: tuple[str, ...] = ()
+    reload_delay: float = 0.25
+    reload_extra_files: tuple[str, ...] = ()
+
     log_level: str | None = None
     log_config: str | None = None
     access_log: bool = True
@@ -156,7 +170,7 @@ class Settings(Launch):
         if checked.get("respawn") is False and values.get("workers") is None:
             checked["workers"], source = 0, ""
         else:
-            checked["workers"], source = _workers(values.get("workers"))
+            checked["workers"], source = _workers(values.get("workers"), reloads=bool(checked.get("reload")))
         checked["workers_source"] = checked.get("workers_source") or source
         checked["policy"] = _policy(values.get("policy"))
         if checked.get("forwarded_allow_ips") is None:
@@ -218,6 +232,7 @@ class Settings(Launch):
         }
         values["binds"] = [str(bind) for bind in self.binds]
         values["headers"] = [list(header) for header in self.headers]
+        values.update({name: list(getattr(self, name)) for name in _TUPLES})
         return values
 
     @classmethod
@@ -226,6 +241,7 @@ class Settings(Launch):
         known: dict[str, Any] = dict(values)
         known["binds"] = tuple(Bind.parse(bind) for bind in known["binds"])
         known["headers"] = tuple((name, value) for name, value in known["headers"])
+        known.update({name: tuple(known[name]) for name in _TUPLES})
         return cls(**known)
 
 
@@ -285,6 +301,12 @@ _CHECKS: Final[dict[str, Check]] = {
     "date_header": flag,
     "proxy_headers": flag,
     "forwarded_allow_ips": optional(texts),
+    "reload": reload,
+    "reload_dirs": several(directory),
+    "reload_includes": several(pattern),
+    "reload_excludes": several(pattern),
+    "reload_delay": seconds(),
+    "reload_extra_files": several(pattern),
     "log_level": optional(choice("critical", "error", "warning", "info", "debug", "trace", any_case=True)),
     "log_config": optional(file),
     "access_log": flag,
@@ -347,10 +369,13 @@ def _named(value: object) -> object:
     return [each for item in items for each in (addresses(item) if isinstance(item, str) else [item])]
 
 
-def _workers(value: object) -> tuple[int, str]:
+def _workers(value: object, *, reloads: bool) -> tuple[int, str]:
     source = "workers"
     if value is None and _variable("WEB_CONCURRENCY"):
         value, source = _variable("WEB_CONCURRENCY"), "WEB_CONCURRENCY"
+    if value is None and reloads:
+        # As uvicorn: one is what is easiest to follow, and starts fastest.
+        return 1, "one, for development with --reload"
     if value in (None, "auto"):
         # Read late: a count that was given needs no look at /sys.
         from clusterserve.cpus import survey

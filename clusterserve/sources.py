@@ -24,6 +24,9 @@ PROJECT: Final = "pyproject.toml"
 
 _ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
 
+#: What says how to watch files, if they are watched.
+_RELOADS: Final = frozenset({"reload_dirs", "reload_includes", "reload_excludes", "reload_delay", "reload_extra_files"})
+
 #: Variables under our prefix that are no options.
 _OTHERS: Final = frozenset(
     {CMD_ARGS, "CLUSTERSERVE_APP", "CLUSTERSERVE_SCHED_POLICY", "CLUSTERSERVE_WORKER", "CLUSTERSERVE_WORKER_SLOT"}
@@ -130,7 +133,12 @@ def settings_of(given: Layer) -> Settings:
 
 
 def unread(given: Layer) -> str:
-    """A sentence about gunicorn's own file, where it lies about and nothing of ours takes its place; else nothing."""
+    """A sentence about what is not heeded: options of a reload that is not wanted, and gunicorn's own file, where it
+    lies about and nothing of ours takes its place; else nothing."""
+    if not checks.flag("reload", given["reload"].value if "reload" in given else False):
+        idle = [item.origin for name, item in given.items() if name in _RELOADS and item.origin.startswith("--")]
+        if idle:
+            return f"{', '.join(idle)}: without --reload no files are watched"
     ours = "config" in given or any(item.origin.startswith((f"{FILE}: ", f"{PROJECT}: ")) for item in given.values())
     if ours or os.path.exists(FILE) or not os.path.exists("gunicorn.conf.py"):
         return ""

@@ -7,16 +7,20 @@ from pathlib import Path
 
 from clusterserve.options import SPECS
 from tests.helpers.docs import examples
-from tests.helpers.option_table import DOCUMENT, table, updated
+from tests.helpers.option_table import DOCUMENT, README, flags, spellings, table, updated
+
+STALE = "run: python -m tests.helpers.option_table"
 
 
-def test_the_table_of_options_is_up_to_date() -> None:
-    document = DOCUMENT.read_text(encoding="utf-8")
-    assert document == updated(document), "run: python -m tests.helpers.option_table"
+def test_the_tables_of_options_are_up_to_date() -> None:
+    settings, readme = DOCUMENT.read_text(encoding="utf-8"), README.read_text(encoding="utf-8")
+    assert settings == updated(settings), STALE
+    assert readme == updated(readme, "spellings", spellings), STALE
 
 
-def test_every_option_is_in_it() -> None:
-    assert [flag for spec in SPECS for flag in spec.flags if f"`{flag}`" not in table()] == []
+def test_every_option_is_in_both() -> None:
+    every = [flag for spec in SPECS for flag in flags(spec)]
+    assert [flag for flag in every if f"`{flag}`" not in table() or f"`{flag}`" not in spellings()] == []
 
 
 def test_the_readmes_program_restarts_all_workers_and_ends(tmp_path: Path) -> None:

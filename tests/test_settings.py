@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import os
@@ -56,8 +57,9 @@ def test_what_is_passed_through_has_uvicorns_default() -> None:
     ours = {field.name: field.default for field in dataclasses.fields(Settings)}
     theirs = inspect.signature(uvicorn.Config).parameters
     # None: uvicorn's logging, unless a file is named; None: no headers; an unlimited drain hangs on event streams.
-    # No limit of requests is None for uvicorn, 0 for gunicorn and here.
+    # No limit of requests is None for uvicorn, 0 for gunicorn and here; no patterns are None for uvicorn.
     apart = {"app", "workers", "log_config", "headers", "timeout_graceful_shutdown", "limit_max_requests"}
+    apart |= {"reload_dirs", "reload_includes", "reload_excludes"}
     shared = ours.keys() & theirs.keys() - apart
     assert len(shared) > 20
     assert {name: ours[name] for name in shared} == {name: theirs[name].default for name in shared}
@@ -494,6 +496,7 @@ values = st.fixed_dictionaries(
         "ws_ping_interval": st.none() | seconds,
         "use_colors": st.none() | st.booleans(),
         "headers": st.lists(header),
+        "reload_includes": st.lists(texts.filter(str.strip)),
         "root_path": texts,
         "forwarded_allow_ips": st.none() | texts,
         "log_level": st.none() | st.sampled_from(["info", "trace"]),
@@ -523,6 +526,35 @@ def test_from_json_does_not_ask_the_environment_again(monkeypatch: pytest.Monkey
 def test_to_json_holds_every_field() -> None:
     rest = {field.name for field in dataclasses.fields(Settings)} - {*LAUNCH_NAMES}
     assert set(create().to_json()) == rest
+
+
+# -- development -------------------------------------------------------------------------------------------------------
+
+
+def test_one_worker_is_enough_where_files_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = create(reload=True)
+    assert (found.workers, found.workers_source) == (1, "one, for development with --reload")
+    assert create(reload=True, workers=3).workers == 3
+    assert create(reload=False, workers=None).workers == create().workers
+    monkeypatch.setenv("WEB_CONCURRENCY", "7")
+    assert create(reload=True).workers == 7
+
+
+def test_a_reload_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refused(reload=True).endswith(
+        "needs the package watchfiles, which is not installed: pip install 'clusterserve[reload]'"
+    )
+    assert create(reload=False).reload is False
+
+
+def test_patterns_come_alone_or_in_a_list() -> None:
+    assert create(reload_includes="*.html").reload_includes == ("*.html",)
+    assert create(reload_includes=["*.html", Path("x.css")]).reload_includes == ("*.html", "x.css")
+    assert create(reload_dirs=None).reload_dirs == ()
+    assert refused(reload_excludes=["*", " "]) == "reload_excludes=' ': is empty"
+    assert refused(reload_dirs=["nowhere"]) == "reload_dirs='nowhere': there is no such directory"
+    assert refused(reload_extra_files=5) == "reload_extra_files=5: must be a text"
 
 
 # -- modes -------------------------------------------------------------------------------------------------------------

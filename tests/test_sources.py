@@ -155,7 +155,7 @@ def test_values_have_their_own_types(text: str, name: str, value: object) -> Non
         ('policy = "lest"', f"policy=lest: {POLICY}; did you mean 'least'?"),
         ('uds = "x"\nport = 1', f"uds and clusterserve.toml: port {EXCLUDE}"),
         ("env_file = 1\nenv-file = 2", "env_file and env-file are two names of one setting"),
-        ("reload = true", f"reload is set, but {NOT_TAKEN['--reload']}"),
+        ("spew = true", f"spew is set, but {NOT_TAKEN['--spew']}"),
         ('chdir = "nowhere"', "chdir=nowhere: there is no such directory"),
         ('env_file = "nowhere"', "env_file=nowhere: there is no such file"),
         ('env = ["A"]', "env=A: a variable is NAME=VALUE"),
@@ -353,6 +353,18 @@ def test_the_report_is_printed_and_nothing_started(argv: list[str], capsys: pyte
 
 def test_a_report_of_what_is_wrong_is_refused(refused: Refused) -> None:
     assert refused("config", "-w", "0") == f"--workers 0: {COUNT}"
+
+
+# -- what is not heeded ------------------------------------------------------------------------------------------------
+
+
+def test_watching_what_is_not_watched_is_not_ignored_in_silence() -> None:
+    argv = ("a:b", "--reload-include", "*.html", "--reload-dir", ".")
+    assert unread(layer(*argv)) == "--reload-dir, --reload-include: without --reload no files are watched"
+    assert unread(layer(*argv, "--reload")) == ""
+    # A file is for every start, also for those of the next day in production.
+    write("reload_delay = 1\n")
+    assert unread(layer("a:b")) == ""
 
 
 # -- gunicorn's own file -----------------------------------------------------------------------------------------------

@@ -113,6 +113,8 @@ class Engine:
         self._stop_deadline = 0.0
         #: While it serves on although it was told to stop.
         self._delay: asyncio.TimerHandle | None = None
+        #: Nothing could be started, and a change of the files is waited for.
+        self._waiting = False
         #: The failure that nobody was told of when the stop was ordered: the others were still booting.
         self._untold: Failed | None = None
 
@@ -158,7 +160,7 @@ class Engine:
         if first:
             self._emit(StartedShutdown())
             # What a worker says from now on may come of being interrupted.
-            self._untold = None if self.served else self._crew.failure
+            self._untold = None if self.served or self._waiting else self._crew.failure
             self._crew.announce_stop()
             delay = 0.0 if at_once or how is Stop.QUICK or not self.served else self.settings.shutdown_delay
             if delay:
@@ -311,9 +313,10 @@ class Engine:
 
     def _change(self) -> asyncio.Future[None]:
         change = self._changes.begin()
-        if self._roster.proven:
-            # A fresh start for every slot: before anybody listened, who failed stays where it is.
-            self._crew.failure = None
+        if self._roster.proven or self.settings.reload:
+            # A fresh start for every slot: before anybody listened, who failed stays where it is, save where whoever
+            # repairs it is at work.
+            self._crew.failure, self._waiting = None, False
             self._roster.forgiven(self._loop.time())
         self._reconciler.reconcile()
         return change
@@ -364,22 +367,30 @@ class Engine:
         elif current.verdict is Verdict.REJECTED:
             self._reject()
         elif current.verdict is Verdict.FAILED:
-            failure = self._crew.failure
-            if failure is None:
-                self._finish(BootError(f"no worker came to listen: {self._crew.last_exit}"))
-            else:
-                self._finish(BootError(failure.reason, failure.traceback))
+            self._fail()
         elif current.verdict is Verdict.STOPPED:
             untold = self._untold
             self._finish(None if untold is None else BootError(untold.reason, untold.traceback))
         elif current.stuck and (self._changes or not self.settled.done()):
             self._give_up(current.stuck)
 
+    def _fail(self) -> None:
+        """No worker could start: that is the end, unless somebody is at work on the files."""
+        failure = self._crew.failure or Failed(f"no worker came to listen: {self._crew.last_exit}", "")
+        error = BootError(failure.reason, failure.traceback)
+        if not self.settings.reload:
+            self._finish(error)
+        elif not self._waiting:
+            self._waiting = True
+            logger.error("%s", error)
+            logger.error("Nothing is served: waiting for a change of the files")
+
     def _reject(self) -> None:
         """The new generation cannot start: back to the one that serves."""
         failure = self._crew.why()
         reason = f"generation {self._reconciler.target.generation} cannot start: {failure.reason}"
-        logger.error("Reload failed, %s; generation %d stays", reason, self._roster.proven)
+        stays = "the old code serves on until the next change" if self.settings.reload else ""
+        logger.error("Reload failed, %s; %s", reason, stays or f"generation {self._roster.proven} stays")
         error = BootError(reason, failure.traceback)
         self._reconciler.target = dataclasses.replace(self._reconciler.target, generation=self._roster.proven)
         if self._before is not None:
@@ -451,6 +462,7 @@ def _limits(settings: Settings) -> Limits:
         backoff=settings.restart_backoff,
         backoff_max=settings.restart_backoff_max,
         min_uptime=settings.min_uptime,
-        surge=settings.reload_surge,
+        # In development the whole of the new code is wanted at once.
+        surge=max(settings.reload_surge, settings.workers) if settings.reload else settings.reload_surge,
         timeout=settings.timeout,
     )

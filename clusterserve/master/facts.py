@@ -152,11 +152,14 @@ class Facts:
             self._reconciler.reconcile()
 
     def _failed(self, worker: int, message: Failed) -> None:
-        if self._crew.failure is None:
-            self._crew.failure = message
+        known, self._crew.failure = self._crew.failure, self._crew.failure or message
         if self._roster.proven or self._reconciler.target.manual:
             # The cluster serves already: this one's story would not be told otherwise.
-            logger.error("Worker %d: %s\n%s", worker, message.reason, message.traceback.rstrip())
+            if message == known and self._crew.settings.reload:
+                # All of them started at once, from the same files.
+                logger.error("Worker %d: %s, as said before", worker, message.reason)
+            else:
+                logger.error("Worker %d: %s\n%s", worker, message.reason, message.traceback.rstrip())
 
     def on_templates(self) -> None:
         """Something has become of a template, or of a worker that one was to fork."""

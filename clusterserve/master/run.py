@@ -109,14 +109,15 @@ async def _serve(
 
     engine = Engine(settings, loop, told)
     signals = _Signals(engine, loop, teller.on_reloaded, reread)
-    engine.start()
-    teller.watch(loop, engine.healthy)
-    orphans = Orphans(loop, engine.pids)
-    if os.getpid() == 1 or settings.templated:
-        # Under a template too, because for moments orphans come to us (subreaper.py).
-        orphans.start()
-    error = await engine.finished
-    orphans.close()
+    with _watching(settings, loop, signals):
+        engine.start()
+        teller.watch(loop, engine.healthy)
+        orphans = Orphans(loop, engine.pids)
+        if os.getpid() == 1 or settings.templated:
+            # Under a template too, because for moments orphans come to us (subreaper.py).
+            orphans.start()
+        error = await engine.finished
+        orphans.close()
     if error is not None:
         raise error
     logger.info("Stopped, master process %d", os.getpid())
@@ -125,6 +126,22 @@ async def _serve(
         # this one does not in its first moments.
         return signals.code or 128 + signals.first
     return signals.code
+
+
+def _watching(
+    settings: Settings, loop: asyncio.AbstractEventLoop, signals: _Signals
+) -> contextlib.AbstractContextManager[None]:
+    if not settings.reload:
+        return contextlib.nullcontext()
+    # watchfiles is an extra, and takes its time to import.
+    from .watcher import described, watching
+
+    def changed(paths: list[str]) -> None:
+        if not signals.first:
+            logger.info("Changed: %s", described(paths))
+            signals.reload()
+
+    return watching(settings, loop, changed)
 
 
 class _Signals:
@@ -147,7 +164,7 @@ class _Signals:
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
         loop.add_signal_handler(signal.SIGTTIN, engine.scale_by, 1)
         loop.add_signal_handler(signal.SIGTTOU, engine.scale_by, -1)
         loop.add_signal_handler(signal.SIGPWR, engine.show_stacks)
@@ -167,10 +184,12 @@ class _Signals:
         self.first = self.first or signal.SIGINT
 
     def _quit(self, code: int) -> None:
+        self.first = self.first or signal.SIGQUIT
         self.code = self.code or code
         self._engine.stop(Stop.QUICK)
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
+        """Read the configuration again, and replace the workers."""
         if self._reread is not None:
             try:
                 found = compare(self._engine.settings, self._reread())
