@@ -144,6 +144,13 @@ def texts(setting: str, value: object) -> str:
     return ",".join(text(setting, item) for item in value) if isinstance(value, list | tuple) else text(setting, value)
 
 
+def codes(setting: str, value: object) -> tuple[int, ...]:
+    """Exit codes, as a list or a text with commas, each once."""
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    check = whole(0, 255)
+    return tuple(sorted({check(setting, each) for each in items if each != ""}))
+
+
 def optional(check: Check) -> Check:
     return lambda setting, value: None if value is None else check(setting, value)
 

@@ -88,6 +88,7 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "MODE",
             "The mode of the files of unix sockets, as in 660.  [default: 666, less the bits of --umask]",
         ),
+        _flag("--reuse-port", "Share TCP addresses with other programs that do the same (SO_REUSEPORT)."),
         _value("--backlog", "N", "Connections the kernel holds until they are accepted."),
     ),
     "Cluster": (
@@ -115,6 +116,11 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         ),
         _value("--max-pending", "N", "Stop accepting while this many connections wait for a worker."),
         _value(
+            "--worker-connections --backpressure",
+            "N",
+            "Hand a worker no more while it has this many connections; what comes then waits. 0: it takes none.",
+        ),
+        _value(
             "--limit-concurrency",
             "N",
             "Answer 503 to what comes while this many requests and WebSockets are in progress in all workers together.",
@@ -139,6 +145,16 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--restart-backoff", "SECONDS", "Wait before a dead worker is replaced; doubles while they keep dying."),
         _value("--restart-backoff-max", "SECONDS", "The longest such wait."),
         _value("--min-uptime", "SECONDS", "A worker that served for this long was healthy: then the wait starts over."),
+        _value(
+            "--max-restarts",
+            "N",
+            "After so many restarts in a row in vain, wait --restart-backoff-max each time, and say so; 0: never.",
+        ),
+        _value(
+            "--on-worker-exit-code",
+            "LIST",
+            "Do not restart a worker that exits with one of these codes, separated by commas.",
+        ),
         _value("--reload-surge", "N", "Replacements that may start at once while the workers they replace serve on."),
     ),
     "Workers' health": (

@@ -22,7 +22,6 @@ _PROXY: Final = f"{_YET}: let the proxy send X-Forwarded-For, and name it in --f
 _DIRTY: Final = "has no counterpart: give long work to a task queue"
 _COUNTED: Final = f"{_YET}: count in --hooks, or in a middleware of the application"
 _SIGNALS: Final = f"{_YET}: the master is controlled by signals (docs/settings.md)"
-_CRASHES: Final = f"{_YET}: a worker that dies is always replaced, see --restart-backoff"
 
 # By what there is to say, since many say the same.
 _SAID: Final[dict[str, str]] = {
@@ -46,12 +45,8 @@ _SAID: Final[dict[str, str]] = {
         --statsd-host --statsd-prefix --dogstatsd-tags --enable-backlog-metric --metrics --metrics-address
         --metrics-bind --metrics-port""",
     _SIGNALS: "--control-socket --control-socket-mode",
-    _CRASHES: "--max-restarts --on-worker-exit-code",
     f"{_YET}: it serves ASGI only, wrap a WSGI application with a2wsgi": "--threads",
-    f"{_YET}: see --max-pending and --timeout-queue for what bounds the requests that wait": """
-        --worker-connections --backpressure""",
     f"{_YET}: the number of workers is fixed with --workers, and changed by SIGTTIN and SIGTTOU": "--max-workers",
-    f"{_YET}: only the master listens, so nothing needs it": "--reuse-port",
     "has no counterpart: the heartbeats of workers need no file, leave it out": "--worker-tmp-dir",
     "has no counterpart: nothing is sent with sendfile, leave it out": "--no-sendfile",
     "has no counterpart: there is no control socket, leave it out": "--no-control-socket",

@@ -18,6 +18,7 @@ from clusterserve.checks import (
     Check,
     SettingValueError,
     choice,
+    codes,
     directory,
     file,
     flag,
@@ -52,7 +53,7 @@ NEEDS_FORK: Final = "a function is asked by each fork(): it needs respawn=False,
 OF_THE_PROCESS: Final = ("pid", "umask", "reload")
 
 #: Fields that JSON has as lists.
-_TUPLES: Final = ("reload_dirs", "reload_includes", "reload_excludes", "reload_extra_files")
+_TUPLES: Final = ("reload_dirs", "reload_includes", "reload_excludes", "reload_extra_files", "on_worker_exit_code")
 
 _ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
 
@@ -77,6 +78,8 @@ class Settings(Launch):
     respawn: bool = True  # False: how many workers there are is the program's business
     max_pending: int = 2048
     limit_concurrency: int | None = None  # over all workers together
+    worker_connections: int | None = None
+    reuse_port: bool = False
     preload: bool = False
     hooks: str | None = None
 
@@ -94,6 +97,8 @@ class Settings(Launch):
     restart_backoff: float = 0.1
     restart_backoff_max: float = 15.0
     min_uptime: float = 1.0
+    max_restarts: int = 16
+    on_worker_exit_code: tuple[int, ...] = ()
     reload_surge: int = 1
 
     timeout: float = 30.0
@@ -186,6 +191,9 @@ class Settings(Launch):
             raise SettingsError(f"preload {why}")
         if settings.policy == "none" and settings.dispatch == "request":
             raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
+        if settings.policy == "none" and settings.worker_connections is not None:
+            reason = "needs a policy: under 'none' the workers accept by themselves, as many as come"
+            raise SettingValueError("worker_connections", settings.worker_connections, reason)
         return settings
 
     def _unforkable(self) -> str:
@@ -258,6 +266,8 @@ _CHECKS: Final[dict[str, Check]] = {
     "workers_source": text,
     "max_pending": whole(1),
     "limit_concurrency": optional(whole(1)),
+    "worker_connections": optional(whole(0)),
+    "reuse_port": flag,
     "preload": flag,
     "hooks": optional(module),
     "timeout_boot": seconds(above_zero=True),
@@ -275,6 +285,8 @@ _CHECKS: Final[dict[str, Check]] = {
     "restart_backoff": seconds(above_zero=True),
     "restart_backoff_max": seconds(above_zero=True),
     "min_uptime": seconds(),
+    "max_restarts": whole(0),
+    "on_worker_exit_code": codes,
     "reload_surge": whole(1),
     "timeout": seconds(),
     "limit_max_requests": whole(0),

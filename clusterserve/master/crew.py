@@ -178,7 +178,13 @@ class Crew:
         seat = self.seats[member.id] = Seat(member, process, channel)
         self.tell(seat, Forked)
         self._dispatcher.add_worker(
-            member.id, member.slot, process.connections, process.board, process.kept, process.pid
+            member.id,
+            member.slot,
+            process.connections,
+            process.board,
+            process.kept,
+            process.pid,
+            self.settings.worker_connections,
         )
         channel.send(self._boot(member, debug_port))
         if self.stopping:

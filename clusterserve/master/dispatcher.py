@@ -351,13 +351,23 @@ class Dispatcher:
             self._epoll.unregister(fd)
 
     def add_worker(
-        self, worker: int, slot: int, end: MasterEnd, board: Board, kept: select.epoll, pid: int | None = None
+        self,
+        worker: int,
+        slot: int,
+        end: MasterEnd,
+        board: Board,
+        kept: select.epoll,
+        pid: int | None = None,
+        capacity: int | None = None,
     ) -> None:
-        """A worker exists.  Owns `end`, `board` and `kept` from now on.  `pid`: its process, to ask why it is late."""
+        """A worker exists.  Owns `end`, `board` and `kept` from now on.  `pid`: its process, to ask why it is late.
+
+        `capacity`: the most connections it may have.
+        """
         if pid is not None:
             self._pids[worker] = pid
         self._ends[worker] = end
-        record = self.distributor.add_worker(worker, slot)
+        record = self.distributor.add_worker(worker, slot, capacity)
         self._channels[end.fileno()] = (record, end)
         self._lookout.add(record, end, board, kept)
         self._epoll.register(end.fileno(), select.EPOLLIN)

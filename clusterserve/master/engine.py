@@ -32,7 +32,7 @@ from ..core.messages import (
 from ..core.reconcile import Drain, Plan, Spawn, Stop, Target, Verdict
 from ..core.roster import Limits, Roster
 from ..core.templates import Templates
-from ..errors import BindError, BootError, ClusterError, ProtocolError
+from ..errors import BindError, BootError, ClusterError, DesertedError, ProtocolError
 from ..settings import Settings
 from .changes import Changes
 from .crew import Crew, Environment
@@ -85,9 +85,8 @@ class Engine:
             loop, self._distributor, settings.max_pending, self.misbehaved, self._queue_is_empty
         )
         owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
-        self.handles = Handles(
-            loop, self._dispatcher, policy, Access(settings.socket_mode, *owner), programs=bool(settings.exec)
-        )
+        access = Access(settings.socket_mode, *owner, shared=settings.reuse_port)
+        self.handles = Handles(loop, self._dispatcher, policy, access, programs=bool(settings.exec))
         templates = Templates() if settings.templated else None
         self._roster = Roster(_limits(settings), programs=bool(settings.exec), templates=templates)
         self._stacks = StackCollector(loop)
@@ -108,6 +107,7 @@ class Engine:
         self._departures = Changes(loop)
         self._changes = Changes(loop)
         self._ready = False
+        self._given_up: tuple[int, ...] = ()
         self._hasty, self._repeats = faults.on("disconnect-first"), faults.on("disconnect-again")
         self._generation = 1
         self._stop_deadline = 0.0
@@ -354,6 +354,7 @@ class Engine:
     # -- what has become of it ------------------------------------------------------------------------------------
 
     def _heed(self, current: Plan) -> None:
+        self._tell_of(current.given_up)
         if not self._roster.members or self._hasty:
             self._departures.over()
         if current.verdict is Verdict.SETTLED:
@@ -368,6 +369,9 @@ class Engine:
             self._reject()
         elif current.verdict is Verdict.FAILED:
             self._fail()
+        elif current.verdict is Verdict.DESERTED:
+            why = f"every worker has ended for good, the last one with this: {self._crew.last_exit}"
+            self._finish(DesertedError(why))
         elif current.verdict is Verdict.STOPPED:
             untold = self._untold
             self._finish(None if untold is None else BootError(untold.reason, untold.traceback))
@@ -384,6 +388,21 @@ class Engine:
             self._waiting = True
             logger.error("%s", error)
             logger.error("Nothing is served: waiting for a change of the files")
+
+    def _tell_of(self, given_up: tuple[int, ...]) -> None:
+        """Slots in which restarting does not help, and those in which it has helped at last."""
+        limits = self._roster.limits
+        for slot in given_up:
+            if slot not in self._given_up:
+                logger.critical(
+                    "Slot %d: more than %d restarts in a row were in vain; it is tried every %g s from now on, and "
+                    "missing meanwhile",
+                    slot, limits.max_restarts, limits.backoff_max,
+                )  # fmt: skip
+        for slot in self._given_up:
+            if slot not in given_up and self._reconciler.stopping is Stop.NO:
+                logger.info("Slot %d: it is not given up any more", slot)
+        self._given_up = given_up
 
     def _reject(self) -> None:
         """The new generation cannot start: back to the one that serves."""
@@ -465,4 +484,6 @@ def _limits(settings: Settings) -> Limits:
         # In development the whole of the new code is wanted at once.
         surge=max(settings.reload_surge, settings.workers) if settings.reload else settings.reload_surge,
         timeout=settings.timeout,
+        max_restarts=settings.max_restarts,
+        final=frozenset(settings.on_worker_exit_code),
     )

@@ -200,4 +200,6 @@ class Facts:
             known = self._roster.proven or self._reconciler.target.manual
             level = logging.ERROR if known and not asked else logging.DEBUG
             logger.log(level, "Worker %d (slot %d, pid %d) %s", *seat.who, ended)
+            if self._roster.ended(worker, ended.code):
+                logger.warning("Slot %d stays empty: exit code %d means no restart", seat.member.slot, ended.code)
             self._reconciler.happened(worker, WorkerEvent.EXITED)

@@ -254,6 +254,7 @@ def _config(
                 link.kept if settings.borrows else None,
                 keep=settings.dispatch != "request",
                 head_timeout=settings.timeout_request_header,
+                capacity=settings.worker_connections,
             )
         return loop
 

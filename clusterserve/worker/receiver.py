@@ -77,6 +77,7 @@ class Receiver:
         #: Whether a connection is worth keeping for its next request, now.
         self.keeps = False
         self._may_keep = self._weighs = False
+        self._most_kept = MOST_KEPT
         self._cost = Cost()
         self._board = board
         self._end = end
@@ -105,13 +106,19 @@ class Receiver:
         self._on_idle: Callable[[], None] | None = None
         loop.add_reader(end.fileno(), self._readable)
 
-    def borrow(self, kept: select.epoll | None, *, keep: bool, head_timeout: float) -> None:
+    def borrow(
+        self, kept: select.epoll | None, *, keep: bool, head_timeout: float, capacity: int | None = None
+    ) -> None:
         """HTTP connections wait in a watch of ours from now on, and are given back after a request.
 
         With `keep` only if that is worth it; without `kept`, the epoll shared with the master, only when this worker
         leaves.  A request's head may take `head_timeout` seconds (0: for ever).  Owns `kept`.
+        Of the `capacity` connections that it may have, half at most are idle.
         """
         self.watch = Watch(self.loop, kept, self)
+        if capacity is not None:
+            self._most_kept = min(MOST_KEPT, capacity // 2)
+            keep = keep and (self._most_kept > 0 or kept is None)
         self.keeps = keep
         self._may_keep = keep and kept is not None
         self._weighs = kept is not None
@@ -344,7 +351,7 @@ class Receiver:
 
     def _weigh(self, watch: Watch, held: float, requests: int) -> None:
         self._cost.took(held, requests)
-        self.keeps = self._may_keep and self._cost.cheap and len(watch) < MOST_KEPT
+        self.keeps = self._may_keep and self._cost.cheap and len(watch) < self._most_kept
         watch.claims = self._cost.batch
 
     # -- answers out ----------------------------------------------------------------------------------------------
