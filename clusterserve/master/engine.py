@@ -84,8 +84,8 @@ class Engine:
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self.misbehaved, self._queue_is_empty
         )
-        owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
-        access = Access(settings.socket_mode, *owner, shared=settings.reuse_port)
+        uid, gid = (-1 if id is None else id for id in (settings.uid, settings.gid))
+        access = Access(settings.socket_mode, uid, gid, settings.reuse_port)
         self.handles = Handles(loop, self._dispatcher, policy, access, programs=bool(settings.exec))
         templates = Templates() if settings.templated else None
         self._roster = Roster(_limits(settings), programs=bool(settings.exec), templates=templates)
