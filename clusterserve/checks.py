@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
+from clusterserve.core.proxy import MODES, Trust
 from clusterserve.errors import SettingsError
 
 Check: TypeAlias = Callable[[str, object], object]
@@ -148,7 +149,28 @@ def codes(setting: str, value: object) -> tuple[int, ...]:
     """Exit codes, as a list or a text with commas, each once."""
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     check = whole(0, 255)
-    return tuple(sorted({check(setting, each) for each in items if each != ""}))
+    try:
+        return tuple(sorted({check(setting, each) for each in items if each != ""}))
+    except SettingValueError:
+        raise SettingValueError(setting, value, "must be whole numbers from 0 to 255, separated by commas") from None
+
+
+def proxy_mode(setting: str, value: object) -> str:
+    """A version of the PROXY protocol; whether any is taken is a word for it as well."""
+    try:
+        return "auto" if flag(setting, value) else "off"
+    except SettingValueError:
+        return choice(*MODES)(setting, value)
+
+
+def proxies(setting: str, value: object) -> str:
+    """Addresses and networks, or "*"."""
+    listed = texts(setting, value)
+    try:
+        Trust(listed)
+    except ValueError:
+        raise SettingValueError(setting, value, "must be addresses and networks, separated by commas, or *") from None
+    return listed
 
 
 def optional(check: Check) -> Check:

@@ -18,7 +18,9 @@ class Spec(NamedTuple):
     setting: str
     help: str
     metavar: str = ""
-    kind: Literal["value", "many", "flag", "pair"] = "value"
+    kind: Literal["value", "many", "flag", "pair", "optional"] = "value"
+    #: What a bare flag means, if its value is optional.
+    bare: str = ""
 
     @property
     def name(self) -> str:
@@ -273,6 +275,16 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "LIST",
             "Trust these headers from these addresses, networks or literals, separated by commas; '*' trusts all.  "
             "[default: $FORWARDED_ALLOW_IPS, or 127.0.0.1,::1]",
+        ),
+        _value(
+            "--proxy-protocol",
+            "[off|v1|v2|auto]",
+            "Take the client's address from the PROXY header that a proxy sends first; without a value: auto.",
+        )._replace(kind="optional", bare="auto"),
+        _value(
+            "--proxy-allow-from",
+            "LIST",
+            "Believe these addresses or networks, separated by commas; '*': all. Unix sockets are always believed.",
         ),
     ),
     "Logging": (

@@ -18,7 +18,6 @@ _PARSER: Final = (
     "has no counterpart: it concerns gunicorn's own HTTP parser and the workers use uvicorn's, leave it out"
 )
 _LOGGING: Final = f"{_YET}: name the handlers and formats in a file for --log-config"
-_PROXY: Final = f"{_YET}: let the proxy send X-Forwarded-For, and name it in --forwarded-allow-ips"
 _DIRTY: Final = "has no counterpart: give long work to a task queue"
 _COUNTED: Final = f"{_YET}: count in --hooks, or in a middleware of the application"
 _SIGNALS: Final = f"{_YET}: the master is controlled by signals (docs/settings.md)"
@@ -38,7 +37,6 @@ _SAID: Final[dict[str, str]] = {
     _LOGGING: """
         --access-logformat --access-log-format --access-log-exclude --log-format --logger-class --log-syslog
         --log-syslog-to --log-syslog-prefix --log-syslog-facility""",
-    _PROXY: "--proxy-protocol --proxy-allow-from",
     "has no counterpart: the workers speak HTTP only, so let the proxy speak it too": "--protocol --uwsgi-allow-from",
     _DIRTY: "--dirty-app --dirty-workers --dirty-timeout --dirty-threads --dirty-graceful-timeout",
     _COUNTED: """

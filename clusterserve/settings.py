@@ -29,6 +29,8 @@ from clusterserve.checks import (
     octal,
     optional,
     pattern,
+    proxies,
+    proxy_mode,
     reload,
     seconds,
     several,
@@ -128,6 +130,8 @@ class Settings(Launch):
     date_header: bool = True
     proxy_headers: bool = True
     forwarded_allow_ips: str | None = None
+    proxy_protocol: str = "off"
+    proxy_allow_from: str = "127.0.0.1,::1"
 
     # In development: who saves a file sees what comes of it.
     reload: bool = False
@@ -191,6 +195,9 @@ class Settings(Launch):
             raise SettingsError(f"preload {why}")
         if settings.policy == "none" and settings.dispatch == "request":
             raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
+        if settings.policy == "none" and settings.proxy_protocol != "off":
+            reason = "needs a policy: the master reads the header, and under 'none' the workers accept by themselves"
+            raise SettingValueError("proxy_protocol", settings.proxy_protocol, reason)
         if settings.policy == "none" and settings.worker_connections is not None:
             reason = "needs a policy: under 'none' the workers accept by themselves, as many as come"
             raise SettingValueError("worker_connections", settings.worker_connections, reason)
@@ -313,6 +320,8 @@ _CHECKS: Final[dict[str, Check]] = {
     "date_header": flag,
     "proxy_headers": flag,
     "forwarded_allow_ips": optional(texts),
+    "proxy_protocol": proxy_mode,
+    "proxy_allow_from": proxies,
     "reload": reload,
     "reload_dirs": several(directory),
     "reload_includes": several(pattern),

@@ -232,6 +232,8 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--ws-per-message-deflate": ("false", "ws_per_message_deflate", False),
         "--no-proxy-headers": (None, "proxy_headers", False),
         "--forwarded-allow-ips": ("*", "forwarded_allow_ips", "*"),
+        "--proxy-protocol": ("v2", "proxy_protocol", "v2"),
+        "--proxy-allow-from": ("10.0.0.0/8", "proxy_allow_from", "10.0.0.0/8"),
         "--log-level": ("trace", "log_level", "trace"),
         "--log-config": (str(file), "log_config", str(file)),
         "--no-access-log": (None, "access_log", False),

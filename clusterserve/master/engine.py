@@ -41,6 +41,7 @@ from .dispatcher import Dispatcher
 from .facts import Facts
 from .handles import Handles
 from .health import Health
+from .introductions import Introductions
 from .listeners import Access
 from .outbox import Outbox
 from .policies import policy_factory
@@ -81,8 +82,10 @@ class Engine:
             head=settings.timeout_request_header,
             narrows=settings.borrows,
         )
+        proxied = settings.proxy_protocol != "off"
+        introductions = Introductions(settings.proxy_protocol, settings.proxy_allow_from) if proxied else None
         self._dispatcher = Dispatcher(
-            loop, self._distributor, settings.max_pending, self.misbehaved, self._queue_is_empty
+            loop, self._distributor, settings.max_pending, self.misbehaved, self._queue_is_empty, introductions
         )
         uid, gid = (-1 if id is None else id for id in (settings.uid, settings.gid))
         access = Access(settings.socket_mode, uid, gid, settings.reuse_port)

@@ -21,10 +21,10 @@ from .. import faults
 from ..channel.board import READING, Board
 from ..channel.connection import MAX_ANSWERS, WorkerEnd
 from ..core.cost import Cost
-from ..core.records import IPV4, IPV6, Flag, Kind, pack_answer, unpack_offers
+from ..core.records import IPV4, IPV6, PROXIED, Flag, Kind, pack_answer, unpack_offers
 from ..errors import ProtocolError
 from .lazy import CHUNK, LazyTransport
-from .transport import HandedTransport
+from .transport import HandedTransport, Told
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -54,6 +54,12 @@ MOST_KEPT: Final = 512
 
 #: How often heads are looked at in the time one may take.
 HEAD_LOOKS: Final = 4
+
+
+def _told(family: int, client: bytes, port: int) -> tuple[str, int]:
+    if family == PROXIED | IPV4:
+        return Told((socket.inet_ntop(socket.AF_INET, client[12:]), port))
+    return Told((socket.inet_ntop(socket.AF_INET6, client), port) if family == PROXIED | IPV6 else ())
 
 
 class Receiver:
@@ -190,6 +196,8 @@ class Receiver:
                 peername = (socket.inet_ntop(socket.AF_INET, client[12:]), port)
             elif family == IPV6:
                 peername = (socket.inet_ntop(socket.AF_INET6, client), port)
+            elif family:
+                peername = _told(family, client, port)
             self._take(server, id, fds[number], peername, min(place, self._board.places))
             self._requests += 1
         self.end_batch()
