@@ -196,6 +196,16 @@ class Distributor:
                         over.append(connection)
         return over
 
+    def given_up(self) -> list[Connection]:
+        """Nobody will ever be ready again: take everything out of the queue; the shell answers and closes it."""
+        left = [connection for handle in self.handles.values() for lane in handle.lanes.values() for connection in lane]
+        for handle in self.handles.values():
+            handle.lanes.clear()
+        for connection in left:
+            connection.step(Event.CLOSE)
+        self.queued = 0
+        return left
+
     def answer(self, worker: Worker, kind: int, id: int, held: int, now: float, handle: int = -1) -> Connection | None:
         """A worker's answer.  Returns the connection if the shell must act: close it if GONE, watch it if PARKED.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -58,6 +59,9 @@ def answer(loop: asyncio.AbstractEventLoop, fd: int, response: bytes, lingering:
         lingering.discard(end)
         timer.cancel()
         loop.remove_reader(sock)
+        with contextlib.suppress(OSError):
+            # What lies unread would make this a reset.
+            sock.recv(65536)
         sock.close()
 
     loop.add_reader(sock, discard)

@@ -90,7 +90,7 @@ class Dispatcher:
         self._lookout = Lookout(loop, distributor, self._read_answers, self._starves, self._close, self._distribute)
         self._ids = 0
         self._accepting = True
-        self._retiring = False
+        self._retiring = self._final = False
         self._pause: asyncio.TimerHandle | None = None
         self._complain_after = 0.0
         # uvloop's handle for a time that is not ahead does not know its time, so it is kept beside.
@@ -217,6 +217,10 @@ class Dispatcher:
         queued = self.distributor.queued
         if self._pause is None and self._accepting != (queued < self._max_pending):
             self._set_accepting(queued < self._max_pending)
+        if queued and self._final:
+            # What its worker had not touched when it died, or has refused.
+            self._turn_away(self.distributor.given_up())
+            queued = 0
         if not queued:
             self._on_idle()
         if self._timer is None or self._due > now + self.distributor.lateness.patience:
@@ -312,7 +316,7 @@ class Dispatcher:
                 _end(self.distributor.hung_up(connection.id))
 
     def _turn_away(self, connections: Sequence[Connection]) -> None:
-        """They have waited too long for a worker."""
+        """They have waited for a worker for too long, or in vain."""
         for connection in connections:
             handle = self.distributor.handles.get(connection.listener)
             if handle is not None and handle.client_speaks_first:
@@ -391,6 +395,11 @@ class Dispatcher:
         """The cluster stops: close every parked connection whose client has not asked for more, now and from now on."""
         self._retiring = True
         self._end_idle(tuple(self._parked.values()))
+
+    def expect_no_workers(self) -> None:
+        """All workers are told to go, and none will come: who waits, or comes to wait, hears so."""
+        self._final = True
+        self._after(self._loop.time())
 
     def remove_listener(self, listener: Listener) -> None:
         """Accept nothing more from it; what was accepted stays.  The caller closes it."""

@@ -342,6 +342,7 @@ class Engine:
             left = max(0.0, self._stop_deadline - self._loop.time())
             self._roster.limits = dataclasses.replace(self._roster.limits, graceful=left)
             self._reconciler.reconcile()
+            self._dispatcher.expect_no_workers()
 
     def _close(self) -> None:
         self._health.close()

@@ -111,6 +111,23 @@ def test_requests_that_wait_for_a_worker_are_served(serve: Serve) -> None:
     assert server.wait(SOON) == 0
 
 
+def test_requests_that_nobody_is_left_to_serve_are_answered(serve: Serve) -> None:
+    server = serve(workers=2)
+    with contextlib.ExitStack() as stack, server.stopped_workers():
+        clients = [stack.enter_context(server.connect()) for _ in range(50)]
+        for client in clients:
+            client.send(request("GET", "/whoami"))
+        server.terminate()
+        wait_until_closed(server)
+        for worker in server.workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        # Whoever had reached a worker is told so; a stopped one has read nothing.
+        for client in clients:
+            assert client.response().status == 503
+            assert client.rest() == b""
+    assert server.wait(SOON) == 0
+
+
 def test_connections_that_the_master_had_not_accepted_yet_are_served(serve: Serve) -> None:
     server = serve(workers=2)
     with contextlib.ExitStack() as stack:
