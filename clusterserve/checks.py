@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
-from clusterserve.core.proxy import MODES, Trust
 from clusterserve.errors import SettingsError
 
 Check: TypeAlias = Callable[[str, object], object]
@@ -160,11 +159,14 @@ def proxy_mode(setting: str, value: object) -> str:
     try:
         return "auto" if flag(setting, value) else "off"
     except SettingValueError:
-        return choice(*MODES)(setting, value)
+        return choice("off", "v1", "v2", "auto")(setting, value)
 
 
 def proxies(setting: str, value: object) -> str:
     """Addresses and networks, or "*"."""
+    # Not needed for a start without a proxy, and it takes its time.
+    from clusterserve.core.proxy import Trust
+
     listed = texts(setting, value)
     try:
         Trust(listed)

@@ -12,9 +12,6 @@ from typing import Final
 
 from .records import IPV4, IPV6, NO_ADDRESS
 
-#: What `--proxy-protocol` may be.
-MODES: Final = ("off", "v1", "v2", "auto")
-
 _V1: Final = b"PROXY "
 _V2: Final = b"\r\n\r\n\0\r\nQUIT\n"
 

@@ -15,23 +15,24 @@ import os
 import select
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from .. import faults
 from ..channel.board import UNTOUCHED, Board
 from ..channel.connection import MAX_BATCH, MasterEnd
 from ..core.connection import Connection, State
 from ..core.distributor import Distributor
-from ..core.proxy import ProxyError
 from ..core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
 from ..core.worker import EXPENSIVE, Worker
 from ..errors import ProtocolError
 from .answers import BAD_GATEWAY, GATEWAY_TIMEOUT, UNAVAILABLE, answer
 from .fate import Fate, fate_of
-from .introductions import Introductions
 from .listeners import Listener
 from .lookout import Lookout
 from .starvation import Starvation
+
+if TYPE_CHECKING:
+    from .introductions import Introductions
 
 logger = logging.getLogger("clusterserve.dispatch")
 
@@ -261,16 +262,8 @@ class Dispatcher:
 
     def _meet(self, introductions: Introductions, connection: Connection, *, last: bool = False) -> None:
         """Learn whose it is, if its proxy has said so; `last`: it has no more time for that."""
-        fd, known, over = connection.fd, False, last
-        try:
-            known = introductions.read(connection)
-        except ProxyError as exc:
-            introductions.refuse(connection, exc)
-            over = True
-        except OSError:
-            # It has ended.
-            over = True
-        if not known and not over:
+        fd, known = connection.fd, introductions.read(connection)
+        if known is False and not last:
             if fd not in self._parked:
                 self._park(connection, _UNKNOWN)
             return

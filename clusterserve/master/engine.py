@@ -41,7 +41,6 @@ from .dispatcher import Dispatcher
 from .facts import Facts
 from .handles import Handles
 from .health import Health
-from .introductions import Introductions
 from .listeners import Access
 from .outbox import Outbox
 from .policies import policy_factory
@@ -82,8 +81,12 @@ class Engine:
             head=settings.timeout_request_header,
             narrows=settings.borrows,
         )
-        proxied = settings.proxy_protocol != "off"
-        introductions = Introductions(settings.proxy_protocol, settings.proxy_allow_from) if proxied else None
+        introductions = None
+        if settings.proxy_protocol != "off":
+            # Only then: what it needs takes its time.
+            from .introductions import Introductions
+
+            introductions = Introductions(settings.proxy_protocol, settings.proxy_allow_from)
         self._dispatcher = Dispatcher(
             loop, self._distributor, settings.max_pending, self.misbehaved, self._queue_is_empty, introductions
         )

@@ -13,7 +13,7 @@ from ipaddress import IPv6Address
 from typing import Final
 
 from ..core.connection import Connection
-from ..core.proxy import MAX_V2, More, ProxyError, Trust, parse
+from ..core.proxy import MAX_V2, Header, More, ProxyError, Trust, parse
 from ..core.records import PROXIED
 
 logger = logging.getLogger("clusterserve.dispatch")
@@ -34,36 +34,42 @@ class Introductions:
         """Whether its peer may say whose it is."""
         return connection.client in self._trust
 
-    def read(self, connection: Connection) -> bool:
-        """Whether it is known now whose it is; False: what is there may become a header.
-
-        Raises `ProxyError` for what only looks like a header, and OSError if the connection is over.
-        """
+    def read(self, connection: Connection) -> bool | None:
+        """Whether it is known now whose it is; False: what is there may become a header.  None: it is to be closed."""
         # Borrowed, not copied.
         sock = socket.socket(fileno=connection.fd)
         try:
-            try:
-                data = sock.recv(MAX_V2, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return False
-            if not data:
-                raise ConnectionResetError("it has ended")
-            header = parse(data, self._mode)
-            if isinstance(header, More):
-                return False
-            if header is not None:
-                taken = 0
-                while taken < header.length:
-                    taken += len(sock.recv(header.length - taken, socket.MSG_DONTWAIT))
-                if header.family is not None:
-                    connection.family = PROXIED | header.family
-                    connection.client, connection.port = header.client, header.port
-            return True
+            header = self._header(sock)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return None
+        except ProxyError as exc:
+            self._complain(connection, exc)
+            return None
         finally:
             sock.detach()
+        if isinstance(header, More):
+            return False
+        if header is not None and header.family is not None:
+            connection.family = PROXIED | header.family
+            connection.client, connection.port = header.client, header.port
+        return True
 
-    def refuse(self, connection: Connection, error: ProxyError) -> None:
-        """Say so, but not for each of them."""
+    def _header(self, sock: socket.socket) -> Header | More | None:
+        """What there is of one; taken off if it is whole."""
+        data = sock.recv(MAX_V2, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        if not data:
+            raise ConnectionResetError("it has ended")
+        header = parse(data, self._mode)
+        if isinstance(header, Header):
+            left = header.length
+            while left:
+                left -= len(sock.recv(left, socket.MSG_DONTWAIT))
+        return header
+
+    def _complain(self, connection: Connection, error: ProxyError) -> None:
+        """But not of each of them."""
         now = time.monotonic()
         if now >= self._silent_until:
             self._silent_until = now + _COMPLAINT_PAUSE
