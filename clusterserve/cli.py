@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 from click.core import ParameterSource
 
+from clusterserve.environment import Environment
 from clusterserve.errors import ClusterError, SettingsError
 from clusterserve.execline import SETTINGS, Line, refuse_foreign, split
 from clusterserve.options import COMMANDS, GROUPS, SPECS, Spec, refuse_command
@@ -53,8 +54,9 @@ def run(argv: Sequence[str]) -> int:
         if program is not None:
             for setting, item in line.items():
                 refuse_foreign(setting, item.origin)
-        start = os.getcwd()
-        given = gather(line, parse)
+        start, environment = os.getcwd(), Environment()
+        with environment.anew():
+            given = gather(line, parse)
         if program is not None:
             given = _program(given, program)
         if "print_config" in given:
@@ -69,8 +71,16 @@ def run(argv: Sequence[str]) -> int:
             here = os.getcwd()
             try:
                 os.chdir(start)
-                given = gather(parse(argv), parse)
-                return settings_of(given if program is None else _program(given, program))
+                with environment.anew():
+                    given = gather(parse(argv), parse)
+                    settings = settings_of(given if program is None else _program(given, program))
+                if environment.changed:
+                    import logging
+
+                    # Their names only: values may be secrets.
+                    names = ", ".join(environment.changed)
+                    logging.getLogger("clusterserve").info("Variables have changed: %s", names)
+                return settings
             except OSError as error:
                 os.chdir(here)
                 raise SettingsError(f"{start}: {error.strerror}") from None

@@ -88,13 +88,22 @@ class Notifier:
         if isinstance(event, BecameReady):
             self.ready()
         elif isinstance(event, StartedReload):
-            microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-            self.send("RELOADING=1", f"MONOTONIC_USEC={microseconds}", status="Replacing the workers")
+            self._reloading("Replacing the workers")
         elif isinstance(event, Scaled):
             self._workers = _workers(event.workers)
             self.send(status=f"Serving with {self._workers}")
         elif isinstance(event, StartedShutdown):
             self.send("STOPPING=1", status="Serving what was accepted, then stopping")
+
+    def _reloading(self, status: str) -> None:
+        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self.send("RELOADING=1", f"MONOTONIC_USEC={microseconds}", status=status)
+
+    def on_refused(self, error: ClusterError) -> None:
+        """Told when a reload does not take place.  Under `Type=notify-reload` systemd waits for both words."""
+        status = f"The last reload was refused, nothing was done: {error}"
+        self._reloading(status)
+        self.ready(status)
 
     def on_reloaded(self, change: asyncio.Future[None]) -> None:
         """Told when a reload is over."""

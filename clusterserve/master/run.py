@@ -108,7 +108,7 @@ async def _serve(
             engine.outbox.post(event.worker.id, declined(event.envelope), [], lambda sent: None)
 
     engine = Engine(settings, loop, told)
-    signals = _Signals(engine, loop, teller.on_reloaded, reread)
+    signals = _Signals(engine, loop, teller.on_reloaded, reread, teller.on_refused)
     with _watching(settings, loop, signals):
         engine.start()
         teller.watch(loop, engine.healthy)
@@ -153,9 +153,11 @@ class _Signals:
         loop: asyncio.AbstractEventLoop,
         reloaded: Callable[[asyncio.Future[None]], None] = lambda change: None,
         reread: Callable[[], Settings] | None = None,
+        refused: Callable[[ClusterError], None] = lambda error: None,
     ) -> None:
         self._engine = engine
         self._reloaded = reloaded
+        self._refused = refused
         self._reread = reread
         self._interrupted = False
         self.code = 0
@@ -196,6 +198,7 @@ class _Signals:
             except ClusterError as error:
                 # Its workers would be of a configuration that is none.
                 logger.error("Reload refused, nothing was done: %s", error)
+                self._refused(error)
                 return
             if found.changed:
                 logger.info("The configuration has changed: %s", ", ".join(found.changed))

@@ -87,3 +87,23 @@ def test_a_release_is_switched_by_its_link(serve: Serve, tmp_path: Path) -> None
     server.signal(signal.SIGHUP)
     server.wait_for("is listening", count=2)
     eventually(lambda: server.get("/").body == f"{tmp_path}/two two".encode(), "the new release serves")
+
+
+def test_variables_are_read_again(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "site.env").write_text("FIRST=1\nTHIRD=3\n")
+    text = FILE + 'env-file = "site.env"\n'
+    server = start(serve, tmp_path, text)
+
+    def variables() -> set[bytes]:
+        (worker,) = server.workers
+        found = Path(f"/proc/{worker.pid}/environ").read_bytes().split(b"\0")
+        return {line for line in found if line.split(b"=")[0] in (b"FIRST", b"SECOND", b"THIRD")}
+
+    assert variables() == {b"FIRST=1", b"THIRD=3"}
+    (tmp_path / "site.env").write_text("FIRST=one\nSECOND=2\n")
+    reload(server, tmp_path, text + "wokers = 2\n")
+    server.wait_for("Reload refused, nothing was done")
+    reload(server, tmp_path, text)
+    server.wait_for("Variables have changed: FIRST, SECOND, THIRD$")
+    eventually(lambda: [each.id for each in server.workers] == [2], "the new worker serves alone")
+    assert variables() == {b"FIRST=one", b"SECOND=2"}

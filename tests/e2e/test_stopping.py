@@ -111,7 +111,7 @@ def test_requests_that_wait_for_a_worker_are_served(serve: Serve) -> None:
     assert server.wait(SOON) == 0
 
 
-def test_requests_that_nobody_is_left_to_serve_are_answered(serve: Serve) -> None:
+def test_requests_whose_workers_die_at_the_end_are_answered(serve: Serve) -> None:
     server = serve(workers=2)
     with contextlib.ExitStack() as stack, server.stopped_workers():
         clients = [stack.enter_context(server.connect()) for _ in range(50)]
@@ -121,9 +121,9 @@ def test_requests_that_nobody_is_left_to_serve_are_answered(serve: Serve) -> Non
         wait_until_closed(server)
         for worker in server.workers:
             os.kill(worker.pid, signal.SIGKILL)
-        # Whoever had reached a worker is told so; a stopped one has read nothing.
+        # By one that replaces the dead, as long as it is known that somebody waits.
         for client in clients:
-            assert client.response().status == 503
+            assert client.response().status in (200, 503)
             assert client.rest() == b""
     assert server.wait(SOON) == 0
 

@@ -102,6 +102,24 @@ def test_systemd_is_told_why_it_does_not_start(notify: tuple[NotifySocket, str])
     assert "no_such_module" in said["STATUS"]
 
 
+def test_systemd_is_told_of_a_reload_that_is_refused(
+    serve: Serve, notify: tuple[NotifySocket, str], tmp_path: Path
+) -> None:
+    systemd, address = notify
+    file = tmp_path / "clusterserve.toml"
+    file.write_text("")
+    server = serve("--config", str(file), env={"NOTIFY_SOCKET": address})
+    assert [systemd.read().get("READY") for _ in range(2)] == [None, "1"]
+    file.write_text("wokers = 2\n")
+    server.signal(signal.SIGHUP)
+    # Both, or `systemctl reload` would wait for a reload to begin, and then for its end.
+    reloading, ready = systemd.read(), systemd.read()
+    assert (reloading["RELOADING"], ready["READY"]) == ("1", "1")
+    assert "MONOTONIC_USEC" in reloading
+    assert ready["STATUS"].startswith("The last reload was refused, nothing was done: ")
+    assert "there is no setting 'wokers'" in ready["STATUS"]
+
+
 def test_nobody_at_the_other_end_does_no_harm(serve: Serve, tmp_path: Path) -> None:
     server = serve(env={"NOTIFY_SOCKET": str(tmp_path / "nobody"), "WATCHDOG_USEC": "100000"})
     assert server.get("/").status == 200

@@ -631,6 +631,21 @@ def test_a_worker_that_dies_at_the_end_is_replaced_for_what_waits(make: Make, fl
     running.finish()
 
 
+def test_what_nobody_is_left_to_serve_is_answered(make: Make) -> None:
+    running = make(dispatch="connection").settle()
+    (pid,) = running.engine.pids()
+    os.kill(pid, signal.SIGSTOP)
+    waiting = running.connect()
+    # With nobody else to take it, it is not taken back.
+    running.loop.until(lambda: running.engine.statistics().offered == 1, "it is offered")
+    running.engine.stop(Stop.GRACEFUL)
+    running.loop.forward(LISTENER_LINGER)
+    running.loop.until(lambda: not running.engine.handles.open, "the listeners are closed")
+    running.kill(1)
+    assert b" 503 " in running.answer(waiting)
+    running.finish()
+
+
 @pytest.mark.parametrize("how", [Stop.GRACEFUL, Stop.QUICK])
 def test_an_end_before_it_serves(make: Make, how: Stop) -> None:
     running = make(workers=2)

@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ import pytest
 from clusterserve.errors import ClusterError
 from clusterserve.master.watcher import described, survey, watching
 from clusterserve.settings import Settings
-from tests.helpers.waiting import DEADLINE
+from tests.helpers import proc
+from tests.helpers.waiting import DEADLINE, eventually
 
 from .rig import SkewedLoop
 
@@ -27,6 +28,14 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (site / "app.py").write_text("one")
     monkeypatch.chdir(site)
     return site
+
+
+@pytest.fixture(autouse=True)
+def closed(nothing_left: None) -> Iterator[None]:
+    """watchfiles has a thread of its own, which closes what it has a moment after it was told to."""
+    before = proc.descriptors(os.getpid()).keys()
+    yield
+    eventually(lambda: proc.descriptors(os.getpid()).keys() <= before, "what watchfiles had open is closed")
 
 
 def settings(**values: object) -> Settings:
