@@ -23,10 +23,11 @@ logger = logging.getLogger("uvicorn.error")
 #: How often is looked at bodies in the time a pause may take.
 BODY_LOOKS: Final = 4
 
+_LATE: Final = b"The body of the request took too long"
 BODY_TIMEOUT: Final = (
-    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: 38\r\n"
-    b"connection: close\r\n\r\nThe request's body took too long to go"
-)
+    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n"
+    b"connection: close\r\n\r\n%b"
+) % (len(_LATE), _LATE)
 
 
 class _Pause(NamedTuple):
