@@ -132,8 +132,13 @@ def limited_httptools(base: Any) -> Any:
             self._reading = False
 
         def data_received(self, data: bytes) -> None:
-            self._wide = len(data) > self._harmless or self._unfinished is not None
-            receive(self, data)
+            if len(data) > self._harmless or self._unfinished is not None:
+                # Not written for every request: an attribute more, and the instance's are found much more slowly.
+                self._wide = True
+                receive(self, data)
+                self._wide = False
+            else:
+                receive(self, data)
             if self._reading:
                 self._unread(data)
 
