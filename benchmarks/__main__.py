@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import Protocol
 
-from benchmarks import chaos, churn, idle, interrupts, plot, rate, skew, tail
+from benchmarks import chaos, churn, idle, interrupts, plot, preload, rate, skew, tail
 from benchmarks.errors import BenchmarkError
 
 
@@ -22,7 +22,7 @@ class Subcommand(Protocol):
     def run(self, options: argparse.Namespace) -> int: ...
 
 
-SUBCOMMANDS: tuple[Subcommand, ...] = (rate, skew, tail, churn, idle, chaos, plot)
+SUBCOMMANDS: tuple[Subcommand, ...] = (rate, skew, tail, churn, idle, preload, chaos, plot)
 
 
 def main() -> int:

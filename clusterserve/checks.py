@@ -175,6 +175,38 @@ def proxies(setting: str, value: object) -> str:
     return listed
 
 
+def patterns(setting: str, value: object) -> tuple[str, ...]:
+    """One text, or several."""
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, Iterable):
+        raise SettingValueError(setting, value, "must be a text, or a list of texts")
+    return tuple(text(setting, each) for each in value)
+
+
+def log_file(setting: str, value: object) -> str:
+    """A path that may come to exist; `-` is none."""
+    name = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise SettingValueError(setting, value, "must be the path of a file, or -")
+    if os.path.isdir(name):
+        raise SettingValueError(setting, name, "must be a file, and this is a directory")
+    return name
+
+
+def log_template(setting: str, value: object) -> str | None:
+    """A template of gunicorn's atoms; none if it is empty."""
+    # Read late: most logs have none.
+    from clusterserve.core.atoms import Template, Who
+
+    written = text(setting, value)
+    try:
+        Template(written, Who(0, 0, 0))
+    except ValueError as error:
+        raise SettingValueError(setting, value, str(error)) from None
+    return written or None
+
+
 def optional(check: Check) -> Check:
     return lambda setting, value: None if value is None else check(setting, value)
 
@@ -203,8 +235,8 @@ def reload(setting: str, value: object) -> bool:
     """Whether to watch files, which needs what not everybody has."""
     wanted = flag(setting, value)
     if wanted and importlib.util.find_spec("watchfiles") is None:
-        raise SettingValueError(
-            setting, value, "needs the package watchfiles, which is not installed: pip install 'clusterserve[reload]'"
+        raise SettingsError(
+            f"{setting} needs the package watchfiles, which is not installed: pip install 'clusterserve[reload]'"
         )
     return wanted
 

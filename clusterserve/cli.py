@@ -105,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
 
         return run_settings(settings, exits=True, reread=reread)
     except ClusterError as error:
-        return _fail(str(error), error.exit_code)
+        return error.exit_code if error.told else _fail(str(error), error.exit_code)
     except KeyboardInterrupt:  # before the master listens to signals
         return 130
 

@@ -12,6 +12,9 @@ class ClusterError(Exception):
 
     exit_code = 1
 
+    #: Whether the log has it already, where everybody looks.
+    told = False
+
 
 class SettingsError(ClusterError, ValueError):
     """A setting is wrong: the fault of whoever wrote the command line, the environment or the call."""

@@ -13,7 +13,8 @@ _APPLICATION_GROUPS: Final = ("Application", "Binding", "HTTP", "WebSocket", "Pr
 _APPLICATION: Final = frozenset(
     {
         "dispatch", "limit_max_requests", "limit_max_requests_jitter", "timeout_request", "access_log",
-        "access_logfile", "capture_output", "check_config", "print_config", "preload",
+        "access_logfile", "access_logformat", "access_log_exclude", "capture_output", "check_config", "print_config",
+        "preload",
     }
 )  # fmt: skip
 _PROGRAM: Final = frozenset({"chdir", "env", "env_file"})

@@ -292,11 +292,26 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value(
             "--log-config --log-config-json",
             "FILE",
-            "A configuration of Python's logging as made for uvicorn: .ini, .json, .yaml.",
+            "A configuration of Python's logging as made for uvicorn: .ini, .json, .yaml, .toml.",
         ),
-        _pair("--access-log", "Log every request, on stdout."),
-        _value("--access-logfile", "-", "Taken for gunicorn's command lines: the access log is on stdout, which is -."),
-        _value("--error-logfile --log-file", "-", "Likewise: everything else is on stderr, which is -."),
+        _value("--log-format", "[text|json]", "Log for people, or a JSON object a line (docs/logging.md)."),
+        _value(
+            "--error-logfile --log-file",
+            "FILE",
+            "Log to this file, but for the access log; -: to stderr. SIGUSR1 opens it again.",
+        ),
+        _pair("--access-log", "Log every request."),
+        _value("--access-logfile", "FILE", "Log requests to this file; -: to stdout. SIGUSR1 opens it again."),
+        _value(
+            "--access-logformat --access-log-format",
+            "TEXT",
+            "A line of the access log in gunicorn's atoms, as in '%(h)s \"%(r)s\" %(s)s %(L)s'.  [default: uvicorn's]",
+        ),
+        _value(
+            "--access-log-exclude",
+            "PATTERN",
+            "Do not log requests for such paths, as in '/health*', unless they fail; repeatable.",
+        )._replace(kind="many"),
         _pair("--use-colors", "Colour the log.  [default: on a terminal]"),
     ),
     "Process": (

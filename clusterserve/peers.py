@@ -35,8 +35,7 @@ _SAID: Final[dict[str, str]] = {
         --permit-obsolete-folding --strip-header-spaces --permit-unconventional-http-method
         --permit-unconventional-http-version --casefold-http-method --forwarder-headers --header-map""",
     _LOGGING: """
-        --access-logformat --access-log-format --access-log-exclude --log-format --logger-class --log-syslog
-        --log-syslog-to --log-syslog-prefix --log-syslog-facility""",
+        --logger-class --log-syslog --log-syslog-to --log-syslog-prefix --log-syslog-facility""",
     "has no counterpart: the workers speak HTTP only, so let the proxy speak it too": "--protocol --uwsgi-allow-from",
     _DIRTY: "--dirty-app --dirty-workers --dirty-timeout --dirty-threads --dirty-graceful-timeout",
     _COUNTED: """

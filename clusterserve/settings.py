@@ -24,11 +24,14 @@ from clusterserve.checks import (
     flag,
     headers,
     is_import,
+    log_file,
+    log_template,
     module,
     near_match,
     octal,
     optional,
     pattern,
+    patterns,
     proxies,
     proxy_mode,
     reload,
@@ -55,7 +58,10 @@ NEEDS_FORK: Final = "a function is asked by each fork(): it needs respawn=False,
 OF_THE_PROCESS: Final = ("pid", "umask", "reload")
 
 #: Fields that JSON has as lists.
-_TUPLES: Final = ("reload_dirs", "reload_includes", "reload_excludes", "reload_extra_files", "on_worker_exit_code")
+_TUPLES: Final = (
+    "access_log_exclude", "reload_dirs", "reload_includes", "reload_excludes", "reload_extra_files",
+    "on_worker_exit_code",
+)  # fmt: skip
 
 _ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
 
@@ -143,7 +149,12 @@ class Settings(Launch):
 
     log_level: str | None = None
     log_config: str | None = None
+    log_format: str = "text"
+    error_logfile: str = "-"  # stderr
     access_log: bool = True
+    access_logfile: str = "-"  # stdout
+    access_logformat: str | None = None  # None: uvicorn's
+    access_log_exclude: tuple[str, ...] = ()
     use_colors: bool | None = None
     env_file: str | None = None
     capture_output: bool = False
@@ -201,6 +212,11 @@ class Settings(Launch):
         if settings.policy == "none" and settings.worker_connections is not None:
             reason = "needs a policy: under 'none' the workers accept by themselves, as many as come"
             raise SettingValueError("worker_connections", settings.worker_connections, reason)
+        if settings.log_config is not None:
+            for name in ("log_format", "error_logfile", "access_logfile"):
+                if getattr(settings, name) not in ("text", "-"):
+                    reason = "log_config decides where the log goes and what it looks like: give one of them"
+                    raise SettingValueError(name, getattr(settings, name), reason)
         return settings
 
     def _unforkable(self) -> str:
@@ -219,6 +235,11 @@ class Settings(Launch):
     def templated(self) -> bool:
         """Whether workers are forked from a template process, for whatever it prepares (worker/preparations.py)."""
         return self.preload and self.respawn and not self.exec
+
+    @property
+    def own_access_log(self) -> bool:
+        """Whether the lines of the access log say more than uvicorn knows when it writes its own."""
+        return self.access_log and (self.log_format == "json" or self.access_logformat is not None)
 
     @property
     def borrows(self) -> bool:
@@ -330,7 +351,12 @@ _CHECKS: Final[dict[str, Check]] = {
     "reload_extra_files": several(pattern),
     "log_level": optional(choice("critical", "error", "warning", "info", "debug", "trace", any_case=True)),
     "log_config": optional(file),
+    "log_format": choice("text", "json"),
+    "error_logfile": log_file,
     "access_log": flag,
+    "access_logfile": log_file,
+    "access_logformat": optional(log_template),
+    "access_log_exclude": patterns,
     "use_colors": optional(flag),
     "env_file": optional(file),
     "capture_output": flag,

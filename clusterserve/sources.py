@@ -69,17 +69,9 @@ def _worker_class(setting: str, value: object) -> None:
     raise SettingValueError(setting, value, reasons.get(text, reason))
 
 
-def _dash(setting: str, value: object) -> None:
-    if checks.text(setting, value) != "-":
-        reason = "not available in this version: redirect stdout and stderr, or name a file with --log-config"
-        raise SettingValueError(setting, value, f"must be -; another file is {reason}")
-
-
 #: Taken for the sake of other servers' command lines, checked, and of no further use.
 _COURTESIES: Final[Mapping[str, checks.Check | Callable[[str, object], None]]] = {
     "worker_class": _worker_class,
-    "access_logfile": _dash,
-    "error_logfile": _dash,
     "initgroups": checks.flag,
 }
 

@@ -237,6 +237,8 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
         "--log-level": ("trace", "log_level", "trace"),
         "--log-config": (str(file), "log_config", str(file)),
         "--no-access-log": (None, "access_log", False),
+        "--access-logformat": ("%(h)s %(L)s", "access_logformat", "%(h)s %(L)s"),
+        "--access-log-exclude": ("/health*", "access_log_exclude", ("/health*",)),
         "--no-use-colors": (None, "use_colors", False),
         "--uds-permissions": ("660", "uds_permissions", 0o660),
         "--min-uptime": ("2", "min_uptime", 2.0),
@@ -250,7 +252,9 @@ def test_every_option_reaches_its_setting(parsed: Parsed, tmp_path: Path) -> Non
     elsewhere = {"--bind", "--host", "--port", "--uds", "--fd", "--header", "--version", "--help"} | {
         # Of the command line alone: tests/test_sources.py, tests/test_peers.py.
         *("--config", "--check-config", "--print-config", "--chdir", "--env"),
-        *("--worker-class", "--access-logfile", "--error-logfile", "--initgroups"),
+        *("--worker-class", "--initgroups"),
+        # Not beside --log-config: tests/test_logs.py.
+        *("--log-format", "--access-logfile", "--error-logfile"),
         # It excludes others: below.
         "--preload",
     }

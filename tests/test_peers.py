@@ -46,7 +46,7 @@ GUNICORN = {
     "--no-sendfile": None, "--reuse-port": None, "--chdir": "/", "-D": None, "--daemon": None, "-e": "A=b",
     "--env": "A=b", "-p": "/x", "--pid": "/x", "--worker-tmp-dir": "/dev/shm", "-u": "0", "--user": "root", "-g": "0",
     "--group": "root", "-m": "007", "--umask": "007", "--initgroups": None, "--forwarded-allow-ips": "*",
-    "--access-logfile": "-", "--disable-redirect-access-to-syslog": None, "--access-logformat": "%(h)s",
+    "--access-logfile": "-", "--disable-redirect-access-to-syslog": None, "--access-logformat": '%(h)s "%(r)s" %(D)d',
     "--error-logfile": "-", "--log-file": "-", "--log-level": "debug", "--capture-output": None, "--logger-class": "x",
     "--log-config": "FILE", "--log-config-json": "FILE", "--log-syslog-to": "x", "--log-syslog": None,
     "--log-syslog-prefix": "x", "--log-syslog-facility": "x", "-R": None, "--enable-stdio-inheritance": None,
@@ -153,9 +153,3 @@ def test_other_kinds_of_workers(worker_class: str, reason: str) -> None:
     with pytest.raises(SettingsError) as caught:
         settings("a:b", "-k", worker_class)
     assert str(caught.value) == f"--worker-class {worker_class}: {reason}"
-
-
-@pytest.mark.parametrize("flag", ["--access-logfile", "--log-file"])
-def test_a_log_file(flag: str) -> None:
-    with pytest.raises(SettingsError, match="must be -; another file is not available in this version: redirect"):
-        settings("a:b", flag, "x.log")

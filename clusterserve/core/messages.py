@@ -31,7 +31,10 @@ HEADER_SIZE: Final = _HEADER.size
 
 @dataclass(frozen=True)
 class Boot:
-    """Master to worker, first of all: who you are and what to serve."""
+    """Master to worker, first of all: who you are and what to serve.
+
+    The descriptors of the log's files ride along, where there are any.
+    """
 
     worker: int
     slot: int
@@ -183,13 +186,28 @@ class Drain:
 
 
 @dataclass(frozen=True)
+class Reopen:
+    """Master to worker: write the log to the files whose descriptors ride along from now on."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """Nothing more goes to the files before `Reopen` number `number`; `trouble` says what has kept it from that."""
+
+    number: int
+    trouble: str
+
+
+@dataclass(frozen=True)
 class Prepare:
     """Master to template, first of all: what to make once for all workers of this generation."""
 
     template: int
     generation: int
     settings: dict[str, Any]
-    #: As in `Boot`.
+    #: As in `Boot`, and so are the descriptors.
     path: list[str]
 
 
@@ -229,7 +247,7 @@ class Unborn:
 
 Message = (
     Boot | Online | Listen | Listened | Listening | Closed | Failed | Beat | Leave | Drain | Debug | Debugged
-    | ShowStacks | Stacks | Stopping | Prepare | Prepared | Fork | Born | Unborn
+    | ShowStacks | Stacks | Stopping | Prepare | Prepared | Fork | Born | Unborn | Reopen | Reopened
 )  # fmt: skip
 
 _KINDS: Final = MappingProxyType({kind.__name__: kind for kind in get_args(Message)})

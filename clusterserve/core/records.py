@@ -14,7 +14,7 @@ from typing import Final
 
 from ..errors import ProtocolError
 
-VERSION: Final = 2
+VERSION: Final = 3
 
 #: Address families of an offer, as bytes on the wire: none (unix sockets), IPv4, IPv6.
 NO_ADDRESS: Final = 0
@@ -55,7 +55,7 @@ class Flag(IntFlag):
     REARM = 2
 
 
-# version, family, flags, listener, id, queued (µs), client port, local port, client, local, place on the board
+# version, family, flags, listener, id, queued since (µs), client port, local port, client, local, place on the board
 _OFFER: Final = Struct("<BBHIQIHH16s16sI")
 OFFER_SIZE: Final = _OFFER.size
 _pack_offer = _OFFER.pack
@@ -72,11 +72,20 @@ MAX_MICROSECONDS: Final = 2**32 - 1
 
 
 def pack_offer(id: int, listener: int, queued: int, family: int, client: bytes, port: int, place: int = 0) -> bytes:
-    """One offer.  `queued` in microseconds; the local address is left for a PROXY header (zero: ask the kernel).
+    """One offer; the local address is left for a PROXY header (zero: ask the kernel).
 
-    `place` is where on the board the worker says how far it is with it.
+    `queued` is since when, in microseconds on the clock that all processes share (CLOCK_MONOTONIC), of which the last
+    32 bits travel: see `waited`.  `place` is where on the board the worker says how far it is with it.
     """
-    return _pack_offer(VERSION, family, 0, listener, id, min(queued, MAX_MICROSECONDS), port, 0, client, b"", place)
+    return _pack_offer(VERSION, family, 0, listener, id, queued & MAX_MICROSECONDS, port, 0, client, b"", place)
+
+
+def waited(queued: int, now: float) -> float:
+    """How long an offer has waited, `queued` being as it has travelled, and `now` in seconds on the same clock.
+
+    In seconds, and right up to 71 minutes.
+    """
+    return ((int(now * 1e6) - queued) & MAX_MICROSECONDS) / 1e6
 
 
 def pack_note(flag: Flag, id: int) -> bytes:

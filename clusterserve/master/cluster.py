@@ -260,6 +260,15 @@ class Cluster(Emitter):
         """
         self._thread.post(Engine.show_stacks)
 
+    def reopen_logs(self) -> Pending[None]:
+        """Open the log's files (`access_logfile`, `error_logfile`) again, as SIGUSR1 does for the command line.
+
+        For when they were renamed: files of the old names are made.  The workers' own `FileHandler`s of Python's
+        logging follow.  Done when no line goes to the old files any more; a worker that holds its event loop takes as
+        long as it does that.  Fails with `ClusterError` if a file cannot be opened, or the cluster does not run.
+        """
+        return self._change(Engine.reopen_logs)
+
     @property
     def debug_addresses(self) -> dict[int, str]:
         """Where debuggers can attach now, HOST:PORT by worker's id."""

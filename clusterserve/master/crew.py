@@ -28,6 +28,7 @@ from ..core.roster import Member, Roster
 from ..core.templates import Step
 from ..core.wear import Wear
 from ..errors import ProtocolError
+from ..log_files import LogFiles
 from ..settings import Settings
 from .dispatcher import Dispatcher
 from .process import Exit, WorkerProcess
@@ -86,6 +87,7 @@ class Crew:
         roster: Roster,
         dispatcher: Dispatcher,
         emit: Callable[[Event], None],
+        files: LogFiles,
     ) -> None:
         self.settings = settings
         self.seats: dict[int, Seat] = {}
@@ -102,11 +104,12 @@ class Crew:
         self._roster = roster
         self._dispatcher = dispatcher
         self._emit = emit
+        self._files = files
         #: What workers are forked from; None: they are spawned.
         self._templates: Templates | None = None
         if roster.templates is not None:
             self._templates = Templates(
-                loop, roster, self._template_failed, lambda: self.ears.on_templates(), self._tally.fd
+                loop, roster, self._template_failed, lambda: self.ears.on_templates(), files, self._tally.fd
             )
 
     def pids(self) -> list[int]:
@@ -186,7 +189,8 @@ class Crew:
             process.pid,
             self.settings.worker_connections,
         )
-        channel.send(self._boot(member, debug_port))
+        # A program says itself where it logs.
+        channel.send(self._boot(member, debug_port), () if self.settings.exec else self._files.descriptors)
         if self.stopping:
             channel.send(Stopping())
         return seat

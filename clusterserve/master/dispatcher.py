@@ -15,6 +15,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from .. import faults
@@ -176,10 +177,12 @@ class Dispatcher:
 
     def _offer(self, worker: Worker, connections: Sequence[Connection], now: float) -> None:
         board, records = self._lookout.board(worker.id), []
+        # The loop's clock counts milliseconds, and the worker knows none of it.
+        shift = monotonic() - now
         for c in connections:
             if c.fd < board.places:
                 board.marks[c.fd] = UNTOUCHED
-            records.append(pack_offer(c.id, c.listener, int((now - c.since) * 1e6), c.family, c.client, c.port, c.fd))
+            records.append(pack_offer(c.id, c.listener, int((shift + c.since) * 1e6), c.family, c.client, c.port, c.fd))
         if not self._ends[worker.id].offer(records, array.array("i", [c.fd for c in connections])):
             self._close(self.distributor.undelivered(worker, [c.id for c in connections], now))
             # Another may be ready for them.

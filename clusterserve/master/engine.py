@@ -32,7 +32,8 @@ from ..core.messages import (
 from ..core.reconcile import Drain, Plan, Spawn, Stop, Target, Verdict
 from ..core.roster import Limits, Roster
 from ..core.templates import Templates
-from ..errors import BindError, BootError, ClusterError, DesertedError, ProtocolError
+from ..errors import BootError, ClusterError, DesertedError, ProtocolError
+from ..log_files import LogFiles
 from ..settings import Settings
 from .changes import Changes
 from .crew import Crew, Environment
@@ -45,6 +46,7 @@ from .listeners import Access
 from .outbox import Outbox
 from .policies import policy_factory
 from .reconciler import Reconciler
+from .reopening import Reopening
 from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
@@ -63,9 +65,16 @@ class Engine:
     """
 
     def __init__(
-        self, settings: Settings, loop: asyncio.AbstractEventLoop, emit: Callable[[Event], None] = lambda event: None
+        self,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
+        emit: Callable[[Event], None] = lambda event: None,
+        files: LogFiles | None = None,
     ) -> None:
+        """`files`: the log's, the caller's own; without it the engine opens and closes them."""
         self.settings = settings
+        self._files = files or LogFiles.of(settings)
+        self._owns_files = files is None
         self._emit = emit
         self.settled: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[BootError | None] = loop.create_future()
@@ -96,7 +105,8 @@ class Engine:
         templates = Templates() if settings.templated else None
         self._roster = Roster(_limits(settings), programs=bool(settings.exec), templates=templates)
         self._stacks = StackCollector(loop)
-        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit)
+        self._crew = Crew(loop, settings, self._roster, self._dispatcher, emit, self._files)
+        self._reopening = Reopening(loop, self._files)
         #: Who is there, by id.
         self.seats = self._crew.seats
         self._health = Health(loop, settings, self._roster, self._pids, lambda: self._reconciler.reconcile())
@@ -106,6 +116,7 @@ class Engine:
         self._crew.ears = Facts(
             self._roster, self._crew, self._reconciler, self._dispatcher,
             self.handles, self._health, self._debuggers, self._stacks,
+            self._reopening,
         )  # fmt: skip
         #: What held before a reload brought other settings, until they are proved.
         self._before: Settings | None = None
@@ -127,10 +138,14 @@ class Engine:
     # -- start and stop -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Open every `--bind` and start the workers.  Raises `BindError`; nothing is left open then."""
+        """Open the log's files and every `--bind`, and start the workers.
+
+        Raises `SettingsError` or `BindError`; nothing is left open then.
+        """
         try:
+            self._files.open()
             opened = self.handles.open_pinned(self.settings.binds, self.settings.backlog)
-        except BindError:
+        except ClusterError:
             self._close()
             raise
         for listener in opened:
@@ -349,6 +364,9 @@ class Engine:
 
     def _close(self) -> None:
         self._health.close()
+        self._reopening.close()
+        if self._owns_files:
+            self._files.close()
         self._stacks.close()
         self.handles.close()
         self._dispatcher.close()
@@ -444,6 +462,16 @@ class Engine:
             self._close()
             self._emit(Stopped())
             self.finished.set_result(error)
+
+    # -- the log --------------------------------------------------------------------------------------------------
+
+    def reopen_logs(self) -> asyncio.Future[None]:
+        """Open the log's files again, under their names as they are now; the `FileHandler`s of workers do so too.
+
+        Done when no worker writes to the old ones any more: one that holds its event loop does so later.  Fails with
+        `ClusterError` if a file cannot be opened: everything goes on into the old ones then.
+        """
+        return self._reopening.order(self.seats)
 
     # -- looking in -----------------------------------------------------------------------------------------------
 

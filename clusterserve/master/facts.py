@@ -28,6 +28,7 @@ from ..core.messages import (
     Listening,
     Message,
     Online,
+    Reopened,
     Stacks,
 )
 from ..core.reconcile import Drain, Stop
@@ -40,6 +41,7 @@ from .handles import Handles
 from .health import Health
 from .process import Exit
 from .reconciler import Reconciler
+from .reopening import Reopening
 from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
@@ -58,6 +60,7 @@ class Facts:
         health: Health,
         debuggers: Debuggers,
         stacks: StackCollector,
+        reopening: Reopening,
     ) -> None:
         self._roster = roster
         self._crew = crew
@@ -67,6 +70,7 @@ class Facts:
         self._health = health
         self._debuggers = debuggers
         self._stacks = stacks
+        self._reopening = reopening
 
     # -- what it says ---------------------------------------------------------------------------------------------
 
@@ -97,6 +101,8 @@ class Facts:
             self._debuggers.answered(worker, message)
         elif isinstance(message, Stacks):
             self._stacks.answered(worker, message)
+        elif isinstance(message, Reopened):
+            self._reopening.answered(worker, message)
         elif isinstance(message, Leave):
             self._leave(worker)
         elif isinstance(message, Failed):
@@ -190,6 +196,7 @@ class Facts:
             self._crew.tell(seat, Exited, ended.code, ended.signal)
             self._dispatcher.remove_worker(worker, hung=seat.member.aborted is not None)
             self._stacks.gone(worker)
+            self._reopening.gone(worker)
             if seat.stacks >= 0:
                 os.close(seat.stacks)
             self._crew.dead(worker)

@@ -13,8 +13,9 @@ FIXED: Final = frozenset(
         "proxy_protocol", "proxy_allow_from", "reuse_port",
         "binds", "backlog", "uds_permissions", "uid", "gid", "policy", "dispatch", "max_pending", "hooks", "respawn",
         "timeout", "timeout_keep_alive", "timeout_queue", "timeout_request_header", "exec", "args", "serialization",
-        "log_level", "log_config", "use_colors", "pid", "umask", "name", "preload", "reload", "reload_dirs",
-        "reload_includes", "reload_excludes", "reload_delay", "reload_extra_files",
+        "log_level", "log_config", "log_format", "error_logfile", "access_logfile", "use_colors", "pid", "umask",
+        "name", "preload", "reload", "reload_dirs", "reload_includes", "reload_excludes", "reload_delay",
+        "reload_extra_files",
     }
 )  # fmt: skip
 

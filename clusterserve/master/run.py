@@ -17,6 +17,7 @@ from ..core.envelope import Kind, declined
 from ..core.events import Event, Messaged
 from ..core.reconcile import Stop
 from ..errors import ClusterError
+from ..log_files import LogFiles, reopen_handlers
 from ..logs import configure
 from ..settings import Settings
 from .engine import Engine
@@ -33,11 +34,11 @@ FORCED_INT: Final = 130
 FORCED_QUIT: Final = 131
 
 #: Understood, but not yet acted upon.  None of them may end the master while workers live.
-_LATER: Final = ("SIGUSR1", "SIGUSR2", "SIGWINCH")
+_LATER: Final = ("SIGUSR2", "SIGWINCH")
 
 _HEARD: Final = tuple(
     getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTTIN", "SIGTTOU", "SIGPWR", *_LATER)
+    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTTIN", "SIGTTOU", "SIGPWR", "SIGUSR1", *_LATER)
 )
 
 
@@ -56,7 +57,22 @@ def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[]
     `exits`: the process ends next, and until then every signal is ignored.  Who says SIGTERM twice would kill it with
     the second on its way out, and read of a failure.
     """
-    configure(settings)
+    files = LogFiles.of(settings)
+    files.open()
+    # Never closed: the logger has them as long as the process lives, as it would have a `FileHandler`.
+    configure(settings, files.places)
+    try:
+        return _run(settings, files, exits, reread)
+    except ClusterError as error:
+        if settings.log_format == "json" or settings.error_logfile != "-":
+            # For people, whoever called us says it on stderr; a file, and a machine, hear it from us.
+            text = getattr(error, "traceback", "")
+            logger.critical("%s", error.args[0] if text else error, extra={"exception": text} if text else None)
+            error.told = settings.error_logfile == "-"
+        raise
+
+
+def _run(settings: Settings, files: LogFiles, exits: bool, reread: Callable[[], Settings] | None) -> int:
     if settings.app_dir is not None:
         # For a policy of the application's own, and its hooks; a program that embeds us has its path in order.
         sys.path.insert(0, os.path.abspath(settings.app_dir))
@@ -71,7 +87,7 @@ def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[]
                     teller.on_event(event)
                     hooks(event)
 
-                return loop.run_until_complete(_serve(settings, loop, emit, teller, reread))
+                return loop.run_until_complete(_serve(settings, loop, emit, teller, reread, files))
         finally:
             # The loop leaves the default behind for every signal it has handled, which for most of them is death.
             signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
@@ -99,6 +115,7 @@ async def _serve(
     emit: Callable[[Event], None],
     teller: Notifier,
     reread: Callable[[], Settings] | None,
+    files: LogFiles,
 ) -> int:
     def told(event: Event) -> None:
         if not isinstance(event, Messaged):
@@ -107,7 +124,7 @@ async def _serve(
             # Nobody is here who could; whoever asks must not wait for ever.
             engine.outbox.post(event.worker.id, declined(event.envelope), [], lambda sent: None)
 
-    engine = Engine(settings, loop, told)
+    engine = Engine(settings, loop, told, files)
     signals = _Signals(engine, loop, teller.on_reloaded, reread, teller.on_refused)
     with _watching(settings, loop, signals):
         engine.start()
@@ -166,10 +183,11 @@ class _Signals:
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
-        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         loop.add_signal_handler(signal.SIGTTIN, engine.scale_by, 1)
         loop.add_signal_handler(signal.SIGTTOU, engine.scale_by, -1)
         loop.add_signal_handler(signal.SIGPWR, engine.show_stacks)
+        loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         for name in _LATER:
             loop.add_signal_handler(getattr(signal, name), self._later, name)
 
@@ -189,6 +207,16 @@ class _Signals:
         self.first = self.first or signal.SIGQUIT
         self.code = self.code or code
         self._engine.stop(Stop.QUICK)
+
+    def _reopen_logs(self) -> None:
+        # Of a --log-config; in a program that embeds us they are the program's.
+        reopen_handlers()
+        self._engine.reopen_logs()
+
+    def _hang_up(self) -> None:
+        # As gunicorn does, and as people have it in their logrotate files.
+        self._reopen_logs()
+        self.reload()
 
     def reload(self) -> None:
         """Read the configuration again, and replace the workers."""

@@ -24,6 +24,7 @@ from ..core.roster import Member, Roster
 from ..core.templates import DismissTemplate, KillTemplate, StartTemplate, Step, Template
 from ..current import TEMPLATE_VARIABLE
 from ..errors import ProtocolError
+from ..log_files import LogFiles
 from ..settings import Settings
 from .child import Child, Exit, interpreter
 from .process import ENTRY, Ends, WorkerProcess
@@ -73,6 +74,7 @@ class Templates:
         roster: Roster,
         on_failed: Callable[[Failed], None],
         changed: Callable[[], None],
+        files: LogFiles,
         tally: int,
     ) -> None:
         assert roster.templates is not None
@@ -81,6 +83,7 @@ class Templates:
         self._book = roster.templates
         self._on_failed = on_failed
         self._changed = changed
+        self._files = files
         self._tally = tally
         self._places: dict[int, _Place] = {}
 
@@ -125,7 +128,7 @@ class Templates:
         logger.log(
             logging.INFO if settings.preload else logging.DEBUG, "Template %d (pid %d) loads %s", *place.who, what
         )
-        place.channel.send(Prepare(template.id, generation, settings.to_json(), path))
+        place.channel.send(Prepare(template.id, generation, settings.to_json(), path), self._files.descriptors)
 
     def _spawn(self, template: Template, settings: Settings) -> _Place:
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

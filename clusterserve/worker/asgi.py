@@ -15,6 +15,7 @@ import gc
 import logging
 import os
 import signal
+from collections.abc import Sequence
 from socket import socket
 from typing import Any, Final, cast
 
@@ -24,11 +25,15 @@ from uvicorn.importer import ImportFromStringError, import_from_string
 from .. import faults
 from ..channel.tally import Crowd
 from ..core.address import Address
+from ..core.atoms import Who
 from ..core.head import HeadLimits
 from ..currentworker import CurrentWorker
-from ..errors import BootError
+from ..errors import BootError, SettingsError
+from ..log_files import WorkerFiles
+from ..logs import access_logger, configure_worker
 from ..settings import Settings
 from ..tracebacks import of_application
+from .access import Access
 from .concurrency import limited
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
@@ -48,13 +53,10 @@ logger = logging.getLogger("uvicorn.error")
 #: Settings that uvicorn's Config takes under the same name.
 _PASSED: Final = (
     "ws", "ws_max_size", "ws_max_queue", "ws_ping_interval", "ws_ping_timeout", "ws_per_message_deflate",
-    "lifespan", "interface", "log_level", "access_log", "use_colors", "proxy_headers", "server_header", "date_header",
+    "lifespan", "interface", "log_level", "proxy_headers", "server_header", "date_header",
     "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "factory", "h11_max_incomplete_event_size",
     "reset_contextvars",
 )  # fmt: skip
-
-#: Those of them that its logging is made of.
-_LOGGED: Final = ("log_level", "access_log", "use_colors")
 
 #: What uvicorn says of every start and stop.  The master says it once for all; `--log-level debug` brings these back.
 CHATTER: Final = frozenset(
@@ -79,14 +81,14 @@ _LIFESPAN_SHARE: Final = 1.0
 _UNTIMED: Final = 0.2
 
 
-def preload(settings: Settings) -> Any:
+def preload(settings: Settings, log: WorkerFiles) -> Any:
     """The application, for every worker that will be forked from this process; raises `BootError` as `serve` does.
 
     Logging is configured before, as for an application that a worker imports, and not again in the workers: what the
     application has made of it stays.
     """
-    with stdout_for_logs() if settings.capture_output else contextlib.nullcontext():
-        config = uvicorn.Config(_nobody, interface="asgi3", **_passed(settings, *_LOGGED, "http", "ws", "lifespan"))
+    _configure_logging(settings, log)
+    config = uvicorn.Config(_nobody, interface="asgi3", **_passed(settings, "log_level", "http", "ws", "lifespan"))
     boot = _BootLog()
     logger.addFilter(boot)
     try:
@@ -126,19 +128,25 @@ def _imported(settings: Settings, boot: _BootLog) -> Any:
 
 
 def serve(
-    settings: Settings, link: Link, worker: CurrentWorker | None = None, prepared: Prepared | None = None
+    settings: Settings,
+    link: Link,
+    worker: CurrentWorker | None = None,
+    prepared: Prepared | None = None,
+    files: Sequence[int] = (),
 ) -> None:
     """Serve until the master says to drain.  Raises `BootError` if the application cannot be loaded or started.
 
     `worker` has its handlers on the application's loop, and is told what becomes of it.  `prepared` is what the
-    template has made of which this process is a fork.
+    template has made of which this process is a fork.  `files` are the descriptors of the log's files, from now on this
+    function's own.
     """
     prepared = prepared or Prepared()
     preloaded = prepared.app is not None
     borrowing = Borrowing(after_response=settings.borrows)
-    member = Membership(link, worker or CurrentWorker(0, 0, os.getpid()))
-    with stdout_for_logs() if settings.capture_output and not preloaded else contextlib.nullcontext():
-        config = _config(settings, link, borrowing, member, preloaded)
+    worker = worker or CurrentWorker(0, 0, os.getpid())
+    member = Membership(link, worker)
+    access = _log(settings, link, worker, prepared.log, files)
+    config = _config(settings, link, borrowing, member, preloaded)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
@@ -150,6 +158,8 @@ def serve(
     deadline = Deadline(server.server_state.tasks, settings.timeout_request) if settings.timeout_request else None
     if deadline is not None:
         logger.addFilter(deadline)
+        if access is not None:
+            access.overdue = deadline.ended
     _Drainer(server, link, borrowing, draining, member)
     expected = len(settings.binds)
 
@@ -178,9 +188,10 @@ def serve(
     try:
         config.app = prepared.app if preloaded else _imported(settings, boot)
         config.load()
-        config.loaded_app = draining.announced(config.loaded_app)
+        app = config.loaded_app
         if settings.limit_concurrency is not None and link.tally is not None:
-            config.loaded_app = limited(config.loaded_app, Crowd(link.tally, link.place, settings.limit_concurrency))
+            app = limited(app, Crowd(link.tally, link.place, settings.limit_concurrency))
+        config.loaded_app = draining.announced(app if access is None else access.wrapped(app))
         # What exists now lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
@@ -223,12 +234,39 @@ def _refused(settings: Settings, boot: _BootLog, exc: SystemExit) -> BootError:
     return BootError(f"the application {settings.app!r} could not be started", boot.text() + why)
 
 
+def _configure_logging(settings: Settings, log: WorkerFiles) -> None:
+    """Set up this process's log: handlers and filters, uvicorn's and ours."""
+    try:
+        with stdout_for_logs(log.places.error) if settings.capture_output else contextlib.nullcontext(1) as stdout:
+            places = log.places if log.places.access != 1 else log.places._replace(access=stdout)
+            configure_worker(settings, places)
+    except SettingsError as exc:
+        raise BootError(str(exc)) from None
+
+
+def _log(
+    settings: Settings, link: Link, worker: CurrentWorker, log: WorkerFiles | None, files: Sequence[int]
+) -> Access | None:
+    """Log to `files`, in a `log` that the template has set up, or of our own; returns what writes the access log, if
+    uvicorn does not do that itself."""
+    if log is None:
+        log = WorkerFiles(settings, files)
+        _configure_logging(settings, log)
+    else:
+        log.take(files)
+    link.on_reopen = log.reopen
+    ours = access_logger(settings)
+    if ours is None:
+        return None
+    access = Access(ours, settings, Who(worker.id, worker.slot, os.getpid()))
+    logger.addFilter(access)
+    return access
+
+
 def _passed(settings: Settings, *names: str) -> dict[str, Any]:
-    """These settings, for uvicorn's Config."""
-    options = {name: getattr(settings, name) for name in names}
-    if settings.log_config is not None:
-        options["log_config"] = settings.log_config
-    return options
+    """These settings, for uvicorn's Config, which is to set the levels of its loggers, and to leave the rest to us."""
+    options: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    return {**options, "log_config": None, "access_log": settings.access_log and not settings.own_access_log}
 
 
 def _config(
@@ -236,8 +274,8 @@ def _config(
 ) -> uvicorn.Config:
     options = _passed(settings, *_PASSED)
     if preloaded:
-        # The template has done this; and called it, if it was a factory.
-        options.update(log_config=None, factory=False)
+        # The template has called it, if it was a factory.
+        options["factory"] = False
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
     limits = HeadLimits(settings.limit_request_line, settings.limit_request_fields, settings.limit_request_field_size)
@@ -248,6 +286,7 @@ def _config(
     def factory() -> asyncio.AbstractEventLoop:
         loop = loop_class()
         link.attach(loop)
+        link.receiver.timed = settings.own_access_log
         member.begin(loop)
         if handed:
             link.receiver.borrow(

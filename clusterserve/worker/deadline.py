@@ -42,14 +42,14 @@ class Deadline:
         self._pause = min(LOOK, timeout / LOOKS)
         self._since: dict[asyncio.Task[None], float] = {}
         #: Those that were ended and have not noticed yet.
-        self._ended: set[asyncio.Task[None]] = set()
+        self.ended: set[asyncio.Task[None]] = set()
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Look now, and from time to time."""
         now = loop.time()
         self._since = {task: self._since.get(task, now) for task in self._tasks}
         for task, since in self._since.items():
-            if now - since >= self._timeout and task not in self._ended:
+            if now - since >= self._timeout and task not in self.ended:
                 self._end(loop, task, now - since)
         loop.call_later(self._pause, self.watch, loop)
 
@@ -69,18 +69,18 @@ class Deadline:
             # Of the requests that wait behind this one the protocol knows the newest only, so it would not tell this.
             cycle.disconnected = True
             Lingering(loop, cycle.transport, "the request took too long")
-        self._ended.add(task)
-        task.add_done_callback(self._ended.discard)
+        self.ended.add(task)
+        task.add_done_callback(self.ended.discard)
         task.cancel("the request took longer than --timeout-request")
 
     def filter(self, record: logging.LogRecord) -> bool:
         """For uvicorn's logger: leave out the tracebacks that end in our own order."""
         return not (
-            self._ended
+            self.ended
             and record.msg == RAISED
             and record.exc_info is not None
             and isinstance(record.exc_info[1], asyncio.CancelledError)
-            and asyncio.current_task() in self._ended
+            and asyncio.current_task() in self.ended
         )
 
 

@@ -64,7 +64,7 @@ class LazyTransport(asyncio.Transport):
 
     # There are thousands.  The dictionary is made when one becomes real.
     __slots__ = (
-        "__dict__", "__weakref__", "_abort", "_armed", "_closing", "_eof", "_error", "_fd", "_full", "_id",
+        "__dict__", "__weakref__", "_abort", "_armed", "_closing", "_eof", "_error", "_fd", "_full", "_handed", "_id",
         "_in_busy", "_in_kept", "_known", "_limits", "_made", "_old", "_paused", "_peername", "_phase", "_pieces",
         "_place", "_protocol", "_reading", "_real", "_receiver", "_resting", "_returning", "_running", "_size",
         "_sockname", "_taken_back", "_upgraded", "_watch",

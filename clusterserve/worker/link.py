@@ -35,12 +35,15 @@ from ..core.messages import (
     Listened,
     Listening,
     Message,
+    Reopen,
+    Reopened,
     ShowStacks,
     Stacks,
     Stopping,
 )
 from ..current import current_worker
 from ..errors import ClusterError, ProtocolError
+from ..log_files import reopen_handlers
 from . import debugging
 from .receiver import Receiver
 from .server import FauxServer
@@ -90,6 +93,8 @@ class Link:
         #: Where all workers count what they have in progress, and which cell is ours; None: nobody counts.
         self.tally: Tally | None = None
         self.place = 0
+        #: Called with the descriptors of the log's new files, which stay the caller's; says what is wrong with them.
+        self.on_reopen: Callable[[list[int]], str] = _reopen_handlers
         #: What this process exits with when the master has closed the channels.
         self.gone = MASTER_GONE
 
@@ -276,6 +281,8 @@ class Link:
             worker = current_worker()
             assert worker is not None
             self.send(debugging.listen(message.port, worker.slot))
+        elif isinstance(message, Reopen):
+            self.send(Reopened(message.number, self.on_reopen(descriptors)))
         elif isinstance(message, ShowStacks):
             self.send(Stacks(thread_names(), tasks(running_loops())))
         else:
@@ -286,6 +293,12 @@ class Link:
     def _on_closed(self, error: ProtocolError | None) -> None:
         """The master is gone, and with it the reason to live: what the kernel's parent-death signal does, for sure."""
         os._exit(self.gone)
+
+
+def _reopen_handlers(descriptors: list[int]) -> str:
+    """A program has no files of ours."""
+    reopen_handlers()
+    return ""
 
 
 def _address(answer: Listened, datagram: bool) -> Address:

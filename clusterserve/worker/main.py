@@ -16,9 +16,10 @@ from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Online, decode
 from ..current import STDIO_VARIABLE, TEMPLATE_VARIABLE, VARIABLE, become
 from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
+from ..log_files import MOST_FILES
 from ..settings import Settings
 from . import debugging
-from .link import Link
+from .link import MASTER_GONE, Link
 from .stacks import answer_signal
 from .startup import BOOT_FAILURE, begin, die_with, exactly, send
 
@@ -51,7 +52,7 @@ def _work(descriptors: Sequence[int], prepared: Prepared | None) -> int:
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
     try:
-        boot = _receive_boot(channel)
+        boot, files = _receive_boot(channel)
     except ProtocolError as exc:
         # The package may have been upgraded under a running master, and this process is the first of the new version.
         send(channel, Failed(f"the worker does not understand its master, which may be of another version: {exc}", ""))
@@ -70,7 +71,7 @@ def _work(descriptors: Sequence[int], prepared: Prepared | None) -> int:
         sys.path[:] = boot.path
     send(channel, Online(os.getpid()), told)
     with _watched(boot, channel, worker):
-        return _serve(boot, channel, link, worker, prepared)
+        return _serve(boot, channel, link, worker, prepared, files)
 
 
 @contextlib.contextmanager
@@ -89,13 +90,20 @@ def _watched(boot: Boot, channel: socket.socket, worker: CurrentWorker) -> Itera
         yield
 
 
-def _serve(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, prepared: Prepared | None) -> int:
-    """Serve an application."""
+def _serve(
+    boot: Boot,
+    channel: socket.socket,
+    link: Link,
+    worker: CurrentWorker,
+    prepared: Prepared | None,
+    files: Sequence[int],
+) -> int:
+    """Serve an application, and log to `files`."""
     # Importing uvicorn takes most of the start-up: not before the master knows that we live.
     from .asgi import serve
 
     try:
-        serve(Settings.from_json(boot.settings), link, worker, prepared)
+        serve(Settings.from_json(boot.settings), link, worker, prepared, files)
     except BootError as exc:
         send(channel, Failed(exc.args[0], exc.traceback))
         return BOOT_FAILURE
@@ -125,14 +133,20 @@ def place_descriptors(places: str) -> None:
         os.close(fd)
 
 
-def _receive_boot(channel: socket.socket) -> Boot:
-    """The first frame, and not a byte more: what follows belongs to the channel's reader."""
+def _receive_boot(channel: socket.socket) -> tuple[Boot, list[int]]:
+    """The first frame and its descriptors, and not a byte more: what follows belongs to the channel's reader."""
     decoder = Decoder()
-    header = exactly(channel, HEADER_SIZE)
+    # They ride with the first byte.
+    first, files, _, _ = socket.recv_fds(channel, 1, MOST_FILES)
+    if not first:
+        os._exit(MASTER_GONE)
+    for fd in files:
+        os.set_inheritable(fd, False)
+    header = first + exactly(channel, HEADER_SIZE - 1)
     frames = list(decoder.feed(header))
     # Not before it is clear that this can be a frame's length.
     frames += decoder.feed(exactly(channel, int.from_bytes(header[:4], "little")))
     message = decode(frames[0][0])
     if not isinstance(message, Boot):
         raise ProtocolError(f"a worker does not expect {type(message).__name__} first")
-    return message
+    return message, files

@@ -8,19 +8,25 @@ import os
 import sys
 from collections.abc import Iterator
 
+from ..log_files import redirect
+
 
 @contextlib.contextmanager
-def stdout_for_logs() -> Iterator[None]:
-    """What finds `sys.stdout` inside the block has the real one; from its end on, descriptor 1 is stderr's."""
+def stdout_for_logs(error: int = 2) -> Iterator[int]:
+    """What finds `sys.stdout` inside the block has the real one, whose descriptor is given; from its end on, descriptor
+    1 is where errors go, and so is 2, if that is a file of the log (`error`)."""
     printed = sys.stdout
     printed.flush()
-    # Never closed: handlers of the log hold it as long as the process lives.
-    sys.stdout = open(os.dup(1), "w", buffering=1, encoding=printed.encoding, errors=printed.errors)  # noqa: SIM115
+    # Never closed: handlers of the log have it as long as the process lives.
+    fd = os.dup(1)
+    sys.stdout = open(  # noqa: SIM115
+        fd, "w", buffering=1, encoding=printed.encoding, errors=printed.errors, closefd=False
+    )
     try:
-        yield
+        yield fd
     finally:
         sys.stdout = printed
-        os.dup2(2, 1)
+        redirect(error)
         if isinstance(printed, io.TextIOWrapper):
             # As stderr: a line that is printed is to be seen.
             printed.reconfigure(line_buffering=True)

@@ -12,9 +12,12 @@ A process that is forked from has one thread, no event loop, and no descriptor t
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..log_files import WorkerFiles, lifted
 from ..settings import Settings
 
 
@@ -24,11 +27,22 @@ class Prepared:
 
     #: The application, its factory called: `--preload`.
     app: Any = None
+    #: Where the log goes, whose loggers are set up then.
+    log: WorkerFiles | None = None
 
 
-def prepare(settings: Settings) -> Prepared:
-    """Make it.  Raises `BootError` for what of the application's cannot be had."""
+def prepare(settings: Settings, files: Sequence[int] = ()) -> Prepared:
+    """Make it.  Raises `BootError` for what of the application's cannot be had.
+
+    `files` are the descriptors of the log's files, from now on this function's own.
+    """
     # Imported even if nothing is to be made with it: the workers need not import uvicorn any more.
     from .asgi import preload
 
-    return Prepared(app=preload(settings) if settings.preload else None)
+    if not settings.preload:
+        for fd in files:
+            os.close(fd)
+        return Prepared()
+    # Out of the way of the numbers that workers are given with `stdio`.
+    log = WorkerFiles(settings, lifted(files))
+    return Prepared(app=preload(settings, log), log=log)

@@ -14,7 +14,7 @@ import select
 import socket
 from collections.abc import Callable
 from resource import RUSAGE_THREAD, getrusage, struct_rusage
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Final
 
 from .. import faults
@@ -82,6 +82,8 @@ class Receiver:
         self.watch: Watch | None = None
         #: Whether a connection is worth keeping for its next request, now.
         self.keeps = False
+        #: Whether somebody wants to know how long connections have waited for this worker.
+        self.timed = False
         self._may_keep = self._weighs = False
         self._most_kept = MOST_KEPT
         self._cost = Cost()
@@ -178,7 +180,7 @@ class Receiver:
             return False
         self.begin_turn(weighed=True)
         arrived, number = len(fds), -1
-        for _, family, flag, key, id, _, port, _, client, _, place in offers:
+        for _, family, flag, key, id, queued, port, _, client, _, place in offers:
             if flag:
                 self._noted(flag, id)
                 continue
@@ -198,7 +200,7 @@ class Receiver:
                 peername = (socket.inet_ntop(socket.AF_INET6, client), port)
             elif family:
                 peername = _told(family, client, port)
-            self._take(server, id, fds[number], peername, min(place, self._board.places))
+            self._take(server, id, fds[number], peername, min(place, self._board.places), queued)
             self._requests += 1
         self.end_batch()
         return True
@@ -217,7 +219,9 @@ class Receiver:
         else:
             transport.lost()
 
-    def _take(self, server: Entrance, id: int, fd: int, peername: tuple[str, int] | None, place: int) -> None:
+    def _take(
+        self, server: Entrance, id: int, fd: int, peername: tuple[str, int] | None, place: int, queued: int
+    ) -> None:
         os.set_blocking(fd, False)
         data: bytes | None = None
         watch = None
@@ -262,6 +266,8 @@ class Receiver:
             self._making.discard(id)
             self._fresh[id] = _ACK | _CLOSED
             return
+        if self.timed:
+            transport.handed_over(queued, monotonic(), self.counters[0])
         if data is None:
             transport.become_real(**server.ssl)
             return

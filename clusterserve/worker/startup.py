@@ -69,6 +69,8 @@ def send(channel: socket.socket, message: Message, *descriptors: int) -> None:
     try:
         # They ride with the first byte.
         sent = socket.send_fds(channel, [frame], descriptors)
-        channel.sendall(frame[sent:])
+        if sent < len(frame):
+            # Not otherwise: who has read it all may have closed its end since.
+            channel.sendall(frame[sent:])
     except (BrokenPipeError, ConnectionResetError):
         os._exit(MASTER_GONE)

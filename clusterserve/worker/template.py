@@ -69,13 +69,13 @@ def live(fd: int, master: int) -> Birth:
     # back: systemd sends it to all, and the workers that still boot need us until the master says otherwise.
     signal.signal(signal.SIGTERM, heed_the_master)
     try:
-        order, _ = _receive(channel)
+        order, files = _receive(channel)
         if not isinstance(order, Prepare):
             raise ProtocolError(f"a template does not expect {type(order).__name__} first")
         settings = Settings.from_json(order.settings)
         _entitle(settings, order, "preparing")
         sys.path[:] = order.path
-        prepared = _prepare(settings)
+        prepared = _prepare(settings, files)
     except ProtocolError as exc:
         send(
             channel, Failed(f"the template does not understand its master, which may be of another version: {exc}", "")
@@ -101,8 +101,8 @@ def live(fd: int, master: int) -> Birth:
             os.close(each)
 
 
-def _prepare(settings: Settings) -> preparations.Prepared:
-    prepared = preparations.prepare(settings)
+def _prepare(settings: Settings, files: Sequence[int]) -> preparations.Prepared:
+    prepared = preparations.prepare(settings, files)
     _refuse_threads(settings)
     _refuse_loops(settings)
     # The collector writes into what it looks at, and what is written to is no longer shared.
@@ -162,15 +162,17 @@ def _refuse_loops(settings: Settings) -> None:
 def _born(channel: socket.socket, fork: Fork) -> bool:
     """Fork it, twice, and tell the master; whether this is the worker."""
     _flush()
-    report, reports = os.pipe()
-    begin, begins = os.pipe()
+    pipes: list[int] = []
     try:
+        pipes += os.pipe()
+        pipes += os.pipe()
         between = os.fork()
     except OSError as exc:
-        for fd in (report, reports, begin, begins):
+        for fd in pipes:
             os.close(fd)
         send(channel, Unborn(fork.worker, exc.errno or 0))
         return False
+    report, reports, begin, begins = pipes
     if not between:
         try:
             pid, why = os.fork(), 0

@@ -10,6 +10,7 @@ import os
 import socket
 from typing import Any
 
+from ..core.records import waited
 from .lazy import HIGH_WATER, LazyTransport, Phase
 from .real import become_real, wire
 
@@ -34,6 +35,23 @@ class HandedTransport(LazyTransport):
         if self._real is None:
             raise RuntimeError(f"{self!r} has no transport of the event loop yet")
         return self._real
+
+    def handed_over(self, queued: int, now: float, turn: int) -> None:
+        """Note when the master had it ready (see `core.records.waited`), and in which turn of the receiver it came."""
+        self._handed: tuple[int, float, int] | None = (queued, now, turn)
+
+    def queue_time(self, now: float) -> float | None:
+        """How long the connection had waited for this worker (seconds), to be asked once by its first request.
+
+        Until `now`, or until it was read, if the rest of that request was longer on its way.  None for every later
+        request, which came to the worker directly, and if nobody has noted it.
+        """
+        handed = getattr(self, "_handed", None)
+        if handed is None:
+            return None
+        self._handed = None
+        queued, read, turn = handed
+        return waited(queued, now if turn == self._receiver.counters[0] else read)
 
     #: `asyncio.BaseEventLoop.start_tls` asks for it.
     _start_tls_compatible = True

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import uvloop
 
-from tests.helpers import proc
+from clusterserve import Cluster
+from tests.helpers import everybody, proc
 from tests.helpers.apps.preloaded import SOURCE
 from tests.helpers.load import under_load
 from tests.helpers.raw import request
 from tests.helpers.server import IN_TURN, WORKER_LISTENS, Serve, Server, run
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import DEADLINE, eventually
 
 APP = "tests.helpers.apps.preloaded:app"
 FULL = "tests.helpers.apps.full:app"
 QUICK = ("--restart-backoff", "0.01")
+# "At once", on a machine that is busy with ten times as much; the kernel does it.
+SOON = 20.0
 TEMPLATE = re.compile(r"Template (\d+) \(pid (\d+)\) loads")
 
 
@@ -49,9 +56,9 @@ def template(server: Server) -> int:
     return int(server.found(TEMPLATE)[-1][2])
 
 
-def kind(link: str) -> str:
-    """What a descriptor is, without which one it is."""
-    return re.sub(r"\[\d+\]$", "", link)
+def kinds(pid: int) -> Counter[str]:
+    """What a process's descriptors are, without which ones."""
+    return Counter(re.sub(r"\[\d+\]$", "", link) for link in proc.descriptors(pid).values())
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +91,17 @@ class TestWorkers:
         spawned = serve(*IN_TURN, app=APP, workers=1)
         facts(spawned)
         facts(server)
-        (usual,) = (Counter(map(kind, proc.descriptors(each.pid).values())) for each in spawned.workers)
+        (usual,) = (each.pid for each in spawned.workers)
+        pids = [each.pid for each in server.workers]
+        # None has a client any more, sooner or later.
+        eventually(lambda: all(kinds(pid) == kinds(usual) for pid in pids), "they have what a spawned worker has")
+        # Its channel, and what it was started with, once it has closed what the last worker has.
+        eventually(lambda: len(proc.descriptors(template(server))) == 4, "the template has closed everything")
         sockets: Counter[int] = Counter()
-        for worker in server.workers:
-            assert Counter(map(kind, proc.descriptors(worker.pid).values())) == usual
-            sockets.update(proc.socket_inodes(worker.pid) - proc.socket_inodes(template(server)))
+        for pid in pids:
+            sockets.update(proc.socket_inodes(pid) - proc.socket_inodes(template(server)))
         assert set(sockets.values()) == {1}
-        # Its channel, and what it was started with.
         assert len(proc.socket_inodes(template(server)) - proc.socket_inodes(server.pid)) == 1
-        assert len(proc.descriptors(template(server))) == 4
 
 
 class Code:
@@ -194,7 +203,7 @@ class TestCrashes:
                 eventually(lambda: any(_sleeps(pid) for pid in pids), "a worker holds its loop")
             server.kill()
             server.wait()
-            eventually(lambda: server.processes() == [], "workers and template are gone", within=2.0)
+            eventually(lambda: server.processes() == [], "workers and template are gone", within=SOON)
 
 
 def _sleeps(pid: int) -> bool:
@@ -256,3 +265,103 @@ def test_a_factory_is_called_once(serve: Serve, code: Code) -> None:
     server = serve("--preload", "--factory", app="preloaded_code:make", workers=2, env=code.env)
     assert {each["imported_by"] for each in of_all(server)} == {template(server)}
     assert len(server.found("^made$")) == 1
+
+
+# ── in a program of somebody's ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def subreaper() -> bool:
+    """Whether orphans come to this process."""
+    found = ctypes.c_int()
+    assert ctypes.CDLL(None).prctl(37, ctypes.byref(found), 0, 0, 0) == 0
+    return bool(found.value)
+
+
+def about(cluster: Cluster, pids: set[int]) -> dict[int, dict[str, Any]]:
+    """The facts of the workers with these pids."""
+    found: dict[int, dict[str, Any]] = {}
+
+    def ask() -> bool:
+        answer = httpx.get(cluster.url, trust_env=False, timeout=DEADLINE).json()
+        found[answer["pid"]] = answer
+        return found.keys() >= pids
+
+    eventually(ask, f"all of {pids} have answered")
+    return found
+
+
+def test_a_cluster_has_templates_and_its_program_keeps_its_orphans() -> None:
+    uvloop.new_event_loop().close()
+    children, descriptors = proc.children(os.getpid()), proc.descriptors(os.getpid()).keys()
+    exits: list[tuple[int, int | None, int | None]] = []
+    with Cluster(APP, preload=True, workers=2, bind="127.0.0.1:0", restart_backoff=0.01) as cluster:
+        cluster.on("exit", lambda worker, code, signal: exits.append((worker.id, code, signal)))
+        found = about(cluster, {worker.pid for worker in cluster.workers.values() if worker.pid})
+        (template,) = {each["imported_by"] for each in found.values()}
+        assert {each["parent"] for each in found.values()} == {os.getpid()}
+        # One that the program forks is there at once, and imports by itself.
+        alone = cluster.fork()
+        assert alone.pid is not None
+        assert about(cluster, {alone.pid})[alone.pid]["imported_by"] == alone.pid
+        # What replaces it is a fork again.
+        os.kill(alone.pid, signal.SIGKILL)
+        eventually(lambda: exits == [(alone.id, None, signal.SIGKILL)], "its exit is told")
+        successor = eventually(lambda: [each for each in cluster.workers.values() if each.id > alone.id], "it is back")
+        pid = eventually(lambda: successor[0].pid if successor[0].state == "listening" else 0, "it listens")
+        assert about(cluster, {pid})[pid]["imported_by"] == template
+        assert not subreaper()
+    assert proc.children(os.getpid()) == children
+    assert proc.descriptors(os.getpid()).keys() == descriptors
+
+
+def test_workers_have_the_streams_they_are_given(code: Code, monkeypatch: pytest.MonkeyPatch) -> None:
+    code.is_(
+        SOURCE.replace(
+            "    _started_in = os.getpid()\n", "    _started_in = os.getpid()\n    os.write(4, b'started')\n"
+        )
+    )
+    monkeypatch.setenv("PYTHONPATH", str(code.path.parent))
+    monkeypatch.syspath_prepend(str(code.path.parent))
+    stdio = ("ignore", "inherit", "inherit", "ipc", "pipe")
+    with Cluster("preloaded_code:app", preload=True, workers=2, bind="127.0.0.1:0", stdio=stdio) as cluster:
+        for worker in cluster.workers.values():
+            assert worker.process is not None
+            with worker.process.stdio[4] as channel:
+                channel.settimeout(DEADLINE)
+                assert channel.recv(100) == b"started"
+
+
+_OF_ANOTHER_USER = """
+import os, sys
+from clusterserve import Cluster
+
+with Cluster("tests.helpers.apps.preloaded:app", preload=True, workers=1, bind="127.0.0.1:0", uid={uid}) as cluster:
+    (worker,) = cluster.workers.values()
+    print(worker.pid, flush=True)
+    sys.stdin.readline()
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.needs_root
+def test_nothing_of_the_application_runs_as_root() -> None:
+    python = everybody.python()
+    assert python is not None
+    source = _OF_ANOTHER_USER.format(uid=everybody.NOBODY)
+    with subprocess.Popen(
+        [python, "-c", source],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", env=everybody.environment(),
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        children = proc.children(process.pid)
+        assert len(children) == 2
+        assert worker in children
+        for pid in children:
+            (uids,) = re.findall(r"^Uid:\s(.*)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+            assert uids.split() == [str(everybody.NOBODY)] * 4
+        process.stdin.write("\n")
+        process.stdin.flush()
+        process.wait(DEADLINE)
+        eventually(lambda: not any(proc.alive(pid) for pid in children), "both are gone", within=SOON)

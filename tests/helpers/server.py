@@ -35,7 +35,7 @@ KEEP = ("--timeout-keep-alive", str(KEPT))
 # For tests that want exactly whose turn it is: in auto, a worker that the machine lets wait is passed over.
 IN_TURN = ("--dispatch", "connection")
 
-LISTENING_ON = re.compile(r"\bListening on ((?:unix:|https?://)[^\s,;]+)")
+LISTENING_ON = re.compile(r"\bListening on ((?:unix:|https?://)[^\s,;\"]+)")
 WORKER_LISTENS = re.compile(r"\bWorker (\d+) \(slot (\d+), pid (\d+)\) .*listening")
 # What no run may print unless its test says that it must.
 NOISE = re.compile(r"Traceback \(most recent|never retrieved|never awaited|Exception ignored|\b\w+Warning:")

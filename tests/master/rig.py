@@ -24,7 +24,7 @@ from clusterserve.channel.connection import MasterEnd, WorkerEnd, connection_cha
 from clusterserve.core.distributor import Distributor
 from clusterserve.core.lateness import PATIENCE
 from clusterserve.core.policies import Policy, RoundRobin
-from clusterserve.core.records import Kind, pack_answer, unpack_offers
+from clusterserve.core.records import Kind, pack_answer, unpack_offers, waited
 from clusterserve.core.worker import Worker
 from clusterserve.errors import ProtocolError
 from clusterserve.master.dispatcher import Dispatcher
@@ -102,7 +102,8 @@ class Offer:
     family: int
     port: int
     client: bytes
-    queued: int
+    #: How long it had waited when it was received (seconds).
+    waited: float
     sock: socket.socket
 
 
@@ -140,7 +141,8 @@ class FakeWorker:
         new = []
         for record, fd in zip(unpack_offers(data), fds, strict=True):
             _, family, _, key, id, queued, port, _, client, _, place = record
-            new.append(Offer(id, key, family, port, client, queued, socket.socket(fileno=fd)))
+            wait = waited(queued, time.monotonic())
+            new.append(Offer(id, key, family, port, client, wait, socket.socket(fileno=fd)))
             # As a worker does whose event loop serves it: the kernel is asked when it dies.
             self.board.marks[place] = UNKNOWN
         self.batches.append(len(new))

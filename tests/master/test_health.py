@@ -5,13 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from clusterserve.core.lifecycle import WorkerEvent
 from clusterserve.core.roster import Limits, Roster
-from clusterserve.master.health import Health, resident
+from clusterserve.master.health import Health, proportional, resident
 from clusterserve.settings import Settings
 
 from .rig import SkewedLoop
@@ -145,3 +146,33 @@ def test_resident_memory() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     assert resident(gone.pid) == 0
+
+
+FORKS = """
+import os, sys
+ballast = bytearray(64 << 20)
+reads, writes = os.pipe()
+pid = os.fork()
+if not pid:
+    os.close(writes)
+    os.read(reads, 1)
+    os._exit(0)
+print(pid, flush=True)
+sys.stdin.read()
+os.close(writes)
+os.waitpid(pid, 0)
+"""
+
+
+def test_what_two_processes_share_counts_half_for_each() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert resident(pid) > 64 << 20
+        assert 32 << 20 < proportional(pid) < 48 << 20
+        process.stdin.close()
+        process.wait()
+    assert proportional(pid) == 0

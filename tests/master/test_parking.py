@@ -67,7 +67,7 @@ def test_it_waits_no_longer_than_since_it_spoke(rig: Rig, listener: Listener, wo
     rig.loop.forward(2.0)
     client.sendall(b"more")
     (offer,) = worker.receive()
-    assert offer.queued < 1_000_000
+    assert offer.waited < 1.0
 
 
 def test_idle_ones_are_closed_in_time(rig: Rig, listener: Listener, worker: FakeWorker) -> None:

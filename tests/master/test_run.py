@@ -122,7 +122,7 @@ def test_the_first_forced_end_counts(run: Run, caplog: pytest.LogCaptureFixture)
 
 
 def test_signals_that_mean_nothing_yet_are_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
-    later = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH]
+    later = [signal.SIGUSR2, signal.SIGWINCH]
 
     def all_of_them() -> None:
         send(*later)
