@@ -15,6 +15,7 @@ from clusterserve.core.reconcile import Drain, Kill
 from clusterserve.core.roster import Limits, Roster
 from clusterserve.core.templates import DismissTemplate, StartTemplate
 from clusterserve.core.templates import Templates as Book
+from clusterserve.log_files import LogFiles
 from clusterserve.master.process import Exit, WorkerProcess
 from clusterserve.master.templates import Templates
 from clusterserve.settings import Settings
@@ -34,7 +35,7 @@ class Nursery:
         self.loop = loop
         self.book = Book()
         self.roster = Roster(Limits(), templates=self.book)
-        self.templates = Templates(loop, self.roster, print, lambda: None)
+        self.templates = Templates(loop, self.roster, print, lambda: None, LogFiles.of(SETTINGS))
         self.templates.perform(StartTemplate(1), SETTINGS, [str(ROOT), *sys.path])
         (self.pid,) = self.templates.pids()
         self.born: list[WorkerProcess | OSError] = []
@@ -153,7 +154,7 @@ def test_a_template_that_is_no_template(loop: SkewedLoop, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     roster = Roster(Limits(), templates=Book())
     failed: list[str] = []
-    templates = Templates(loop, roster, lambda why: failed.append(why.reason), lambda: None)
+    templates = Templates(loop, roster, lambda why: failed.append(why.reason), lambda: None, LogFiles.of(SETTINGS))
     templates.perform(StartTemplate(1), SETTINGS, [])
     assert templates.pids() == []
     assert failed == ["template 1 could not be spawned: [Errno 2] No such file or directory: '/nowhere/python'"]
