@@ -46,6 +46,8 @@ class Setup:
     keep_alive: int | None = None
     #: A worker is replaced after so many requests; None for never.
     max_requests: int | None = None
+    #: Of each worker, for a WSGI application; None for what is none.
+    threads: int | None = None
 
     @property
     def import_string(self) -> str:
@@ -137,6 +139,7 @@ def _clusterserve(policy: str) -> Callable[[Setup, int], list[str]]:
     def command(setup: Setup, port: int) -> list[str]:
         dispatch = ["--dispatch", setup.dispatch] if setup.dispatch else []
         where = ["--policy", policy, "--workers", str(setup.workers), "--bind", f"127.0.0.1:{port}", *dispatch]
+        where += _option("--threads", setup.threads)
         return _module("clusterserve", setup.import_string, *where, *_uvicorn_options(setup))
 
     return command
@@ -168,11 +171,23 @@ def _gunicorn_asgi(setup: Setup, port: int) -> list[str]:
     return _gunicorn_with("asgi", setup, port)
 
 
+def _gunicorn_sync(setup: Setup, port: int) -> list[str]:
+    if setup.threads != 1:
+        raise ServerFailedError("its workers have one thread for WSGI, and serve nothing else")
+    return _gunicorn_with("sync", setup, port)
+
+
+def _gunicorn_gthread(setup: Setup, port: int) -> list[str]:
+    if setup.threads is None:
+        raise ServerFailedError("its workers serve WSGI only")
+    return [*_gunicorn_with("gthread", setup, port), "--threads", str(setup.threads)]
+
+
 def _gunicorn_with(kind: str, setup: Setup, port: int) -> list[str]:
     worker = ["-k", kind]
     if kind == "asgi":
         worker += ["--asgi-loop", setup.loop]
-    elif (setup.loop, setup.http) != ("uvloop", "httptools"):
+    elif setup.threads is None and (setup.loop, setup.http) != ("uvloop", "httptools"):
         # It takes loop and parser only from a subclass; left alone it finds uvloop and httptools by itself.
         raise ServerFailedError(f"gunicorn's {kind} has no option for the loop and the parser")
     if importlib.util.find_spec("gunicorn.ctl"):
@@ -226,6 +241,8 @@ CONTENDERS: dict[str, Contender] = {
         Contender(REFERENCE, "uvicorn", _uvicorn),
         Contender("gunicorn", "gunicorn", _gunicorn),
         Contender("gunicorn-asgi", "gunicorn", _gunicorn_asgi, needs="gunicorn.workers.gasgi"),
+        Contender("gunicorn-sync", "gunicorn", _gunicorn_sync),
+        Contender("gunicorn-gthread", "gunicorn", _gunicorn_gthread),
         Contender("granian", "granian", _granian, survives=frozenset({"HUP", "KILL"})),
         Contender("hypercorn", "hypercorn", _hypercorn),
         Contender("haproxy", "haproxy", _haproxy, survives=frozenset()),

@@ -43,6 +43,7 @@ DEFAULT = (
     "node-rr",
     "haproxy",
 )
+WSGI = ("clusterserve-rr", "gunicorn-sync", "gunicorn-gthread")
 # Longer than any connection of the pool is ever left idle: closing them is not what is measured.
 KEEP_ALIVE_SECONDS = 60
 BODY = b"x" * 1024
@@ -69,6 +70,8 @@ class App:
     places: int = 1
     #: Service times are processor time, so that no more requests than processors are served at the same time.
     burns: bool = False
+    #: It is WSGI, with as many threads in each worker as it has places.
+    wsgi: bool = False
 
     def servers(self, workers: int) -> int:
         return min(workers, len(os.sched_getaffinity(0))) if self.burns else workers * self.places
@@ -85,6 +88,8 @@ APPS = {
     "post": App(
         "work:post", "holds the event loop after a body in a second segment", method="POST", besides=BODY_SECONDS
     ),
+    "wsgi": App("wsgi", "WSGI, one thread in each worker", wsgi=True),
+    "wsgi-threads": App("wsgi", "WSGI, four threads in each worker", places=4, wsgi=True),
 }
 #: What a request may take of its server besides its service: sockets, HTTP, the framework, the wake-ups (seconds).
 PATHS = (0.0002, 0.0003, 0.0005, 0.0007)
@@ -126,11 +131,13 @@ def run(options: argparse.Namespace) -> int:
     app: App = APPS[options.app]
     mix: Mix = options.mix or Mix.parse(app.mix)
     rate = rate_of(app, mix, options)
-    setup = Setup(app.module, options.workers, options.loop, options.http, keep_alive=KEEP_ALIVE_SECONDS)
+    threads = app.places if app.wsgi else None
+    setup = Setup(app.module, options.workers, options.loop, options.http, None, KEEP_ALIVE_SECONDS, threads=threads)
     base = Style(True, app.method, pool=options.pool, body=BODY if app.method == "POST" else b"")
     base = replace(base, body_seconds=BODY_SECONDS if base.body else 0.0)
     styles = [replace(base, keep_alive=kept) for kept in MODES[options.mode]]
-    contenders = present(options.only, options.dispatch)
+    only = ",".join(WSGI) if app.wsgi and options.only == ",".join(DEFAULT) else options.only
+    contenders = present(only, options.dispatch)
     print(f"seed {options.seed}: {options.app} ({app.summary}), {mix} ms, {rate:.1f} requests/s")
     results: dict[bool, dict[str, list[Round]]] = {style.keep_alive: {} for style in styles}
     bounds: dict[bool, str] = {}
@@ -167,7 +174,7 @@ def rate_of(app: App, mix: Mix, options: argparse.Namespace) -> float:
     if not mix.mean:
         raise BenchmarkError("a mix that takes no time has no utilisation: give --rate")
     # What a thread pool could do in all is no measure: its load is that of the same work on the event loop.
-    places = app.servers(options.workers) if app.burns else options.workers
+    places = app.servers(options.workers) if app.burns or app.wsgi else options.workers
     return float(options.load or app.load) * places / mix.mean
 
 

@@ -63,14 +63,17 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--app-dir --pythonpath", "DIR", "Look for APP in this directory first.  [default: .]"),
         _value("--chdir", "DIR", "Change to this directory first."),
         _flag("--factory", "APP is a function without arguments that returns the application."),
-        _value("--interface", "[auto|asgi3|asgi2]", "The interface APP speaks."),
+        _value(
+            "--interface", "[auto|asgi3|asgi2|wsgi]", "The interface APP speaks; auto: as the way it is called tells."
+        ),
+        _value("--threads", "N", "Threads in each worker for a WSGI application: so many requests it serves at once."),
         _value("--env -e", "NAME=VALUE", "Set this variable for the application; repeatable.")._replace(kind="many"),
         _value("--env-file", "FILE", "Set variables from this file, unless they are set already."),
         _value(
             "--worker-class -k",
             "NAME",
-            "Taken for gunicorn's command lines: uvicorn.workers.UvicornWorker, uvicorn_worker.UvicornWorker or asgi; "
-            "the workers are always uvicorn's.",
+            "Taken for gunicorn's command lines. sync and gthread: APP is WSGI, with one thread if --threads says no "
+            "more; uvicorn.workers.UvicornWorker, uvicorn_worker.UvicornWorker and asgi: as without it.",
         ),
     ),
     "Binding": (

@@ -42,7 +42,6 @@ _SAID: Final[dict[str, str]] = {
         --statsd-host --statsd-prefix --dogstatsd-tags --enable-backlog-metric --metrics --metrics-address
         --metrics-bind --metrics-port""",
     _SIGNALS: "--control-socket --control-socket-mode",
-    f"{_YET}: it serves ASGI only, wrap a WSGI application with a2wsgi": "--threads",
     f"{_YET}: the number of workers is fixed with --workers, and changed by SIGTTIN and SIGTTOU": "--max-workers",
     "has no counterpart: the heartbeats of workers need no file, leave it out": "--worker-tmp-dir",
     "has no counterpart: nothing is sent with sendfile, leave it out": "--no-sendfile",

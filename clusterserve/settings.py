@@ -74,6 +74,7 @@ class Settings(Launch):
     app_dir: str | None = None  # None: the program that embeds us has its own sys.path in order
     factory: bool = False
     interface: str = "auto"
+    threads: int = 10
 
     binds: tuple[Bind, ...] = (Bind("tcp", host="127.0.0.1", port=DEFAULT_PORT),)
     backlog: int = 2048
@@ -287,7 +288,8 @@ _CHECKS: Final[dict[str, Check]] = {
     "respawn": flag,
     "app_dir": optional(directory),
     "factory": flag,
-    "interface": choice("auto", "asgi3", "asgi2", later=("wsgi",)),
+    "interface": choice("auto", "asgi3", "asgi2", "wsgi"),
+    "threads": whole(1),
     "backlog": whole(0),
     "uds_permissions": optional(octal),
     "dispatch": choice("auto", "connection", "request"),

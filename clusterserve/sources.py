@@ -55,17 +55,19 @@ Layer = dict[str, Given]
 Parse = Callable[[Sequence[str], str], Layer]
 
 
+#: gunicorn's for WSGI, which have one thread if nothing is said of them.
+_WSGI_CLASSES: Final = ("sync", "gthread", "gunicorn.workers.sync.SyncWorker", "gunicorn.workers.gthread.ThreadWorker")
+
+
 def _worker_class(setting: str, value: object) -> None:
     text = checks.text(setting, value)
-    if text in ("uvicorn.workers.UvicornWorker", "uvicorn_worker.UvicornWorker", "asgi"):
+    if text in ("uvicorn.workers.UvicornWorker", "uvicorn_worker.UvicornWorker", "asgi") or text in _WSGI_CLASSES:
         return
     reasons = {
         "uvicorn.workers.UvicornH11Worker": "write --http h11 --loop asyncio instead",
         "uvicorn_worker.UvicornH11Worker": "write --http h11 --loop asyncio instead",
-        "sync": "not available in this version: the workers serve ASGI only, wrap a WSGI application with a2wsgi",
-        "gthread": "not available in this version: the workers serve ASGI only, wrap a WSGI application with a2wsgi",
     }
-    reason = "has no counterpart: the workers are uvicorn's, leave it out and serve an ASGI application"
+    reason = "has no counterpart: write gthread for a WSGI application, and leave it out for one of ASGI"
     raise SettingValueError(setting, value, reasons.get(text, reason))
 
 
@@ -106,6 +108,8 @@ def settings_of(given: Layer) -> Settings:
     if "app" not in given and "exec" not in given:
         raise SettingsError("no APP given; say what to serve, as in: clusterserve myapp:app")
     values: dict[str, Any] = {"app_dir": ".", **{name: item.value for name, item in given.items()}}
+    if values.get("worker_class") in _WSGI_CLASSES:
+        values = {"interface": "wsgi", "threads": 1, **values}
     try:
         for name, check in _COURTESIES.items():
             if name in values:

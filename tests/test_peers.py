@@ -145,11 +145,30 @@ def test_a_line_for_uvicorn_as_its_documents_have_it() -> None:
     ("worker_class", "reason"),
     [
         ("uvicorn.workers.UvicornH11Worker", "write --http h11 --loop asyncio instead"),
-        ("gthread", "not available in this version: the workers serve ASGI only, wrap a WSGI application with a2wsgi"),
-        ("gevent", "has no counterpart: the workers are uvicorn's, leave it out and serve an ASGI application"),
+        ("gevent", "has no counterpart: write gthread for a WSGI application, and leave it out for one of ASGI"),
     ],
 )
 def test_other_kinds_of_workers(worker_class: str, reason: str) -> None:
     with pytest.raises(SettingsError) as caught:
         settings("a:b", "-k", worker_class)
     assert str(caught.value) == f"--worker-class {worker_class}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "threads"),
+    [
+        (["-k", "sync"], 1),
+        (["-k", "gthread"], 1),
+        (["-k", "gthread", "--threads", "4"], 4),
+        (["-k", "gunicorn.workers.gthread.ThreadWorker"], 1),
+    ],
+)
+def test_gunicorns_workers_for_wsgi(argv: list[str], threads: int) -> None:
+    found = settings("a:b", *argv)
+    assert (found.interface, found.threads) == ("wsgi", threads)
+
+
+def test_who_says_nothing_of_workers_says_nothing_of_the_interface() -> None:
+    found = settings("a:b")
+    assert (found.interface, found.threads) == ("auto", 10)
+    assert settings("a:b", "-k", "sync", "--interface", "asgi2").interface == "asgi2"

@@ -36,7 +36,8 @@ class Board:
         # Sparse: what no connection uses takes no memory.
         self._map = mmap.mmap(fd, os.fstat(fd).st_size)
         self._view = memoryview(self._map)
-        #: [how often the loop has begun or ended a turn: odd within one; kept connections with a request in progress].
+        #: [how often the loop has begun or ended a turn: odd within one; kept connections with a request in progress;
+        #: requests in threads or waiting for one; how many threads it has for them, 0: its loop serves them].
         self.counters = self._view[:_HEAD].cast("I")
         #: A byte per place, and one more for whoever has none.
         self.marks = self._view[_HEAD:]

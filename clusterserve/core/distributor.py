@@ -23,7 +23,7 @@ from .handle import Handle
 from .lateness import PATIENCE, Lateness
 from .parking import KEEP_ALIVE, Parking
 from .policies import Policy
-from .records import Kind
+from .records import FREE, FULL, Kind
 from .worker import EXPENSIVE, Worker
 
 #: A worker that refused a connection is left alone this long, so that a connection nobody can take does not spin.
@@ -40,7 +40,7 @@ _SILENT: Final = int(Kind.SILENT)
 
 #: All that can be said of a connection that is being served, and of one that was offered.
 _ENDINGS: Final = frozenset(ack | ending for ack in (0, _ACK) for ending in (_CLOSED, _RETURNED, _TAKEN))
-_ANSWERS: Final = _ENDINGS | {_ACK, _ACK | _KEPT, _ACK | _SILENT, _REFUSED}
+_ANSWERS: Final = _ENDINGS | {_ACK, _ACK | _KEPT, _ACK | _SILENT, _REFUSED, FULL}
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,14 @@ class Distributor:
         record.taken.clear()
         return held
 
+    def occupied(self, worker: Worker, busy: int, threads: int) -> None:
+        """The worker serves requests in `threads` threads, of which `busy` are occupied; it has said so on its board.
+
+        Such a worker needs no narrow window: how many offers it can begin with is known.
+        """
+        worker.busy, worker.threads = busy, threads
+        worker.narrow = worker.narrow and not threads
+
     # -- facts about connections ----------------------------------------------------------------------------------
 
     def accepted(self, connection: Connection, *, waiting: bool) -> None:
@@ -222,6 +230,9 @@ class Distributor:
             return None
         connection = worker.unacked.get(id)
         if connection is None:
+            if kind == FREE and not id:
+                self.lateness.acknowledged(worker, now)
+                return None
             connection = worker.borrowed.get(id)
             if connection is None and kind == _CLOSED and id in worker.taken:
                 worker.taken.remove(id)
@@ -242,7 +253,7 @@ class Distributor:
                 kind = _ACK
             # A peak counts at once and fades over some hundred answers: see `held`.
             worker.held = max(held, worker.held - (worker.held >> 6) - 1)
-            worker.narrow = self.narrows and worker.held > EXPENSIVE
+            worker.narrow = self.narrows and worker.held > EXPENSIVE and not worker.threads
         self.lateness.acknowledged(worker, now)
         if kind == _ACK:
             connection.step(Event.ACK)
@@ -253,8 +264,9 @@ class Distributor:
             connection.handle = handle
             worker.borrowed[id] = worker.kept[handle] = connection
             return None
-        if kind == _REFUSED:
-            worker.resting = now + REFUSED_PAUSE
+        if kind in (_REFUSED, FULL):
+            if kind == _REFUSED:
+                worker.resting = now + REFUSED_PAUSE
             return connection if self._back((connection,)) else None
         if kind & _TAKEN:
             connection.step(Event.TAKE)

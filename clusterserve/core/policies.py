@@ -31,6 +31,10 @@ class Candidate(Protocol):
         """Whether it may be chosen now."""
 
     @property
+    def full(self) -> bool:
+        """Whether all threads in which it serves requests are occupied, so that it is not ready."""
+
+    @property
     def load(self) -> int:
         """Connections with a request in progress, or offered for one; in `--dispatch connection` all that it holds."""
 
@@ -95,7 +99,8 @@ class RoundRobin:
         for worker in ring.values():
             if worker.ready:
                 break
-            if worker.id not in self._late:
+            # Who has no thread free is not merely slow: waiting for it would be in vain.
+            if worker.id not in self._late and not worker.full:
                 passed.append(worker.id)
         else:
             self.wake_at = None

@@ -46,6 +46,13 @@ class Kind(IntFlag):
     SILENT = 128
 
 
+#: Not now: by the time the offer was read, no thread was free for its request, of which nothing was read.
+FULL: Final = int(Kind.REFUSED | Kind.RETURNED)
+
+#: News of no connection (its id is 0): a worker whose threads were all occupied has one that is free.
+FREE: Final = 0
+
+
 class Flag(IntFlag):
     """What an offer is that is none: news of a connection the worker keeps.  No descriptor rides with it."""
 

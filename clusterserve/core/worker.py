@@ -19,9 +19,9 @@ class Worker:
     """One worker: what it was offered, what it is serving, whether it may get more."""
 
     __slots__ = (
-        "ahead", "borrowed", "capacity", "excuses", "held", "id", "kept", "listeners", "lost", "narrow", "open",
-        "progress", "resting", "retry", "running", "slot", "stalled", "stuck", "suspect", "taken", "turns", "unacked",
-        "unclaimed", "unread",
+        "ahead", "borrowed", "busy", "capacity", "excuses", "held", "id", "kept", "listeners", "lost", "narrow", "open",
+        "progress", "resting", "retry", "running", "slot", "stalled", "stuck", "suspect", "taken", "threads", "turns",
+        "unacked", "unclaimed", "unread",
     )  # fmt: skip
 
     def __init__(self, id: int, slot: int, capacity: int | None = None) -> None:
@@ -69,6 +69,9 @@ class Worker:
         self.narrow = False
         #: Nobody is free: it may have one more, to begin with as soon as it has done.
         self.ahead = False
+        #: In how many threads it serves requests, 0: on its loop; and how many of them are occupied, as its board says.
+        self.threads = 0
+        self.busy = 0
 
     @property
     def load(self) -> int:
@@ -83,6 +86,11 @@ class Worker:
         return 1 + self.ahead if self.narrow else WINDOW
 
     @property
+    def full(self) -> bool:
+        """Whether no thread is free for one more request.  What is acknowledged has its thread, so each counts once."""
+        return self.threads > 0 and len(self.unacked) + self.busy >= self.threads
+
+    @property
     def ready(self) -> bool:
         return (
             self.open
@@ -90,6 +98,7 @@ class Worker:
             and not self.stuck
             and not self.resting
             and len(self.unacked) < self.window
+            and not self.full
             and (self.capacity is None or len(self.unacked) + len(self.borrowed) + len(self.taken) < self.capacity)
         )
 

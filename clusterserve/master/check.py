@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import uvicorn
 from uvicorn.importer import ImportFromStringError, import_from_string
 
 from ..errors import BootError
+from ..interface import built, interface_of
 from ..logs import configure
 from ..settings import Settings
 from ..tracebacks import of_application
@@ -29,10 +31,18 @@ def check(settings: Settings) -> None:
     if settings.hooks is not None:
         load_hooks(settings.hooks)
     try:
+        app = import_from_string(settings.app)
+
+        def load() -> Any:
+            made = built(app, factory=settings.factory)
+            if settings.interface == "auto":
+                interface_of(made, settings.app)
+            return made
+
         config = uvicorn.Config(
-            import_from_string(settings.app),
-            factory=settings.factory,
-            interface=settings.interface,  # type: ignore[arg-type]
+            load,
+            factory=True,
+            interface="asgi3",
             http=settings.http,
             ws=settings.ws,
             lifespan=settings.lifespan,  # type: ignore[arg-type]
@@ -43,6 +53,8 @@ def check(settings: Settings) -> None:
             import_from_string(settings.loop)
     except ImportFromStringError as exc:
         raise BootError(f"Error loading ASGI app. {exc}") from None
+    except BootError:
+        raise
     except (Exception, SystemExit) as exc:
         reason = f"the application {settings.app!r} could not be loaded"
         raise BootError(reason, of_application(exc)) from exc

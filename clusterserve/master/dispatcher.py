@@ -86,6 +86,7 @@ class Dispatcher:
         self._parks: dict[int, bool] = {}
         self._channels: dict[int, tuple[Worker, MasterEnd]] = {}
         self._ends: dict[int, MasterEnd] = {}
+        self._threaded: list[tuple[Worker, Board]] = []
         self._parked: dict[int, Connection] = {}
         self._pids: dict[int, int] = {}
         self._starvation = Starvation()
@@ -155,6 +156,9 @@ class Dispatcher:
                 self._park(connection)
 
     def _distribute(self, now: float) -> None:
+        for worker, board in self._threaded:
+            # As late as this: a thread that becomes free is told of only if all were occupied.
+            self.distributor.occupied(worker, board.counters[2], board.counters[3])
         offers = self.distributor.distribute(now)
         if len(offers) == 1:
             worker, connection = offers[0]
@@ -428,6 +432,10 @@ class Dispatcher:
 
     def attach(self, worker: int, key: int) -> None:
         """The worker's server on listener `key` is in place."""
+        board, record = self._lookout.board(worker), self.distributor.workers[worker]
+        # It has written that before it listens.
+        if board.counters[3] and (record, board) not in self._threaded:
+            self._threaded.append((record, board))
         self.distributor.attach(worker, key)
         self._distribute(self._loop.time())
 
@@ -440,6 +448,7 @@ class Dispatcher:
         end = self._ends.pop(worker)
         self._starvation.forget(self._pids.pop(worker, 0))
         record, _ = self._channels.pop(end.fileno())
+        self._threaded = [(each, board) for each, board in self._threaded if each is not record]
         self._read_answers(record, end, now)
         loses = faults.on("lost-offers")
         if not loses:

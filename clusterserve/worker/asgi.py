@@ -1,7 +1,8 @@
 """Serving an ASGI application with uvicorn: the one file that touches uvicorn.
 
 uvicorn's `Server` runs as it is.  What is relied upon beyond its documented API has a contract test each
-(tests/worker/test_uvicorn_contract.py): `Config.app` may be replaced before `load`, a loop factory may be given as
+(tests/worker/test_uvicorn_contract.py): `Config.app` may be replaced before `load`, which
+calls it if `factory` is set and reads `interface` after that, a loop factory may be given as
 `Config.loop`, `startup(sockets=…)` passes each socket to `loop.create_server`, `should_exit` and
 `config.timeout_graceful_shutdown` are read when they are needed, `server_state.tasks` are the running requests,
 `server_state.total_requests` those that are done, and the texts of its start-up and shutdown lines.
@@ -16,6 +17,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from functools import partial
 from socket import socket
 from typing import Any, Final, cast
 
@@ -34,6 +36,7 @@ from ..logs import access_logger, configure_worker
 from ..settings import Settings
 from ..tracebacks import of_application
 from .access import Access
+from .application import Application
 from .concurrency import limited
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
@@ -53,8 +56,8 @@ logger = logging.getLogger("uvicorn.error")
 #: Settings that uvicorn's Config takes under the same name.
 _PASSED: Final = (
     "ws", "ws_max_size", "ws_max_queue", "ws_ping_interval", "ws_ping_timeout", "ws_per_message_deflate",
-    "lifespan", "interface", "log_level", "proxy_headers", "server_header", "date_header",
-    "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "factory", "h11_max_incomplete_event_size",
+    "lifespan", "log_level", "proxy_headers", "server_header", "date_header",
+    "forwarded_allow_ips", "root_path", "backlog", "timeout_keep_alive", "h11_max_incomplete_event_size",
     "reset_contextvars",
 )  # fmt: skip
 
@@ -146,7 +149,8 @@ def serve(
     worker = worker or CurrentWorker(0, 0, os.getpid())
     member = Membership(link, worker)
     access = _log(settings, link, worker, prepared.log, files)
-    config = _config(settings, link, borrowing, member, preloaded)
+    application = Application(settings, called=preloaded and settings.factory)
+    config = _config(settings, link, borrowing, member, application)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
@@ -186,7 +190,8 @@ def serve(
 
     link.on_listening = listening
     try:
-        config.app = prepared.app if preloaded else _imported(settings, boot)
+        app = prepared.app if preloaded else _imported(settings, boot)
+        config.app = partial(application.load, app, config)
         config.load()
         app = config.loaded_app
         if settings.limit_concurrency is not None and link.tally is not None:
@@ -270,17 +275,15 @@ def _passed(settings: Settings, *names: str) -> dict[str, Any]:
 
 
 def _config(
-    settings: Settings, link: Link, borrowing: Borrowing, member: Membership, preloaded: bool
+    settings: Settings, link: Link, borrowing: Borrowing, member: Membership, application: Application
 ) -> uvicorn.Config:
     options = _passed(settings, *_PASSED)
-    if preloaded:
-        # The template has called it, if it was a factory.
-        options["factory"] = False
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
     limits = HeadLimits(settings.limit_request_line, settings.limit_request_fields, settings.limit_request_field_size)
     options["http"] = http_protocol(settings.http, borrowing if handed else None, limits)
-    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, **options)
+    # What makes the application of what was imported is ours.
+    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, factory=True, **options)
     loop_class = cluster_loop(_loop_class(settings.loop), link)
 
     def factory() -> asyncio.AbstractEventLoop:
@@ -295,6 +298,8 @@ def _config(
                 head_timeout=settings.timeout_request_header,
                 capacity=settings.worker_connections,
             )
+            if application.threads is not None:
+                link.receiver.employ(application.threads)
         return loop
 
     config.loop = factory  # type: ignore[assignment]
@@ -384,6 +389,8 @@ class _Drainer:
         self._server.should_exit = True
         if self._gives_back:
             self._link.receiver.stop_keeping()
+        if not keep:
+            self._link.receiver.take_all()
         if quick:
             self._link.receiver.cut()
             self._draining.cut()

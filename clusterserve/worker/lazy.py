@@ -146,7 +146,7 @@ class LazyTransport(asyncio.Transport):
         if self._abort or self._error is not None or (self._closing and not self._pieces):
             self._finish(self._error)
         elif self._watch is None or self._pieces or self._upgraded or self._eof:
-            if self._resting and (self._watch is None or self._watch.shared or not self._receiver.keeps):
+            if self._resting and self._receiver.returns_real(self._watch):
                 # As soon as all is flushed.
                 self._returning = self._closing = True
             self.become_real()
@@ -209,6 +209,9 @@ class LazyTransport(asyncio.Transport):
         if self._phase is not Phase.KEPT:
             # It is on its way back to the master, and the request with it: reading it now would lose it.
             return
+        if not self._receiver.has_room():
+            self.give_back()
+            return
         self._running = True
         self._old = False
         self._receiver.counters[1] += 1
@@ -226,6 +229,10 @@ class LazyTransport(asyncio.Transport):
         if self._phase is Phase.BUSY:
             if self._reading:
                 if self._resting:
+                    if not self._receiver.has_room():
+                        # Somebody else may have a free thread, or will have one first.
+                        self.give_back()
+                        return
                     # Before it is read, as the board wants it.
                     self._receiver.marks[self._place] = READING
                 self._wake()
@@ -271,7 +278,7 @@ class LazyTransport(asyncio.Transport):
         """The response is complete and nothing beyond its request was read: keep the connection, or give it back."""
         watch = self._watch
         if watch is None or self._phase is Phase.PENDING or self._phase is Phase.REAL:
-            if watch is None or watch.shared or not self._receiver.keeps:
+            if self._receiver.returns_real(watch):
                 self.give_back()
         else:
             self._resting = True

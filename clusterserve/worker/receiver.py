@@ -21,9 +21,10 @@ from .. import faults
 from ..channel.board import READING, Board
 from ..channel.connection import MAX_ANSWERS, WorkerEnd
 from ..core.cost import Cost
-from ..core.records import IPV4, IPV6, PROXIED, Flag, Kind, pack_answer, unpack_offers
+from ..core.records import FREE, FULL, IPV4, IPV6, PROXIED, Flag, Kind, pack_answer, unpack_offers
 from ..errors import ProtocolError
 from .lazy import CHUNK, LazyTransport
+from .threads import Threads
 from .transport import HandedTransport, Told
 from .watch import Watch
 
@@ -84,7 +85,7 @@ class Receiver:
         self.keeps = False
         #: Whether somebody wants to know how long connections have waited for this worker.
         self.timed = False
-        self._may_keep = self._weighs = False
+        self._may_keep = self._weighs = self._keeps_at_all = False
         self._most_kept = MOST_KEPT
         self._cost = Cost()
         self._board = board
@@ -112,6 +113,10 @@ class Receiver:
         self._scheduled = False
         self._blocked: list[bytes] = []
         self._on_idle: Callable[[], None] | None = None
+        # Where requests are served in threads: those of this turn that will need one.
+        self._threads: Threads | None = None
+        self._begun = 0
+        self._crowded = self._last = False
         loop.add_reader(end.fileno(), self._readable)
 
     def borrow(
@@ -127,13 +132,58 @@ class Receiver:
         if capacity is not None:
             self._most_kept = min(MOST_KEPT, capacity // 2)
             keep = keep and (self._most_kept > 0 or kept is None)
-        self.keeps = keep
+        self.keeps = self._keeps_at_all = keep
         self._may_keep = keep and kept is not None
         self._weighs = kept is not None
         if self._may_keep:
             self.loop.call_later(IDLE_LOOK, self._look_for_idle)
         if head_timeout:
             self.loop.call_later(head_timeout / HEAD_LOOKS, self._look_at_heads, head_timeout / HEAD_LOOKS)
+
+    def employ(self, threads: Threads) -> None:
+        """Requests are served in these threads from now on: what finds none free is left, unread, to other workers."""
+        self._threads = threads
+        self.counters[3] = threads.places
+        threads.on_begin, threads.on_end = self._occupied, self._vacated
+
+    def has_room(self) -> bool:
+        """Whether the next request has a thread, which is reserved for it until the end of this turn."""
+        if self._threads is not None and not self._last:
+            # One that was read in this turn gets its thread when its task runs, right before the turn ends.
+            if self._threads.busy + self._begun >= self._threads.places:
+                return False
+            self._begun += 1
+        return True
+
+    def take_all(self) -> None:
+        """Nobody is left who could take what finds no thread: it waits for one here."""
+        self._last = True
+
+    def returns_real(self, watch: Watch | None) -> bool:
+        """Whether a connection that has become the loop's goes back after its response: it cannot wait in `watch`.
+
+        Where requests need a thread it does so always: the loop would read the next one, whether there is one or not.
+        """
+        return watch is None or watch.shared or not self.keeps or self._threads is not None
+
+    def _occupied(self) -> None:
+        assert self._threads is not None
+        self.counters[2] = self._threads.busy
+        self._begun = max(0, self._begun - 1)
+        if self._threads.busy >= self._threads.places:
+            # Whoever waits in the master's queue must not see the threads go to those that are kept, again and again.
+            self._crowded, self.keeps = True, False
+
+    def _vacated(self, seconds: float) -> None:
+        assert self._threads is not None
+        self.counters[2] = self._threads.busy
+        if self._threads.busy == self._threads.places - 1:
+            self._later(0, FREE)
+        self._crowded = self._crowded and self._threads.busy * 2 >= self._threads.places
+        self.keeps = self._keeps_at_all
+        if self._weighs and self.watch is not None:
+            self._weigh(self.watch, seconds, 1)
+        self.keeps = self.keeps and not self._crowded
 
     def _look_at_heads(self, pause: float) -> None:
         for transport in tuple(self.kept.values()):
@@ -147,7 +197,7 @@ class Receiver:
 
         Those that nobody could take back belong to their protocols, which `shutdown` tells.
         """
-        self._may_keep = self.keeps = False
+        self._may_keep = self.keeps = self._keeps_at_all = False
         for transport in tuple(self.kept.values()):
             transport.give_back_if_kept()
 
@@ -226,6 +276,10 @@ class Receiver:
         data: bytes | None = None
         watch = None
         if server.client_speaks_first:
+            if not self.has_room():
+                os.close(fd)
+                self._fresh[id] = FULL
+                return
             watch = self.watch
             self._fresh[id] = _ACK
             # Before it is read: whoever died in between has read it for all the master knows.
@@ -351,7 +405,8 @@ class Receiver:
         requests, self._requests = self._requests, 0
         fresh = self._fresh
         held = self._spent + self._span() if requests else 0.0
-        if requests and self._weighs and self.watch is not None:
+        self._begun = 0
+        if requests and self._weighs and self.watch is not None and self._threads is None:
             self._weigh(self.watch, held, requests)
         for transport in lazy:
             transport.settle()

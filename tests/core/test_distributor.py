@@ -24,7 +24,7 @@ from clusterserve.core.connection import Connection, State
 from clusterserve.core.distributor import REFUSED_PAUSE, Distributor, Statistics
 from clusterserve.core.lateness import AHEAD_PATIENCE, PATIENCE, RETRY
 from clusterserve.core.policies import TURN, Candidate, Hash, Policy, RoundRobin, Waiting, make_policy
-from clusterserve.core.records import Kind
+from clusterserve.core.records import FREE, FULL, Kind
 from clusterserve.core.worker import EXPENSIVE, Worker
 from clusterserve.errors import PolicyError, ProtocolError
 
@@ -33,7 +33,9 @@ T = TypeVar("T")
 ENDINGS = {Kind.CLOSED: State.GONE, Kind.TAKEN: State.GONE, Kind.RETURNED: State.PARKED}
 #: What a worker may say about a connection it was offered, and about one it is serving.
 _OVER = (*ENDINGS, *(Kind.ACK | ending for ending in ENDINGS))
-OF_OFFERED = {int(kind) for kind in (Kind.ACK, Kind.ACK | Kind.KEPT, Kind.ACK | Kind.SILENT, Kind.REFUSED, *_OVER)}
+OF_OFFERED = {
+    int(kind) for kind in (Kind.ACK, Kind.ACK | Kind.KEPT, Kind.ACK | Kind.SILENT, Kind.REFUSED, FULL, *_OVER)
+}
 OF_BORROWED = {int(kind) for kind in (Kind.KEPT, *_OVER)}
 
 CLIENTS = [bytes(15) + bytes([number]) for number in range(12)]
@@ -1132,7 +1134,7 @@ class Shell(RuleBasedStateMachine):
     def lie(self, number: int, id: int, kind: int) -> None:
         worker = one_of(list(self.processes), number)
         place = self.places.get(id)
-        if (worker, id) in self.lost:
+        if (worker, id) in self.lost or (kind, id) == (FREE, 0):
             return
         if kind in {
             f"offered to {worker}": OF_OFFERED,
@@ -1182,7 +1184,9 @@ class Shell(RuleBasedStateMachine):
             raise AssertionError("it never comes to rest")
         for key, policy in self.policies.items():
             for lane, queue in self.distributor.handles[key].lanes.items():
-                assert not queue or all(worker.capacity == 0 for worker in policy.eligible(lane))
+                # What a worker has for good counts towards its capacity for good.
+                full = (w.capacity is not None and len(w.taken) >= w.capacity for w in policy.eligible(lane))
+                assert not queue or all(full)
 
     def offer(self) -> list[tuple[Worker, Connection]]:
         offers = self.distributor.distribute(self.now)
@@ -1217,7 +1221,7 @@ class Shell(RuleBasedStateMachine):
         answer = self.distributor.answer(self.distributor.workers[worker], kind, id, held, self.now, 100 + id)
         if offered:
             self.processes[worker].read.remove(id)
-        if kind == Kind.REFUSED:
+        if kind in (Kind.REFUSED, FULL):
             self.came_back([id], [] if answer is None else [answer])
         elif kind == Kind.ACK:
             assert answer is None

@@ -19,6 +19,7 @@ class FakeWorker:
     id: int
     slot: int
     ready: bool = True
+    full: bool = False
     load: int = 0
 
 
@@ -96,6 +97,15 @@ class TestRoundRobin:
 class TestPatience:
     def test_ten_milliseconds_in_a_cluster_that_keeps_connections(self) -> None:
         assert TURN == 0.010
+
+    def test_nobody_waits_for_one_whose_threads_are_all_occupied(self) -> None:
+        policy = RoundRobin(patience=TURN)
+        first, second = workers_of(policy, 2)
+        first.ready, first.full = False, True
+        assert policy.pick(SOMEONE, 1.0) is second
+        # Nor was it late: its turn is still its own.
+        first.ready, first.full = True, False
+        assert policy.pick(SOMEONE, 1.0) is first
 
     def test_it_waits_for_the_worker_whose_turn_it_is(self) -> None:
         policy = RoundRobin(patience=TURN)

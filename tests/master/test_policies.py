@@ -25,6 +25,7 @@ class Person:
     id: int
     slot: int = 0
     ready: bool = True
+    full: bool = False
     load: int = 0
 
 

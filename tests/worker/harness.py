@@ -25,7 +25,7 @@ import pytest
 from clusterserve.channel.board import Board
 from clusterserve.channel.connection import MasterEnd, WorkerEnd, connection_channel
 from clusterserve.core.messages import Listened
-from clusterserve.core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
+from clusterserve.core.records import FREE, FULL, IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
 from clusterserve.worker.receiver import Receiver
 from clusterserve.worker.server import Entrance
 from tests.helpers.loops import turns, until
@@ -144,6 +144,8 @@ class Master:
         self.losses = 0
         #: What it adds to the family of every client's address.
         self.told = 0
+        #: How often it was told that a thread is free again.
+        self.vacancies = 0
         self.receiver = Receiver(loop, WorkerEnd(theirs.dup()), Board.create(), self._lost)
         self.connections: dict[int, Handed] = {}
         self.offered: set[int] = set()
@@ -248,6 +250,10 @@ class Master:
             return False
         self.messages.append([Answer(id, Kind(kind), held) for _, kind, _, held, _, id in unpack_answers(data)])
         for id, kind, _ in self.messages[-1]:
+            if not id:
+                assert kind == FREE
+                self.vacancies += 1
+                continue
             handed = self.connections[id]
             handed.answers.append(kind)
             if kind & (Kind.CLOSED | Kind.TAKEN):
@@ -293,7 +299,7 @@ class Master:
 
 #: What a worker may say of a connection in the course of its life.
 _LIVES = (
-    [Kind.ACK, Kind.CLOSED], [Kind.ACK | Kind.CLOSED], [Kind.CLOSED], [Kind.REFUSED],
+    [Kind.ACK, Kind.CLOSED], [Kind.ACK | Kind.CLOSED], [Kind.CLOSED], [Kind.REFUSED], [Kind(FULL)],
     [Kind.ACK, Kind.RETURNED], [Kind.ACK | Kind.RETURNED], [Kind.RETURNED], [Kind.ACK | Kind.SILENT],
     [Kind.ACK, Kind.TAKEN, Kind.CLOSED], [Kind.ACK | Kind.TAKEN, Kind.CLOSED],
     [Kind.ACK | Kind.KEPT, Kind.CLOSED], [Kind.ACK | Kind.KEPT, Kind.RETURNED], [Kind.ACK | Kind.KEPT | Kind.RETURNED],
