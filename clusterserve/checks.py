@@ -144,6 +144,37 @@ def texts(setting: str, value: object) -> str:
     return ",".join(text(setting, item) for item in value) if isinstance(value, list | tuple) else text(setting, value)
 
 
+def codes(setting: str, value: object) -> tuple[int, ...]:
+    """Exit codes, as a list or a text with commas, each once."""
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    check = whole(0, 255)
+    try:
+        return tuple(sorted({check(setting, each) for each in items if each != ""}))
+    except SettingValueError:
+        raise SettingValueError(setting, value, "must be whole numbers from 0 to 255, separated by commas") from None
+
+
+def proxy_mode(setting: str, value: object) -> str:
+    """A version of the PROXY protocol; whether any is taken is a word for it as well."""
+    try:
+        return "auto" if flag(setting, value) else "off"
+    except SettingValueError:
+        return choice("off", "v1", "v2", "auto")(setting, value)
+
+
+def proxies(setting: str, value: object) -> str:
+    """Addresses and networks, or "*"."""
+    # Not needed for a start without a proxy, and it takes its time.
+    from clusterserve.core.proxy import Trust
+
+    listed = texts(setting, value)
+    try:
+        Trust(listed)
+    except ValueError:
+        raise SettingValueError(setting, value, "must be addresses and networks, separated by commas, or *") from None
+    return listed
+
+
 def patterns(setting: str, value: object) -> tuple[str, ...]:
     """One text, or several."""
     if isinstance(value, str):

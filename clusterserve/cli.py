@@ -206,6 +206,11 @@ def _option(spec: Spec) -> click.Option:
     if spec.kind in ("flag", "pair"):
         flags = [f"{flag}/--no-{flag[2:]}" if spec.kind == "pair" else flag for flag in spec.flags]
         return click.Option([*flags, spec.setting], is_flag=True, default=None, help=spec.help)
+    if spec.kind == "optional":
+        flags = [*spec.flags, spec.setting]
+        return click.Option(
+            flags, type=str, metavar=spec.metavar, is_flag=False, flag_value=spec.bare, help=option_help(spec)
+        )
     many = spec.kind == "many"
     return click.Option(
         [*spec.flags, spec.setting], type=str, metavar=spec.metavar, multiple=many, help=option_help(spec)

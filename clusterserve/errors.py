@@ -48,6 +48,12 @@ class BootError(ClusterError):
         return f"{message}\n{self.traceback.rstrip()}" if self.traceback else message
 
 
+class DesertedError(BootError):
+    """It did serve, but every worker has ended with a code that means not to restart it."""
+
+    exit_code = 1
+
+
 class ProtocolError(ClusterError):
     """The other end of a channel sent what it must not.  Costs that worker, nobody else."""
 

@@ -18,7 +18,9 @@ class Spec(NamedTuple):
     setting: str
     help: str
     metavar: str = ""
-    kind: Literal["value", "many", "flag", "pair"] = "value"
+    kind: Literal["value", "many", "flag", "pair", "optional"] = "value"
+    #: What a bare flag means, if its value is optional.
+    bare: str = ""
 
     @property
     def name(self) -> str:
@@ -91,6 +93,7 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "MODE",
             "The mode of the files of unix sockets, as in 660.  [default: 666, less the bits of --umask]",
         ),
+        _flag("--reuse-port", "Share TCP addresses with other programs that do the same (SO_REUSEPORT)."),
         _value("--backlog", "N", "Connections the kernel holds until they are accepted."),
     ),
     "Cluster": (
@@ -118,6 +121,16 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         ),
         _value("--max-pending", "N", "Stop accepting while this many connections wait for a worker."),
         _value(
+            "--worker-connections --backpressure",
+            "N",
+            "Hand a worker no more while it has this many connections; what comes then waits. 0: it takes none.",
+        ),
+        _value(
+            "--limit-concurrency",
+            "N",
+            "Answer 503 to what comes while this many requests and WebSockets are in progress in all workers together.",
+        ),
+        _value(
             "--timeout-queue",
             "SECONDS",
             "Answer 503 to a request for which no worker was free for this long; 0: let it wait.",
@@ -137,6 +150,16 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value("--restart-backoff", "SECONDS", "Wait before a dead worker is replaced; doubles while they keep dying."),
         _value("--restart-backoff-max", "SECONDS", "The longest such wait."),
         _value("--min-uptime", "SECONDS", "A worker that served for this long was healthy: then the wait starts over."),
+        _value(
+            "--max-restarts",
+            "N",
+            "After so many restarts in a row in vain, wait --restart-backoff-max each time, and say so; 0: never.",
+        ),
+        _value(
+            "--on-worker-exit-code",
+            "LIST",
+            "Do not restart a worker that exits with one of these codes, separated by commas.",
+        ),
         _value("--reload-surge", "N", "Replacements that may start at once while the workers they replace serve on."),
     ),
     "Workers' health": (
@@ -218,6 +241,18 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "SECONDS",
             "End a request that runs for longer: 504, or the end of the connection if that has begun. 0: never.",
         ),
+        _value(
+            "--timeout-request-body",
+            "SECONDS",
+            "End a request whose body pauses for longer: 408, or the end of the connection. 0: as long as it likes.",
+        ),
+        _value("--limit-request-line", "BYTES", "The longest line of a request; then 414. 0: as long as it is."),
+        _value("--limit-request-fields", "N", "The most header fields of a request; then 431. 0: any number."),
+        _value(
+            "--limit-request-field-size --limit-request-field_size",
+            "BYTES",
+            "The longest header field of a request; then 431. 0: as long as it is.",
+        ),
         _value("--timeout-keep-alive --keep-alive", "SECONDS", "Close a connection that asks nothing for this long."),
         _value("--root-path", "PATH", "ASGI's root_path, for an app that is mounted below this path."),
         _value("--header", "NAME:VALUE", "Send this header with every response; repeatable.", "headers")._replace(
@@ -264,6 +299,16 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "LIST",
             "Trust these headers from these addresses, networks or literals, separated by commas; '*' trusts all.  "
             "[default: $FORWARDED_ALLOW_IPS, or 127.0.0.1,::1]",
+        ),
+        _value(
+            "--proxy-protocol",
+            "[off|v1|v2|auto]",
+            "Take the client's address from the PROXY header that a proxy sends first; without a value: auto.",
+        )._replace(kind="optional", bare="auto"),
+        _value(
+            "--proxy-allow-from",
+            "LIST",
+            "Believe these addresses or networks, separated by commas; '*': all. Unix sockets are always believed.",
         ),
     ),
     "Logging": (

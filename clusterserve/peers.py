@@ -17,11 +17,9 @@ _PARSER: Final = (
     "has no counterpart: it concerns gunicorn's own HTTP parser and the workers use uvicorn's, leave it out"
 )
 _LOGGING: Final = f"{_YET}: name the handlers and formats in a file for --log-config"
-_PROXY: Final = f"{_YET}: let the proxy send X-Forwarded-For, and name it in --forwarded-allow-ips"
 _DIRTY: Final = "has no counterpart: give long work to a task queue"
 _COUNTED: Final = f"{_YET}: count in --hooks, or in a middleware of the application"
 _SIGNALS: Final = f"{_YET}: the master is controlled by signals (docs/settings.md)"
-_CRASHES: Final = f"{_YET}: a worker that dies is always replaced, see --restart-backoff"
 
 # By what there is to say, since many say the same.
 _SAID: Final[dict[str, str]] = {
@@ -35,21 +33,13 @@ _SAID: Final[dict[str, str]] = {
         --permit-unconventional-http-version --casefold-http-method --forwarder-headers --header-map""",
     _LOGGING: """
         --logger-class --log-syslog --log-syslog-to --log-syslog-prefix --log-syslog-facility""",
-    _PROXY: "--proxy-protocol --proxy-allow-from",
     "has no counterpart: the workers speak HTTP only, so let the proxy speak it too": "--protocol --uwsgi-allow-from",
     _DIRTY: "--dirty-app --dirty-workers --dirty-timeout --dirty-threads --dirty-graceful-timeout",
     _COUNTED: """
         --statsd-host --statsd-prefix --dogstatsd-tags --enable-backlog-metric --metrics --metrics-address
         --metrics-bind --metrics-port""",
     _SIGNALS: "--control-socket --control-socket-mode",
-    _CRASHES: "--max-restarts --on-worker-exit-code",
-    f"{_YET}: see --max-pending and --timeout-queue for what bounds the requests that wait": """
-        --limit-concurrency --worker-connections --backpressure""",
-    f"{_YET}: the HTTP parser's own limits hold, and h11's is set with --h11-max-incomplete-event-size": """
-        --limit-request-line --limit-request-fields --limit-request-field_size""",
-    f"{_YET}: see --timeout-request-header and --timeout-keep-alive": "--timeout-request-body",
     f"{_YET}: the number of workers is fixed with --workers, and changed by SIGTTIN and SIGTTOU": "--max-workers",
-    f"{_YET}: only the master listens, so nothing needs it": "--reuse-port",
     "has no counterpart: the heartbeats of workers need no file, leave it out": "--worker-tmp-dir",
     "has no counterpart: nothing is sent with sendfile, leave it out": "--no-sendfile",
     "has no counterpart: there is no control socket, leave it out": "--no-control-socket",

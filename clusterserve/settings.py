@@ -18,6 +18,7 @@ from clusterserve.checks import (
     Check,
     SettingValueError,
     choice,
+    codes,
     directory,
     file,
     flag,
@@ -31,6 +32,8 @@ from clusterserve.checks import (
     optional,
     pattern,
     patterns,
+    proxies,
+    proxy_mode,
     reload,
     seconds,
     several,
@@ -56,7 +59,10 @@ NEEDS_FORK: Final = "a function is asked by each fork(): it needs respawn=False,
 OF_THE_PROCESS: Final = ("pid", "umask", "reload")
 
 #: Fields that JSON has as lists.
-_TUPLES: Final = ("access_log_exclude", "reload_dirs", "reload_includes", "reload_excludes", "reload_extra_files")
+_TUPLES: Final = (
+    "access_log_exclude", "reload_dirs", "reload_includes", "reload_excludes", "reload_extra_files",
+    "on_worker_exit_code",
+)  # fmt: skip
 
 _ADDRESSES: Final = ("bind", "uds", "fd", "host", "port")
 
@@ -81,6 +87,9 @@ class Settings(Launch):
     workers_source: str = ""  # why that many, for the start-up line
     respawn: bool = True  # False: how many workers there are is the program's business
     max_pending: int = 2048
+    limit_concurrency: int | None = None  # over all workers together
+    worker_connections: int | None = None
+    reuse_port: bool = False
     preload: bool = False
     hooks: str | None = None
 
@@ -91,9 +100,15 @@ class Settings(Launch):
     timeout_queue: float = 30.0
     timeout_request_header: float = 30.0
     timeout_request: float = 0.0
+    timeout_request_body: float = 0.0
+    limit_request_line: int = 4094
+    limit_request_fields: int = 100
+    limit_request_field_size: int = 8190
     restart_backoff: float = 0.1
     restart_backoff_max: float = 15.0
     min_uptime: float = 1.0
+    max_restarts: int = 16
+    on_worker_exit_code: tuple[int, ...] = ()
     reload_surge: int = 1
 
     timeout: float = 30.0
@@ -124,6 +139,8 @@ class Settings(Launch):
     date_header: bool = True
     proxy_headers: bool = True
     forwarded_allow_ips: str | None = None
+    proxy_protocol: str = "off"
+    proxy_allow_from: str = "127.0.0.1,::1"
 
     # In development: who saves a file sees what comes of it.
     reload: bool = False
@@ -204,6 +221,12 @@ class Settings(Launch):
         if settings.http2 and settings.http != "zttp":
             raise SettingValueError("http2", True, "needs http='zttp', the implementation that has it")
         _check_tls(settings)
+        if settings.policy == "none" and settings.proxy_protocol != "off":
+            reason = "needs a policy: the master reads the header, and under 'none' the workers accept by themselves"
+            raise SettingValueError("proxy_protocol", settings.proxy_protocol, reason)
+        if settings.policy == "none" and settings.worker_connections is not None:
+            reason = "needs a policy: under 'none' the workers accept by themselves, as many as come"
+            raise SettingValueError("worker_connections", settings.worker_connections, reason)
         if settings.log_config is not None:
             for name in ("log_format", "error_logfile", "access_logfile"):
                 if getattr(settings, name) not in ("text", "-"):
@@ -291,6 +314,9 @@ _CHECKS: Final[dict[str, Check]] = {
     "dispatch": choice("auto", "connection", "request"),
     "workers_source": text,
     "max_pending": whole(1),
+    "limit_concurrency": optional(whole(1)),
+    "worker_connections": optional(whole(0)),
+    "reuse_port": flag,
     "preload": flag,
     "hooks": optional(module),
     "timeout_boot": seconds(above_zero=True),
@@ -300,10 +326,16 @@ _CHECKS: Final[dict[str, Check]] = {
     "timeout_queue": seconds(),
     "timeout_request_header": seconds(),
     "timeout_request": seconds(),
+    "timeout_request_body": seconds(),
+    "limit_request_line": whole(0),
+    "limit_request_fields": whole(0),
+    "limit_request_field_size": whole(0),
     # From zero, doubling would never leave zero: a dying app would be respawned in a busy loop.
     "restart_backoff": seconds(above_zero=True),
     "restart_backoff_max": seconds(above_zero=True),
     "min_uptime": seconds(),
+    "max_restarts": whole(0),
+    "on_worker_exit_code": codes,
     "reload_surge": whole(1),
     "timeout": seconds(),
     "limit_max_requests": whole(0),
@@ -339,6 +371,8 @@ _CHECKS: Final[dict[str, Check]] = {
     "ssl_ciphers": optional(text),
     "ssl_version": tls_version,
     "ssl_reload": flag,
+    "proxy_protocol": proxy_mode,
+    "proxy_allow_from": proxies,
     "reload": reload,
     "reload_dirs": several(directory),
     "reload_includes": several(pattern),

@@ -45,6 +45,8 @@ class Boot:
     launch: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: Certificate and keys, as `Credentials.to_json` has them; empty: no TLS.
     tls: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: Its cell in the tally, which no other living worker has.
+    place: int = 0
 
 
 @dataclass(frozen=True)

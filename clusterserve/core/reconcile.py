@@ -33,6 +33,8 @@ class Verdict(Enum):
     SETTLED = "settled"
     #: No worker of the first generation ever listened, and none is left to do so.
     FAILED = "failed"
+    #: Every worker has ended, with an exit code that means not to restart it.
+    DESERTED = "deserted"
     #: A worker of a newer generation is dead before any of that generation listened: stay with the one that serves.
     REJECTED = "rejected"
     #: Told to stop, and every worker is dead.
@@ -103,6 +105,8 @@ class Plan:
     verdict: Verdict
     #: Slots whose worker has failed so often that whoever waits for it should not wait any longer.
     stuck: tuple[int, ...]
+    #: Slots in which so many workers in a row have failed that they are only tried from time to time.
+    given_up: tuple[int, ...] = ()
 
 
 def plan(target: Target, roster: Roster, now: float) -> Plan:
@@ -115,11 +119,17 @@ def plan(target: Target, roster: Roster, now: float) -> Plan:
         wanted = [*_start(target, roster, now), *_retire(target, roster, now)]
     wanted += _kill(roster)
     hopeless = _hopeless(target, roster, wanted)
-    wanted += _templates(target, roster, hopeless)
+    wanted += _templates(target, roster, hopeless or _deserted(target, roster))
     # An entry is (when, what); what lies ahead only sets the deadline.
     actions = tuple(action for due, action in wanted if due <= now)
     deadline = min((due for due, _ in wanted if due > now), default=None)
-    return Plan(actions, deadline, _verdict(target, roster, actions, hopeless), _stuck(target, roster))
+    return Plan(
+        actions,
+        deadline,
+        _verdict(target, roster, actions, hopeless),
+        _stuck(target, roster),
+        _given_up(target, roster),
+    )
 
 
 _Due = Iterator[tuple[float, Action]]
@@ -147,6 +157,8 @@ def _start(target: Target, roster: Roster, now: float) -> _Due:
     for number in range(target.count):
         slot = roster.slots.get(number, Slot())
         # Before anyone ever listened, a slot whose first worker died stays empty: no respawn loop of a broken app.
+        if slot.closed or roster.undecided(number):
+            continue
         if number not in newest and (roster.proven or not slot.failures):
             yield slot.not_before, Spawn(number, target.generation)
     booting = sum(member.listening is None for member in here)
@@ -264,17 +276,36 @@ def _verdict(target: Target, roster: Roster, actions: tuple[Action, ...], hopele
         return Verdict.SETTLED
     if hopeless and not templates:
         return Verdict.FAILED
+    if _deserted(target, roster) and not templates:
+        return Verdict.DESERTED
     if _rejected(target, roster):
         # Why it failed is known for certain when it is dead.
         dying = any(member.generation == target.generation and member.disconnected is not None for member in members)
         return Verdict.RUNNING if dying else Verdict.REJECTED
     listening = [member for member in members if member.serving]
     settled = (
-        len(listening) == len(members) == target.count
+        len(listening) == len(members) == target.count - len(_closed(target, roster))
         and all(member.generation == target.generation for member in members)
         and not actions
     )
     return Verdict.SETTLED if settled else Verdict.RUNNING
+
+
+def _closed(target: Target, roster: Roster) -> list[int]:
+    """The wanted slots whose worker has ended for good."""
+    return [number for number in range(target.count) if roster.slots.get(number, Slot()).closed]
+
+
+def _deserted(target: Target, roster: Roster) -> bool:
+    """Whether every worker that is wanted has ended for good."""
+    over = target.stop is not Stop.NO or target.manual or roster.members
+    return not over and 0 < target.count == len(_closed(target, roster))
+
+
+def _given_up(target: Target, roster: Roster) -> tuple[int, ...]:
+    if target.stop is not Stop.NO or target.manual or not roster.proven:
+        return ()
+    return tuple(number for number in range(target.count) if roster.given_up(roster.slots.get(number, Slot())))
 
 
 def _stuck(target: Target, roster: Roster) -> tuple[int, ...]:

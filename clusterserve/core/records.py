@@ -21,6 +21,9 @@ NO_ADDRESS: Final = 0
 IPV4: Final = 4
 IPV6: Final = 6
 
+#: With one of these: it is what a PROXY header said, and not what the kernel would say of the socket.
+PROXIED: Final = 16
+
 
 class Kind(IntFlag):
     """What a worker says about a connection it was offered."""

@@ -34,6 +34,10 @@ class Limits:
     abort: float = 1.0
     #: Failures in a row after which whoever waits for a slot is told.  The cluster goes on trying.
     tries: int = 3
+    #: Restarts in a row that did not help, after which a slot is given up for `backoff_max` each time; 0: never.
+    max_restarts: int = 16
+    #: Exit codes with which a worker says that it is not to be restarted.
+    final: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -91,6 +95,8 @@ class Slot:
 
     failures: int = 0
     not_before: float = 0.0
+    #: Its worker has ended for good: nobody follows it before somebody orders a change.
+    closed: bool = False
 
 
 @dataclass
@@ -136,6 +142,28 @@ class Roster:
             del self.members[id]
         return member
 
+    def ended(self, id: int, code: int | None) -> bool:
+        """Worker `id` is about to be dead, with this exit code; whether it is not to be restarted.
+
+        Only what it does of its own accord says so, and only where it was of use before or others are.
+        """
+        member = self.members[id]
+        final = code in self.limits.final and member.drained is None and not member.doomed and self.proven > 0
+        # Who is to replace it is there already, or whom it was to replace still is.
+        alone = not any(
+            other.current and other.slot == member.slot for other in self.members.values() if other.id != id
+        )
+        if final and alone:
+            self.slots[member.slot].closed = True
+        return final and alone
+
+    def undecided(self, slot: int) -> bool:
+        """Whether a worker of this slot is about to end, and its exit code may say that nobody is to follow."""
+        return bool(self.limits.final) and any(
+            member.slot == slot and member.state is WorkerState.DISCONNECTED and member.drained is None
+            for member in self.members.values()
+        )
+
     def drained(self, id: int, quick: bool, now: float) -> None:
         """Worker `id` was told to drain."""
         member = self.happened(id, WorkerEvent.DRAIN, now)
@@ -176,6 +204,7 @@ class Roster:
             self.templates.forgiven(now)
         for slot in self.slots.values():
             self._recovered(slot, now)
+            slot.closed = False
 
     def heard(self, id: int, served: int, now: float) -> bool:
         """Worker `id` has sent a heartbeat; whether it is worn."""
@@ -236,7 +265,13 @@ class Roster:
         # The exponent is capped: the delay has long reached its maximum, and floats end at 2**1024.
         delay = self.limits.backoff * 2.0 ** min(slot.failures, 60)
         slot.failures += 1
+        if self.given_up(slot):
+            delay = self.limits.backoff_max
         slot.not_before = now + min(delay, self.limits.backoff_max)
+
+    def given_up(self, slot: Slot) -> bool:
+        """Whether restarting does not help there."""
+        return 0 < self.limits.max_restarts < slot.failures
 
     def _healthy(self, member: Member, now: float) -> bool:
         return member.listening is not None and now - member.listening >= self.limits.min_uptime

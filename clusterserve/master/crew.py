@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 from .. import faults
 from ..channel.message import MessageChannel, Riders
+from ..channel.tally import Places
 from ..core.envelope import Envelope
 from ..core.events import Event, Exited, Forked, StartedDraining, WasKilled, WentWrong, WorkerName
 from ..core.lifecycle import WorkerEvent, WorkerState
@@ -100,6 +101,7 @@ class Crew:
         self.last_exit = "no worker process could be started"
         #: What the first said, since this was last None, that could not start.
         self.failure: Failed | None = None
+        self._tally = Places()
         self._loop = loop
         self._roster = roster
         self._dispatcher = dispatcher
@@ -109,7 +111,9 @@ class Crew:
         #: What workers are forked from; None: they are spawned.
         self._templates: Templates | None = None
         if roster.templates is not None:
-            self._templates = Templates(loop, roster, self._template_failed, lambda: self.ears.on_templates(), files)
+            self._templates = Templates(
+                loop, roster, self._template_failed, lambda: self.ears.on_templates(), files, self._tally.fd
+            )
 
     def pids(self) -> list[int]:
         """The processes of the workers that are not dead, and of the templates."""
@@ -142,6 +146,7 @@ class Crew:
         """
         member = self._roster.spawned(action.slot, action.generation, self._loop.time(), wear)
         self._say_why(action, member)
+        self._tally.take(member.id)
         env = self.environments.get(action.slot, ())
         on_exit = partial(self.ears.on_exit, member.id)
         try:
@@ -149,7 +154,7 @@ class Crew:
                 born = partial(self._forked, member, debug_port)
                 self._templates.fork(member, self.settings, env, on_exit, born)
             else:
-                process = WorkerProcess(action.slot, self._loop, on_exit, self.settings, env)
+                process = WorkerProcess(action.slot, self._loop, on_exit, self.settings, env, self._tally.fd)
                 self._seat(member, process, debug_port)
         except OSError as exc:
             self._stillborn(member, exc)
@@ -179,7 +184,13 @@ class Crew:
         seat = self.seats[member.id] = Seat(member, process, channel)
         self.tell(seat, Forked)
         self._dispatcher.add_worker(
-            member.id, member.slot, process.connections, process.board, process.kept, process.pid
+            member.id,
+            member.slot,
+            process.connections,
+            process.board,
+            process.kept,
+            process.pid,
+            self.settings.worker_connections,
         )
         # A program says itself where it logs.
         channel.send(self._boot(member, debug_port), () if self.settings.exec else self._files.descriptors)
@@ -188,6 +199,7 @@ class Crew:
         return seat
 
     def _stillborn(self, member: Member, error: OSError) -> None:
+        self._tally.free(member.id)
         self.last_exit = f"worker {member.id} could not be spawned: {error}"
         logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, error)
         name = WorkerName(member.id, member.slot, 0)
@@ -212,8 +224,9 @@ class Crew:
         if launch["debug_port"] is not None:
             self._roster.debugging(member.id)
         credentials = self._certificates.credentials
-        tls = {} if credentials is None else credentials.to_json()
-        return Boot(member.id, member.slot, self.settings.to_json(), self._path(), launch, dict(tls))
+        tls = {} if credentials is None else dict(credentials.to_json())
+        place = self._tally.places[member.id]
+        return Boot(member.id, member.slot, self.settings.to_json(), self._path(), launch, tls, place)
 
     def _say_why(self, action: Spawn, member: Member) -> None:
         if action.worn:
@@ -228,6 +241,15 @@ class Crew:
                 member.id,
                 self._roster.rejected,
             )
+
+    def dead(self, worker: int) -> None:
+        """Its process has ended: what it had in progress is over."""
+        del self.seats[worker]
+        self._tally.free(worker)
+
+    def close(self) -> None:
+        """Let go of what the workers shared; they are dead."""
+        self._tally.close()
 
     # -- ending ---------------------------------------------------------------------------------------------------
 

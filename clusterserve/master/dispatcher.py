@@ -16,7 +16,7 @@ import select
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from .. import faults
 from ..channel.board import UNTOUCHED, Board
@@ -33,6 +33,9 @@ from .fate import Fate, fate_of
 from .listeners import Listener
 from .lookout import Lookout
 from .starvation import Starvation
+
+if TYPE_CHECKING:
+    from .introductions import Introductions
 
 logger = logging.getLogger("clusterserve.dispatch")
 
@@ -53,6 +56,8 @@ _KEPT: Final = int(Kind.KEPT)
 
 _MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 _PARKED: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+#: Told of each arrival, and not again and again of what was there and is not enough.
+_UNKNOWN: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 
 
 class Dispatcher:
@@ -68,12 +73,16 @@ class Dispatcher:
         max_pending: int,
         on_fault: Callable[[int, ProtocolError], None],
         on_idle: Callable[[], None],
+        introductions: Introductions | None = None,
     ) -> None:
         self._loop = loop
         self.distributor = distributor
         self._max_pending = 1 << 30 if faults.on("endless-queue") else max_pending
         self._on_fault = on_fault
         self._on_idle = on_idle
+        self._introductions = introductions
+        #: Parked, and not known whose they are.
+        self._unknown: set[int] = set()
         self._epoll = select.epoll()
         self._listeners: dict[int, Listener] = {}
         self._parks: dict[int, bool] = {}
@@ -144,6 +153,11 @@ class Dispatcher:
                 connection = Connection(self._ids, new, listener.key, host, address[1], IPV6, now)
             else:
                 connection = Connection(self._ids, new, listener.key, b"", 0, NO_ADDRESS, now)
+            if self._introductions is not None and self._introductions.expects(connection):
+                distributor.accepted(connection, waiting=False)
+                self._unknown.add(new)
+                self._meet(self._introductions, connection)
+                continue
             distributor.accepted(connection, waiting=not parks)
             if parks:
                 self._park(connection)
@@ -261,9 +275,30 @@ class Dispatcher:
             # What came back stays in its name: its death will show that nobody has touched it.
             self._on_fault(worker.id, exc)
 
-    def _park(self, connection: Connection) -> None:
+    def _meet(self, introductions: Introductions, connection: Connection, *, last: bool = False) -> None:
+        """Learn whose it is, if its proxy has said so; `last`: it has no more time for that."""
+        fd, known = connection.fd, introductions.read(connection)
+        if known is False and not last:
+            if fd not in self._parked:
+                self._park(connection, _UNKNOWN)
+            return
+        self._unknown.discard(fd)
+        self._leave_park(connection)
+        handle = self.distributor.handles.get(connection.listener)
+        if not known:
+            _end(self.distributor.hung_up(connection.id))
+        elif (handle is not None and not handle.client_speaks_first) or _has_data(fd):
+            self.distributor.readable(connection.id)
+        else:
+            self._park(connection)
+
+    def _leave_park(self, connection: Connection) -> None:
+        if self._parked.pop(connection.fd, None) is not None:
+            self._epoll.unregister(connection.fd)
+
+    def _park(self, connection: Connection, events: int = _PARKED) -> None:
         try:
-            self._epoll.register(connection.fd, _PARKED)
+            self._epoll.register(connection.fd, events)
         except OSError as exc:
             # The kernel bounds how many entries a user's epolls may have in all.
             if self._may_complain():
@@ -272,6 +307,7 @@ class Dispatcher:
                     exc.strerror,
                     _COMPLAINT_PAUSE,
                 )
+            self._unknown.discard(connection.fd)
             _end(self.distributor.hung_up(connection.id))
         else:
             self._parked[connection.fd] = connection
@@ -279,7 +315,10 @@ class Dispatcher:
     def _end_idle(self, connections: Sequence[Connection]) -> None:
         """Close these parked connections, but none whose client has asked for more: the epoll will tell of it."""
         for connection in connections:
-            if not _has_data(connection.fd):
+            if connection.fd in self._unknown and self._introductions is not None:
+                # A part of its header is no question.
+                self._meet(self._introductions, connection, last=True)
+            if self._parked.get(connection.fd) is connection and not _has_data(connection.fd):
                 del self._parked[connection.fd]
                 self._epoll.unregister(connection.fd)
                 _end(self.distributor.hung_up(connection.id))
@@ -295,6 +334,9 @@ class Dispatcher:
                 _end(connection)
 
     def _unpark(self, fd: int, event: int, now: float) -> None:
+        if fd in self._unknown and self._introductions is not None:
+            self._meet(self._introductions, self._parked[fd], last=bool(event & ~select.EPOLLIN))
+            return
         connection = self._parked.pop(fd, None)
         if connection is None:
             # Closed by an event before it in the same batch.
@@ -429,13 +471,23 @@ class Dispatcher:
             self._epoll.unregister(fd)
 
     def add_worker(
-        self, worker: int, slot: int, end: MasterEnd, board: Board, kept: select.epoll, pid: int | None = None
+        self,
+        worker: int,
+        slot: int,
+        end: MasterEnd,
+        board: Board,
+        kept: select.epoll,
+        pid: int | None = None,
+        capacity: int | None = None,
     ) -> None:
-        """A worker exists.  Owns `end`, `board` and `kept` from now on.  `pid`: its process, to ask why it is late."""
+        """A worker exists.  Owns `end`, `board` and `kept` from now on.  `pid`: its process, to ask why it is late.
+
+        `capacity`: the most connections it may have.
+        """
         if pid is not None:
             self._pids[worker] = pid
         self._ends[worker] = end
-        record = self.distributor.add_worker(worker, slot)
+        record = self.distributor.add_worker(worker, slot, capacity)
         self._channels[end.fileno()] = (record, end)
         self._lookout.add(record, end, board, kept)
         self._epoll.register(end.fileno(), select.EPOLLIN)
@@ -498,8 +550,8 @@ class Dispatcher:
         """The listener is gone for good: close what still waits for it."""
         left = self.distributor.remove_handle(key)
         for connection in left:
-            if self._parked.pop(connection.fd, None) is not None:
-                self._epoll.unregister(connection.fd)
+            self._unknown.discard(connection.fd)
+            self._leave_park(connection)
         self._close(left)
 
     def close(self) -> None:

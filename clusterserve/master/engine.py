@@ -32,7 +32,7 @@ from ..core.reconcile import Drain, Plan, Spawn, Stop, Target, Verdict
 from ..core.roster import Limits, Roster
 from ..core.templates import Templates
 from ..credentials import Credentials
-from ..errors import BootError, ClusterError, ProtocolError
+from ..errors import BootError, ClusterError, DesertedError, ProtocolError
 from ..log_files import LogFiles
 from ..settings import Settings
 from .certificates import Certificates
@@ -91,15 +91,26 @@ class Engine:
             head=settings.timeout_request_header,
             narrows=settings.borrows,
         )
+        introductions = None
+        if settings.proxy_protocol != "off":
+            # Only then: what it needs takes its time.
+            from .introductions import Introductions
+
+            introductions = Introductions(settings.proxy_protocol, settings.proxy_allow_from)
         self._dispatcher = Dispatcher(
-            loop, self._distributor, settings.max_pending, self.misbehaved, lambda: self._ending.queue_is_empty()
+            loop,
+            self._distributor,
+            settings.max_pending,
+            self.misbehaved,
+            lambda: self._ending.queue_is_empty(),
+            introductions,
         )
-        owner = [-1 if id is None else id for id in (settings.uid, settings.gid)]
+        uid, gid = (-1 if id is None else id for id in (settings.uid, settings.gid))
         self.handles = Handles(
             loop,
             self._dispatcher,
             policy,
-            Access(settings.socket_mode, *owner),
+            Access(settings.socket_mode, uid, gid, settings.reuse_port),
             programs=bool(settings.exec),
             heritage=heritage,
             tls=settings.tls,
@@ -129,6 +140,7 @@ class Engine:
         self._departures = Changes(loop)
         self._changes = Changes(loop)
         self._ready = False
+        self._given_up: tuple[int, ...] = ()
         self._hasty, self._repeats = faults.on("disconnect-first"), faults.on("disconnect-again")
         self._generation = 1
         self._ending = Ending(loop, self._reconciler, self._roster, self._crew, self._dispatcher, self.handles, emit)
@@ -358,12 +370,14 @@ class Engine:
         self.handles.close()
         self._dispatcher.close()
         self.outbox.close()
+        self._crew.close()
         self._reconciler.close()
         self._ending.close()
 
     # -- what has become of it ------------------------------------------------------------------------------------
 
     def _heed(self, current: Plan) -> None:
+        self._tell_of(current.given_up)
         if not self._roster.members or self._hasty:
             self._departures.over()
         if current.verdict is Verdict.SETTLED:
@@ -378,6 +392,9 @@ class Engine:
             self._reject()
         elif current.verdict is Verdict.FAILED:
             self._fail()
+        elif current.verdict is Verdict.DESERTED:
+            why = f"every worker has ended for good, the last one with this: {self._crew.last_exit}"
+            self._finish(DesertedError(why))
         elif current.verdict is Verdict.STOPPED:
             untold = self._ending.untold
             self._finish(None if untold is None else BootError(untold.reason, untold.traceback))
@@ -394,6 +411,21 @@ class Engine:
             self._waiting = True
             logger.error("%s", error)
             logger.error("Nothing is served: waiting for a change of the files")
+
+    def _tell_of(self, given_up: tuple[int, ...]) -> None:
+        """Slots in which restarting does not help, and those in which it has helped at last."""
+        limits = self._roster.limits
+        for slot in given_up:
+            if slot not in self._given_up:
+                logger.critical(
+                    "Slot %d: more than %d restarts in a row were in vain; it is tried every %g s from now on, and "
+                    "missing meanwhile",
+                    slot, limits.max_restarts, limits.backoff_max,
+                )  # fmt: skip
+        for slot in self._given_up:
+            if slot not in given_up and self._reconciler.stopping is Stop.NO:
+                logger.info("Slot %d: it is not given up any more", slot)
+        self._given_up = given_up
 
     def _reject(self) -> None:
         """The new generation cannot start: back to the one that serves."""
@@ -487,4 +519,6 @@ def _limits(settings: Settings) -> Limits:
         # In development the whole of the new code is wanted at once.
         surge=max(settings.reload_surge, settings.workers) if settings.reload else settings.reload_surge,
         timeout=settings.timeout,
+        max_restarts=settings.max_restarts,
+        final=frozenset(settings.on_worker_exit_code),
     )

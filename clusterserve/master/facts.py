@@ -199,7 +199,7 @@ class Facts:
             self._reopening.gone(worker)
             if seat.stacks >= 0:
                 os.close(seat.stacks)
-            del self._crew.seats[worker]
+            self._crew.dead(worker)
             self._debuggers.settle(worker)
             asked = seat.member.drained is not None
             self._handles.leave_all(worker, crashed=not asked)
@@ -207,4 +207,6 @@ class Facts:
             known = self._roster.proven or self._reconciler.target.manual
             level = logging.ERROR if known and not asked else logging.DEBUG
             logger.log(level, "Worker %d (slot %d, pid %d) %s", *seat.who, ended)
+            if self._roster.ended(worker, ended.code):
+                logger.warning("Slot %d stays empty: exit code %d means no restart", seat.member.slot, ended.code)
             self._reconciler.happened(worker, WorkerEvent.EXITED)

@@ -25,11 +25,15 @@ DEFER: int = 1
 
 
 class Access(NamedTuple):
-    """Who may connect to a unix socket: the mode of its file (uvicorn's), and its owner, -1 for whoever we are."""
+    """Who may connect to a unix socket: the mode of its file (uvicorn's), and its owner, -1 for whoever we are.
+
+    And whether other programs may listen on the same TCP and UDP addresses, if they ask for it too.
+    """
 
     mode: int = 0o666
     uid: int = -1
     gid: int = -1
+    shared: bool = False
 
 
 @dataclass
@@ -144,7 +148,9 @@ def open_listener(
     `inherited` is the socket of another master, which is taken over, and its file left alone.
     """
     try:
-        sock = inherited or open_socket(bind, datagram=datagram, v6only=v6only, reuse_address=reuse_address)
+        sock = inherited or open_socket(
+            bind, datagram=datagram, v6only=v6only, reuse_address=reuse_address, reuse_port=access.shared
+        )
     except OSError as exc:
         raise _explain(exc, bind) from None
     file = None

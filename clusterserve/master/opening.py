@@ -29,17 +29,22 @@ def any_host() -> str:
 
 
 def open_socket(
-    bind: Bind, *, datagram: bool = False, v6only: bool = False, reuse_address: bool = True
+    bind: Bind,
+    *,
+    datagram: bool = False,
+    v6only: bool = False,
+    reuse_address: bool = True,
+    reuse_port: bool = False,
 ) -> socket.socket:
     """The socket of `bind`, the caller's to close.  `v6only` is about IPv6 addresses alone."""
     if bind.kind == "tcp":
-        return _open_inet(bind, datagram, v6only, reuse_address)
+        return _open_inet(bind, datagram, v6only, reuse_address, reuse_port)
     if bind.kind == "unix":
         return _open_unix(bind.path)
     return _open_inherited(bind.fd, datagram)
 
 
-def _open_inet(bind: Bind, datagram: bool, v6only: bool, reuse_address: bool) -> socket.socket:
+def _open_inet(bind: Bind, datagram: bool, v6only: bool, reuse_address: bool, reuse_port: bool) -> socket.socket:
     kind = socket.SOCK_DGRAM if datagram else socket.SOCK_STREAM
     proto = socket.IPPROTO_UDP if datagram else socket.IPPROTO_TCP
     # `proto` is spelled out: asyncio sets TCP_NODELAY only on sockets that say TCP.
@@ -48,6 +53,8 @@ def _open_inet(bind: Bind, datagram: bool, v6only: bool, reuse_address: bool) ->
     try:
         if reuse_address and not datagram:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
         sock.bind(address)

@@ -34,9 +34,10 @@ class Ends:
     connections that it keeps, and its standard streams.  Owns them all; raises OSError if they cannot be had.
 
     Once a worker has its ends, `given` closes our copies of them; if there will be none, `abandon` closes everything.
+    `tally`, if there is one, is what all workers count in: not ours.
     """
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, tally: int = -1) -> None:
         self.streams = Streams(launch)
         with contextlib.ExitStack() as undo:
             undo.callback(self.streams.close)
@@ -51,9 +52,10 @@ class Ends:
             undo.callback(self.board.close)
             self.kept = select.epoll()
             undo.callback(self.kept.close)
-            #: The worker's: messages, connections, board, kept.
+            #: The worker's: messages, connections, board, kept, tally.
             self.theirs = (
                 self._their_messages.fileno(), their_connections.fileno(), self.board.fd, self.kept.fileno(),
+                *([] if tally < 0 else [tally]),
             )  # fmt: skip
             self.abandon = undo.pop_all().close
 
@@ -77,12 +79,14 @@ class WorkerProcess:
         on_exit: Callable[[Exit], None],
         launch: Launch = Launch(),  # noqa: B008 - frozen
         env: Sequence[tuple[str, str]] = (),
+        tally: int = -1,
     ) -> None:
         """Spawn it, with `env` besides what `launch` says; raises OSError if that is impossible.
 
+        `tally` as for its `Ends`.
         Must be called by a thread that lives as long as the worker shall: the parent-death signal follows the thread.
         """
-        ends = Ends(launch)
+        ends = Ends(launch, tally)
         streams = ends.streams
         with contextlib.ExitStack() as undo:
             undo.callback(ends.abandon)

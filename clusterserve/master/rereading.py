@@ -10,6 +10,7 @@ from ..settings import Settings
 #: What the master has made of these it does not unmake: its sockets, its queue, its log, its process.
 FIXED: Final = frozenset(
     {
+        "proxy_protocol", "proxy_allow_from", "reuse_port",
         "binds", "backlog", "uds_permissions", "uid", "gid", "policy", "dispatch", "max_pending", "hooks", "respawn",
         "timeout", "timeout_keep_alive", "timeout_queue", "timeout_request_header", "exec", "args", "serialization",
         "log_level", "log_config", "log_format", "error_logfile", "access_logfile", "use_colors", "pid", "umask",

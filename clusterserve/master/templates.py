@@ -66,7 +66,7 @@ class _Place:
 
 class Templates:
     """`on_failed` is told why one could not prepare, or how it ended; `changed` is called when `plan` may have
-    something to say."""
+    something to say.  `tally` is what all workers count in."""
 
     def __init__(
         self,
@@ -75,6 +75,7 @@ class Templates:
         on_failed: Callable[[Failed], None],
         changed: Callable[[], None],
         files: LogFiles,
+        tally: int,
     ) -> None:
         assert roster.templates is not None
         self._loop = loop
@@ -83,6 +84,7 @@ class Templates:
         self._on_failed = on_failed
         self._changed = changed
         self._files = files
+        self._tally = tally
         self._places: dict[int, _Place] = {}
 
     def pids(self) -> list[int]:
@@ -172,7 +174,7 @@ class Templates:
         template = self._book.ready(member.generation)
         assert template is not None, f"generation {member.generation} has no template"
         place = self._places[template.id]
-        ends = Ends(settings)
+        ends = Ends(settings, self._tally)
         streams = {number: fd for number, fd in ends.streams.theirs.items() if fd is not None}
         descriptors = [*ends.theirs, *streams.values()]
         try:

@@ -27,9 +27,11 @@ import uvicorn
 from uvicorn.importer import ImportFromStringError, import_from_string
 
 from .. import faults
+from ..channel.tally import Crowd
 from ..checks import MAX_SECONDS
 from ..core.address import Address
 from ..core.atoms import Who
+from ..core.head import HeadLimits
 from ..credentials import Credentials
 from ..currentworker import CurrentWorker
 from ..errors import BootError, SettingsError
@@ -39,16 +41,18 @@ from ..settings import Settings
 from ..tracebacks import of_application
 from .access import Access
 from .application import Application
+from .concurrency import limited
 from .deadline import Deadline
 from .draining import CANCELLED, Draining
 from .heart import Heart
 from .identity import HTTP_1_1, Identity
+from .limits import look_at_bodies
 from .link import Link
 from .loop import cluster_loop
 from .membership import Membership
 from .output import stdout_for_logs
 from .preparations import Prepared
-from .protocols import Borrowing, borrowing_protocol
+from .protocols import Borrowing, http_protocol
 from .server import BindSocket
 from .title import Title
 
@@ -185,6 +189,10 @@ def serve(
             draining.watch(asyncio.get_running_loop())
             if deadline is not None:
                 deadline.watch(asyncio.get_running_loop())
+            if settings.timeout_request_body:
+                look_at_bodies(
+                    asyncio.get_running_loop(), server.server_state.connections, settings.timeout_request_body
+                )
             # uvicorn has taken both for itself meanwhile.  A terminal's Ctrl-C and systemd's SIGTERM reach the whole
             # group, and what was accepted is served only if the master says who goes when.
             signal.signal(signal.SIGINT, _heed_the_master)
@@ -195,8 +203,10 @@ def serve(
         app = prepared.app if preloaded else _imported(settings, boot)
         config.app = partial(application.load, app, config)
         config.load()
-        app = config.loaded_app if access is None else access.wrapped(config.loaded_app)
-        config.loaded_app = draining.announced(app)
+        app = config.loaded_app
+        if settings.limit_concurrency is not None and link.tally is not None:
+            app = limited(app, Crowd(link.tally, link.place, settings.limit_concurrency))
+        config.loaded_app = draining.announced(app if access is None else access.wrapped(app))
         if credentials is not None:
             protocols = getattr(config.http_protocol_class, "alpn_protocols", None) or HTTP_1_1
             identity = Identity(settings, credentials, protocols, prepared.tls)
@@ -298,7 +308,8 @@ def _config(
     options = _passed(settings, *_PASSED)
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
-    options["http"] = borrowing_protocol(settings.http, borrowing) if handed else settings.http
+    limits = HeadLimits(settings.limit_request_line, settings.limit_request_fields, settings.limit_request_field_size)
+    options["http"] = http_protocol(settings.http, borrowing if handed else None, limits)
     if settings.http2:
         if "http2" not in signature(uvicorn.Config).parameters:
             raise BootError(f"--http2 needs a newer uvicorn than {uvicorn.__version__}, which has none")
@@ -317,6 +328,7 @@ def _config(
                 link.kept if settings.borrows else None,
                 keep=settings.dispatch != "request",
                 head_timeout=settings.timeout_request_header,
+                capacity=settings.worker_connections,
             )
             if application.threads is not None:
                 link.receiver.employ(application.threads)

@@ -68,7 +68,7 @@ class Deadline:
         if not cycle.disconnected:
             # Of the requests that wait behind this one the protocol knows the newest only, so it would not tell this.
             cycle.disconnected = True
-            _Lingering(loop, cycle.transport)
+            Lingering(loop, cycle.transport, "the request took too long")
         self.ended.add(task)
         task.add_done_callback(self.ended.discard)
         task.cancel("the request took longer than --timeout-request")
@@ -84,13 +84,13 @@ class Deadline:
         )
 
 
-class _Lingering(asyncio.Protocol):
+class Lingering(asyncio.Protocol):
     """Takes the place of uvicorn's protocol when its connection is over but for what the client still sends.
 
     Closing at once would reset what the client has not read.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, transport: Any) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: Any, why: str) -> None:
         protocol = cast("asyncio.Protocol", transport.get_protocol())
         if transport.is_closing() or not transport.can_write_eof():
             # On its way out, or TLS, which says goodbye itself.
@@ -101,7 +101,7 @@ class _Lingering(asyncio.Protocol):
         transport.write_eof()
         transport.resume_reading()
         # With an error, or it would close the transport, as if that had ended of itself.
-        protocol.connection_lost(ConnectionAbortedError("the request took too long"))
+        protocol.connection_lost(ConnectionAbortedError(why))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()

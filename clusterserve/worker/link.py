@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple
 from ..channel.board import Board
 from ..channel.connection import WorkerEnd
 from ..channel.message import MessageChannel, Riders
+from ..channel.tally import Tally
 from ..core.address import Address
 from ..core.envelope import Envelope
 from ..core.messages import (
@@ -92,6 +93,9 @@ class Link:
         self._addresses: dict[int, Address] = {}
         #: Called when a server is in place, on its loop.
         self.on_listening: Callable[[Address], None] = lambda address: None
+        #: Where all workers count what they have in progress, and which cell is ours; None: nobody counts.
+        self.tally: Tally | None = None
+        self.place = 0
         #: Called with the descriptors of the log's new files, which stay the caller's; says what is wrong with them.
         self.on_reopen: Callable[[list[int]], str] = _reopen_handlers
         #: What this process exits with when the master has closed the channels.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..channel.board import Board
+from ..channel.tally import Tally
 from ..core.messages import HEADER_SIZE, Boot, Decoder, Failed, Online, decode
 from ..credentials import Credentials
 from ..current import STDIO_VARIABLE, TEMPLATE_VARIABLE, VARIABLE, become
@@ -46,8 +47,8 @@ def main() -> int:
 
 
 def _work(descriptors: Sequence[int], prepared: Prepared | None) -> int:
-    """Be the worker to which these descriptors belong: messages, connections, board, kept."""
-    messages, connections, board, kept = descriptors
+    """Be the worker to which these descriptors belong: messages, connections, board, kept, tally."""
+    messages, connections, board, kept, *tally = descriptors
     channel = socket.socket(fileno=messages)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
@@ -61,6 +62,8 @@ def _work(descriptors: Sequence[int], prepared: Prepared | None) -> int:
     worker = CurrentWorker(boot.worker, boot.slot, os.getpid(), pickled=pickled)
     become(worker)
     link = Link(channel, socket.socket(fileno=connections), Board(board), select.epoll.fromfd(kept))
+    if tally:
+        link.tally, link.place = Tally(tally[0]), boot.place
     told = answer_signal()
     if boot.launch.get("exec"):
         return _run(boot, channel, link, worker, told)

@@ -25,6 +25,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ..core.head import NO_LIMITS, HeadLimits
+from .limits import limited_h11, limited_httptools, with_limits
 from .receiver import HEAD_LOOKS
 from .transport import HandedTransport
 
@@ -58,6 +60,7 @@ class Borrowing:
 
 def _borrower(base: Any) -> Any:
     """One of uvicorn's protocol classes, able to give back; `_idle` is the only difference between them."""
+    receive = base.data_received
 
     class _Borrower(base):  # type: ignore[misc]  # whichever it is
         borrowing: Borrowing
@@ -110,10 +113,6 @@ def _borrower(base: Any) -> Any:
         def _midway(self) -> bool:
             raise AssertionError("defined by the subclass")
 
-        def _head_begun(self) -> object:
-            """What stands for the request whose head has begun and is not complete; None if there is none."""
-            raise AssertionError("defined by the subclass")
-
         def look_at_head(self) -> None:
             """Called four times in the time a head may take: end a client that drips, whatever it sends meanwhile."""
             head = None if self.cycle is not None and not self._answered() else self._head_begun()
@@ -154,7 +153,7 @@ def _borrower(base: Any) -> Any:
                     self._rest()
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
+            receive(self, data)
             if self._leaving:
                 self._make_it_the_last()
             # A response may be complete before its request is: the connection goes back when the body has ended.
@@ -201,33 +200,21 @@ def _borrower(base: Any) -> Any:
     return _Borrower
 
 
-class BorrowingHttpTools(_borrower(HttpToolsProtocol)):  # type: ignore[misc]
+LimitedHttpTools: Any = limited_httptools(HttpToolsProtocol)
+LimitedH11: Any = limited_h11(H11Protocol)
+
+
+class BorrowingHttpTools(_borrower(LimitedHttpTools)):  # type: ignore[misc]
     """uvicorn's httptools protocol."""
-
-    #: A request has begun and has not been read to its end.
-    _reading = False
-
-    def on_message_begin(self) -> None:
-        self._reading = True
-        super().on_message_begin()
-
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._reading = False
 
     def _idle(self) -> bool:
         return not self._reading and not self.pipeline and (self.cycle is None or self._answered())
 
     def _midway(self) -> bool:
-        return self._reading
-
-    def _head_begun(self) -> object:
-        if not self._reading or (self.cycle is not None and self.cycle.scope is self.scope):
-            return None
-        return self.scope
+        return bool(self._reading)
 
 
-class BorrowingH11(_borrower(H11Protocol)):  # type: ignore[misc]
+class BorrowingH11(_borrower(LimitedH11)):  # type: ignore[misc]
     """uvicorn's h11 protocol."""
 
     conn: h11.Connection
@@ -248,17 +235,25 @@ class BorrowingH11(_borrower(H11Protocol)):  # type: ignore[misc]
         return self.conn.their_state is h11.SEND_BODY
 
     def _head_begun(self) -> object:
+        """As httptools' has it, in `limits`."""
         begun = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]
         return (self.cycle or self) if begun else None
 
 
-def _with(kind: type[Any], borrowing: Borrowing) -> type[Any]:
-    return type(kind.__name__, (kind,), {"borrowing": borrowing})
+def http_protocol(
+    name: str, borrowing: Borrowing | None, limits: HeadLimits = NO_LIMITS
+) -> type[asyncio.Protocol] | str:
+    """The class for uvicorn's `--http` with limits, that gives back if it may be `borrowing`.
 
-
-def borrowing_protocol(name: str, borrowing: Borrowing) -> type[asyncio.Protocol] | str:
-    """The class for uvicorn's `--http` that gives back; `name` itself if it is none of ours to extend."""
-    kinds: dict[str, Any] = {"httptools": BorrowingHttpTools, "h11": BorrowingH11}
-    kinds["auto"] = BorrowingHttpTools if AutoHTTPProtocol is HttpToolsProtocol else BorrowingH11
-    kind = kinds.get(name)
-    return name if kind is None else _with(kind, borrowing)
+    `name` itself if it is none of ours to extend.
+    """
+    if name == "auto":
+        name = "httptools" if AutoHTTPProtocol is HttpToolsProtocol else "h11"
+    kinds: dict[str, tuple[Any, Any]] = {
+        "httptools": (LimitedHttpTools, BorrowingHttpTools),
+        "h11": (LimitedH11, BorrowingH11),
+    }
+    if name not in kinds:
+        return name
+    kind = with_limits(kinds[name][borrowing is not None], limits)
+    return kind if borrowing is None else type(kind.__name__, (kind,), {"borrowing": borrowing})

@@ -22,11 +22,11 @@ from .. import faults
 from ..channel.board import READING, Board
 from ..channel.connection import MAX_ANSWERS, WorkerEnd
 from ..core.cost import Cost
-from ..core.records import FREE, FULL, IPV4, IPV6, Flag, Kind, pack_answer, unpack_offers
+from ..core.records import FREE, FULL, IPV4, IPV6, PROXIED, Flag, Kind, pack_answer, unpack_offers
 from ..errors import ProtocolError
 from .lazy import CHUNK, LazyTransport
 from .threads import Threads
-from .transport import HandedTransport
+from .transport import HandedTransport, Told
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -58,6 +58,12 @@ MOST_KEPT: Final = 512
 HEAD_LOOKS: Final = 4
 
 
+def _told(family: int, client: bytes, port: int) -> tuple[str, int]:
+    if family == PROXIED | IPV4:
+        return Told((socket.inet_ntop(socket.AF_INET, client[12:]), port))
+    return Told((socket.inet_ntop(socket.AF_INET6, client), port) if family == PROXIED | IPV6 else ())
+
+
 class Receiver:
     """Takes offers for the faux servers in `servers` and answers for every connection.
 
@@ -81,6 +87,7 @@ class Receiver:
         #: Whether somebody wants to know how long connections have waited for this worker.
         self.timed = False
         self._may_keep = self._weighs = self._keeps_at_all = False
+        self._most_kept = MOST_KEPT
         self._cost = Cost()
         self._board = board
         self._end = end
@@ -116,13 +123,19 @@ class Receiver:
         self._crowded = self._last = False
         loop.add_reader(end.fileno(), self._readable)
 
-    def borrow(self, kept: select.epoll | None, *, keep: bool, head_timeout: float) -> None:
+    def borrow(
+        self, kept: select.epoll | None, *, keep: bool, head_timeout: float, capacity: int | None = None
+    ) -> None:
         """HTTP connections wait in a watch of ours from now on, and are given back after a request.
 
         With `keep` only if that is worth it; without `kept`, the epoll shared with the master, only when this worker
         leaves.  A request's head may take `head_timeout` seconds (0: for ever).  Owns `kept`.
+        Of the `capacity` connections that it may have, half at most are idle.
         """
         self.watch = Watch(self.loop, kept, self)
+        if capacity is not None:
+            self._most_kept = min(MOST_KEPT, capacity // 2)
+            keep = keep and (self._most_kept > 0 or kept is None)
         self.keeps = self._keeps_at_all = keep
         self._may_keep = keep and kept is not None
         self._weighs = kept is not None
@@ -251,6 +264,8 @@ class Receiver:
                 peername = (socket.inet_ntop(socket.AF_INET, client[12:]), port)
             elif family == IPV6:
                 peername = (socket.inet_ntop(socket.AF_INET6, client), port)
+            elif family:
+                peername = _told(family, client, port)
             self._take(server, id, fds[number], peername, min(place, self._board.places), queued)
             self._requests += 1
         self.end_batch()
@@ -426,7 +441,7 @@ class Receiver:
 
     def _weigh(self, watch: Watch, held: float, requests: int) -> None:
         self._cost.took(held, requests)
-        self.keeps = self._may_keep and self._cost.cheap and len(watch) < MOST_KEPT
+        self.keeps = self._may_keep and self._cost.cheap and len(watch) < self._most_kept
         watch.claims = self._cost.batch
 
     # -- answers out ----------------------------------------------------------------------------------------------

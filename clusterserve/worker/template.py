@@ -45,6 +45,9 @@ _ENDING: Final = 1.0
 
 _PAUSE: Final = 0.005
 
+#: What every worker has: messages, connections, board, kept, tally.
+_ENDS: Final = 5
+
 _SPACE: Final = socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
 _REPORT: Final = struct.Struct("ii")
 
@@ -88,7 +91,7 @@ def live(fd: int, master: int) -> Birth:
         fork, descriptors = _receive(channel)
         if not isinstance(fork, Fork):
             raise ProtocolError(f"a template does not expect {type(fork).__name__}")
-        if len(descriptors) != 4 + len(fork.stdio):
+        if len(descriptors) != _ENDS + len(fork.stdio):
             # Lost at somebody's limit of descriptors.
             send(channel, Unborn(fork.worker, errno.EMFILE))
         elif _born(channel, fork):
@@ -204,7 +207,7 @@ def _born(channel: socket.socket, fork: Fork) -> bool:
 
 
 def _become(fork: Fork, descriptors: list[int]) -> list[int]:
-    """In the worker: what a process that was spawned for it would have from the start; its four descriptors."""
+    """In the worker: what a process that was spawned for it would have from the start; its descriptors."""
     if signal.getsignal(signal.SIGTERM) is heed_the_master:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(fork.env)
@@ -216,10 +219,10 @@ def _become(fork: Fork, descriptors: list[int]) -> list[int]:
         for fd in descriptors:
             os.close(fd)
         descriptors = lifted
-        for number, fd in zip(fork.stdio, descriptors[4:], strict=True):
+        for number, fd in zip(fork.stdio, descriptors[_ENDS:], strict=True):
             os.dup2(fd, number)
             os.close(fd)
-    return descriptors[:4]
+    return descriptors[:_ENDS]
 
 
 # -- the channel ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,12 @@ from .lazy import HIGH_WATER, LazyTransport, Phase
 from .real import become_real, wire
 
 
+class Told(tuple[str, int]):
+    """A client's address that does not belong to the socket: its proxy has told it.  Empty: it has none."""
+
+    __slots__ = ()
+
+
 class HandedTransport(LazyTransport):
     """An `asyncio.Transport` over a descriptor that the master handed over."""
 
@@ -116,7 +122,10 @@ class HandedTransport(LazyTransport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "peername":
-            return default if self._peername is None else self._peername
+            return self._peername or default
+        if name == "socket" and type(self._peername) is Told:
+            # Who asks the socket itself, as uvicorn does, learns whose the connection to the proxy is.
+            return default
         if name == "sockname":
             # Once it is closed, its number may be somebody else's.
             if self._sockname is None and self._phase is not Phase.CLOSED:

@@ -25,6 +25,7 @@ from clusterserve.core.records import (
     IPV4,
     NO_ADDRESS,
     OFFER_SIZE,
+    VERSION,
     Kind,
     pack_answer,
     pack_offer,
@@ -123,7 +124,16 @@ class TestOffers:
         assert channel.master.offer([pack_offer(7, 3, 250, IPV4, b"\x7f\0\0\1", 4711)], fds(files[5]))
         data, (fd,) = receive(channel)
         ((version, family, flags, listener, id, queued, port, local_port, client, local, _),) = unpack_offers(data)
-        assert (version, family, flags, listener, id, queued, port, local_port) == (2, IPV4, 0, 3, 7, 250, 4711, 0)
+        assert (version, family, flags, listener, id, queued, port, local_port) == (
+            VERSION,
+            IPV4,
+            0,
+            3,
+            7,
+            250,
+            4711,
+            0,
+        )
         assert (client, local) == (b"\x7f\0\0\1" + bytes(12), bytes(16))
         with open(fd, "rb") as file:
             assert file.read() == b"5"

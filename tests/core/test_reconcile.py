@@ -36,6 +36,10 @@ ONLINE, LISTENING, DISCONNECTED, EXITED = (
 )  # fmt: skip
 
 
+FINAL = 7
+FINAL_LIMITS = Limits(final=frozenset({FINAL}))
+
+
 class Driver:
     """A shell without processes: it executes plans, and every execution is a fact."""
 
@@ -308,6 +312,83 @@ class TestRespawn:
         assert driver.roster.slots[0].failures == 1
         assert driver.deadline == 1011.0
         assert driver.at(1011.0) == [Spawn(0, 1)]
+
+
+class TestGivenUp:
+    """What does not help is done rarely, and told."""
+
+    def test_after_so_many_restarts_in_a_row_it_waits_the_longest(self) -> None:
+        driver = running(2, Limits(backoff=0.1, backoff_max=60.0, max_restarts=2))
+        driver.happens(1, EXITED)
+        delays = []
+        for id in (3, 4, 5, 6):
+            assert driver.happens(id, EXITED) == []
+            assert driver.deadline is not None
+            delays.append((driver.deadline - driver.now, driver.ask().given_up))
+            driver.at(driver.deadline)
+        assert delays == [(pytest.approx(0.1), ()), (pytest.approx(0.2), ()), *[(pytest.approx(60.0), (0,))] * 2]
+        # One that is healthy makes all of it forgotten, as somebody does who orders a change.
+        driver.happens(7, ONLINE, LISTENING)
+        driver.at(driver.now + 1.0)
+        assert driver.happens(7, EXITED) == [Spawn(0, 1)]
+        assert driver.ask().given_up == ()
+
+    def test_never(self) -> None:
+        driver = running(1, Limits(max_restarts=0))
+        driver.happens(1, EXITED)
+        driver.roster.slots[0].failures = 5000
+        assert driver.ask().given_up == ()
+
+
+class TestEndsForGood:
+    """Exit codes with which a worker says that it is not to be restarted."""
+
+    def ends(self, driver: Driver, id: int, code: int | None = FINAL) -> list[Action]:
+        driver.roster.ended(id, code)
+        return driver.happens(id, EXITED)
+
+    def test_nobody_follows_and_the_others_go_on(self) -> None:
+        driver = running(2, FINAL_LIMITS)
+        assert self.ends(driver, 1) == []
+        assert (driver.verdict, driver.deadline, driver.slots) == (Verdict.SETTLED, None, {1: 2})
+        # Another code, a signal.
+        assert self.ends(driver, 2, 8) == [Spawn(1, 1)]
+        driver.happens(3, ONLINE, LISTENING)
+        driver.now += 1.0
+        assert self.ends(driver, 3, None) == [Spawn(1, 1)]
+
+    def test_when_all_have_the_cluster_is_deserted(self) -> None:
+        driver = running(2, FINAL_LIMITS)
+        self.ends(driver, 1)
+        self.ends(driver, 2)
+        assert (driver.verdict, driver.deadline) == (Verdict.DESERTED, None)
+
+    def test_until_its_exit_is_known_nobody_follows(self) -> None:
+        driver = running(2, FINAL_LIMITS)
+        assert driver.happens(1, DISCONNECTED) == []
+        assert self.ends(driver, 1) == []
+        assert driver.slots == {1: 2}
+        assert driver.happens(2, DISCONNECTED) == []
+        assert self.ends(driver, 2, 0) == [Spawn(1, 1)]
+
+    def test_who_was_told_to_go_is_replaced(self) -> None:
+        driver = running(2, FINAL_LIMITS)
+        driver.execute(Drain(1, quick=False, interrupt=False, keep=True))
+        assert driver.reconcile() == [Spawn(0, 1)]
+        assert self.ends(driver, 1) == []
+        assert driver.slots == {0: 3, 1: 2}
+
+    def test_a_change_that_is_ordered_starts_it_again(self) -> None:
+        driver = running(2, FINAL_LIMITS)
+        self.ends(driver, 1)
+        driver.roster.forgiven(driver.now)
+        assert driver.reconcile() == [Spawn(0, 1)]
+
+    def test_before_anybody_listened_it_is_a_failure_to_start(self) -> None:
+        driver = Driver(Target(1), FINAL_LIMITS)
+        driver.reconcile()
+        assert self.ends(driver, 1) == []
+        assert driver.verdict is Verdict.FAILED
 
 
 class TestScale:
@@ -930,7 +1011,15 @@ class TestRoster:
 
 
 LIMITS = Limits(
-    boot=10.0, graceful=5.0, quick=2.0, disconnected=3.0, backoff=0.1, backoff_max=2.0, min_uptime=1.0, timeout=4.0
+    final=frozenset({FINAL}),
+    boot=10.0,
+    graceful=5.0,
+    quick=2.0,
+    disconnected=3.0,
+    backoff=0.1,
+    backoff_max=2.0,
+    min_uptime=1.0,
+    timeout=4.0,
 )
 #: What a worker of the machine may take.
 WEAR = Wear(requests=10)
@@ -964,7 +1053,11 @@ class Cluster(RuleBasedStateMachine):
     def members(self, *states: WorkerState) -> list[Member]:
         return [member for member in self.driver.roster.members.values() if member.state in states]
 
-    @rule(number=ONE, fate=st.sampled_from(["goes on", "goes on", "hangs", "disconnects", "dies"]), then=st.booleans())
+    @rule(
+        number=ONE,
+        fate=st.sampled_from(["goes on", "goes on", "hangs", "disconnects", "dies", "ends for good"]),
+        then=st.booleans(),
+    )
     def one(self, number: int, fate: str, then: bool) -> None:
         """It comes up, or goes down if it was told to; or does not."""
         members = list(self.driver.roster.members.values())
@@ -977,6 +1070,8 @@ class Cluster(RuleBasedStateMachine):
             self.hung.add(member.id)
         elif fate == "dies":
             self.exits(member.id)
+        elif fate == "ends for good":
+            self.exits(member.id, FINAL)
         elif member.disconnected is None:
             self.leaves(member, DISCONNECTED)
         if then:
@@ -1071,14 +1166,21 @@ class Cluster(RuleBasedStateMachine):
             assert driver.verdict is Verdict.STOPPED
         elif driver.verdict is Verdict.FAILED:
             assert not driver.roster.proven
+        elif driver.verdict is Verdict.DESERTED:
+            assert set(range(driver.target.count)) <= self.closed
         else:
             assert driver.verdict is Verdict.SETTLED
-            assert sorted(driver.slots) == list(range(driver.target.count))
+            wanted = range(driver.target.count)
+            assert sorted(driver.slots) == [number for number in wanted if number not in self.closed]
             generations = {member.generation for member in driver.roster.members.values()}
             assert generations <= {driver.target.generation}
         assert driver.ask().actions == ()
 
     # -- the shell --
+
+    @property
+    def closed(self) -> set[int]:
+        return {number for number, slot in self.driver.roster.slots.items() if slot.closed}
 
     @property
     def worn(self) -> bool:
@@ -1102,7 +1204,8 @@ class Cluster(RuleBasedStateMachine):
             self.driver.roster.happened(id, event, self.driver.now)
         return True
 
-    def exits(self, id: int) -> None:
+    def exits(self, id: int, code: int = 0) -> None:
+        self.driver.roster.ended(id, code)
         self.leaves(self.driver.roster.members[id], EXITED)
         self.hung.discard(id)
 
@@ -1132,6 +1235,7 @@ class Cluster(RuleBasedStateMachine):
             if isinstance(action, Spawn):
                 assert driver.target.stop is Stop.NO
                 assert action.slot < driver.target.count
+                assert action.slot not in self.closed
                 assert action.generation == driver.target.generation
                 assert was_proven or action.slot not in self.unproven
                 assert driver.now >= self.failed.get(action.slot, 0.0) + LIMITS.backoff

@@ -399,7 +399,8 @@ def test_sigterm_in_the_midst_of_a_line_loses_none(serve: Serve, tmp_path: Path)
     pipe = tmp_path / "access"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    server = serve("--access-logfile", str(pipe), "--dispatch", "connection", app=APP, workers=2)
+    options = ("--access-logfile", str(pipe), "--dispatch", "connection", "--limit-request-line", "0")
+    server = serve(*options, app=APP, workers=2)
     targets = {f"/{number:02}-" + "x" * 20_000 for number in range(12)}
     with ExitStack() as stack:
         for target in targets:

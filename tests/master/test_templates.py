@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from clusterserve.channel.tally import Tally
 from clusterserve.core.reconcile import Drain, Kill
 from clusterserve.core.roster import Limits, Roster
 from clusterserve.core.templates import DismissTemplate, StartTemplate
@@ -35,7 +36,8 @@ class Nursery:
         self.loop = loop
         self.book = Book()
         self.roster = Roster(Limits(), templates=self.book)
-        self.templates = Templates(loop, self.roster, print, lambda: None, LogFiles.of(SETTINGS))
+        self.tally = Tally.create()
+        self.templates = Templates(loop, self.roster, print, lambda: None, LogFiles.of(SETTINGS), self.tally.fd)
         self.templates.perform(StartTemplate(1), SETTINGS, [str(ROOT), *sys.path])
         (self.pid,) = self.templates.pids()
         self.born: list[WorkerProcess | OSError] = []
@@ -72,6 +74,7 @@ class Nursery:
             if template.dismissed is None:
                 self.templates.perform(DismissTemplate(template.id), SETTINGS, [])
         self.loop.until(lambda: not self.book.here, "the template has ended")
+        self.tally.close()
 
 
 @pytest.fixture
@@ -154,7 +157,7 @@ def test_a_template_that_is_no_template(loop: SkewedLoop, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     roster = Roster(Limits(), templates=Book())
     failed: list[str] = []
-    templates = Templates(loop, roster, lambda why: failed.append(why.reason), lambda: None, LogFiles.of(SETTINGS))
+    templates = Templates(loop, roster, lambda why: failed.append(why.reason), lambda: None, LogFiles.of(SETTINGS), -1)
     templates.perform(StartTemplate(1), SETTINGS, [])
     assert templates.pids() == []
     assert failed == ["template 1 could not be spawned: [Errno 2] No such file or directory: '/nowhere/python'"]

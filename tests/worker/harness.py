@@ -142,6 +142,8 @@ class Master:
         self.end: MasterEnd
         self.end, theirs = connection_channel()
         self.losses = 0
+        #: What it adds to the family of every client's address.
+        self.told = 0
         #: How often it was told that a thread is free again.
         self.vacancies = 0
         self.receiver = Receiver(loop, WorkerEnd(theirs.dup()), Board.create(), self._lost)
@@ -192,7 +194,7 @@ class Master:
         peer = handed.copy.getpeername() if handed.client.fileno() != -1 else handed.copy.getsockname()
         if handed.copy.family == socket.AF_INET:
             address = b"\0" * 10 + b"\xff\xff" + socket.inet_pton(socket.AF_INET, peer[0])
-            return pack_offer(handed.id, listener, 0, IPV4, address, peer[1], handed.copy.fileno())
+            return pack_offer(handed.id, listener, 0, self.told | IPV4, address, peer[1], handed.copy.fileno())
         if handed.copy.family == socket.AF_INET6:
             address = socket.inet_pton(socket.AF_INET6, peer[0])
             return pack_offer(handed.id, listener, 0, IPV6, address, peer[1])

@@ -13,7 +13,7 @@ from uvicorn.server import ServerState
 
 from clusterserve.core.records import Kind
 from clusterserve.worker import protocols as ours
-from clusterserve.worker.protocols import Borrowing, borrowing_protocol
+from clusterserve.worker.protocols import Borrowing, http_protocol
 from tests.helpers.loops import turns, until
 from tests.helpers.raw import request
 from tests.worker.harness import Handed, Master, was_real
@@ -81,7 +81,7 @@ def http(
     made: list[Any],
 ) -> Iterator[uvicorn.Config]:
     """Our protocol in place of uvicorn's."""
-    kind: Any = borrowing_protocol(request.param, borrowing)
+    kind: Any = http_protocol(request.param, borrowing)
     config = uvicorn.Config(
         application, http=kind, ws="wsproto", lifespan="off", log_config=None, timeout_keep_alive=60
     )
@@ -415,13 +415,13 @@ class TestWhoCannot:
         await until(lambda: protocol not in protocol.connections, "it is closed")
 
     def test_a_protocol_that_is_not_ours(self) -> None:
-        assert borrowing_protocol("package.module:Class", Borrowing()) == "package.module:Class"
+        assert http_protocol("package.module:Class", Borrowing()) == "package.module:Class"
 
     def test_the_names(self) -> None:
         borrowing = Borrowing()
         for name, kind in (("h11", ours.BorrowingH11), ("httptools", ours.BorrowingHttpTools)):
-            found: Any = borrowing_protocol(name, borrowing)
+            found: Any = http_protocol(name, borrowing)
             assert issubclass(found, kind)
             assert found.borrowing is borrowing
-        auto: Any = borrowing_protocol("auto", borrowing)
+        auto: Any = http_protocol("auto", borrowing)
         assert issubclass(auto, ours.BorrowingHttpTools)

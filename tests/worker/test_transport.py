@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import pytest
+from uvicorn.protocols.utils import get_remote_addr
 
-from clusterserve.core.records import Kind
+from clusterserve.core.records import PROXIED, Kind
 from clusterserve.worker.transport import HIGH_WATER
 from tests.helpers import proc
 from tests.helpers.apps.full import pattern
@@ -1017,6 +1018,18 @@ class TestExtraInfo:
         assert sock.getpeername() == handed.client.getsockname()
         assert transport.get_extra_info("sslcontext", "plain") == "plain"
         assert transport.get_extra_info("no such thing") is None
+
+    async def test_nobody_asks_the_socket_whose_address_a_proxy_has_told(
+        self, loop: Loop, master: Master, recorders: Recorders
+    ) -> None:
+        master.told = PROXIED
+        master.serve(recorders)
+        handed = master.hand(b"question")
+        transport = (await recorders.made()).transport
+        assert get_remote_addr(transport) == handed.client.getsockname()
+        await reaches(transport, "REAL")
+        assert transport.get_extra_info("socket") is None
+        assert get_remote_addr(transport) == transport.get_extra_info("peername") == handed.client.getsockname()
 
     async def test_a_client_that_is_gone_has_an_address_all_the_same(
         self, loop: Loop, master: Master, recorders: Recorders
