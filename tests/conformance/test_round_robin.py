@@ -385,6 +385,8 @@ async def killed_with_connections(scene: Scene, env: dict[str, str]) -> None:
     async with scene.cluster(PUPPET, env=env) as (cluster, told):
         one = await puppet(cluster)
         port = await one.listen("a")
+        # What it says may arrive before the master knows of its server.
+        await told.until("listening", one.worker)
         before = own_sockets()
         async with stopped(told, one):
             clients = [await connected(port, b"hello\n") for _ in range(10)]
