@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.chaos import APP, EVENTS, OPTIONS, Chaos
 from tests.helpers.server import Serve
 
-SECONDS = 10.0
+SECONDS = 7.0
 SEED = os.environ.get("CHAOS_SEED") or str(secrets.randbelow(10**6))
 
 

@@ -356,7 +356,8 @@ def test_who_says_too_little_is_ended(serve: Serve, authority: Authority, pair: 
 
 def test_a_dead_workers_handshakes(serve: Serve, authority: Authority, pair: Pair) -> None:
     """What it had not read is somebody else's; to whom it has spoken nobody says a word of HTTP."""
-    server = serve(*pair.options, *KEEP)
+    # Half a handshake that the dead one had not read waits for its other half in another worker.
+    server = serve(*pair.options, *KEEP, "--timeout-request-header", "5")
     with server.connect() as half, secure(server, authority.trusting()) as shaken:
         half.send(HALF_HELLO)
         with server.stopped_workers() as (worker,), ThreadPoolExecutor(1) as pool:
