@@ -22,10 +22,7 @@ logger = logging.getLogger("clusterserve")
 FORCED_INT: Final = 130
 FORCED_QUIT: Final = 131
 
-#: Understood, but not yet acted upon.  None of them may end the master while workers live.
-_LATER: Final = ("SIGWINCH",)
-
-#: All of them.
+#: All of them.  SIGWINCH, which a terminal sends when it is resized, is heard and means nothing.
 HEARD: Final = tuple(
     getattr(signal, name)
     for name in (
@@ -38,7 +35,7 @@ HEARD: Final = tuple(
         "SIGPWR",
         "SIGUSR1",
         "SIGUSR2",
-        *_LATER,
+        "SIGWINCH",
     )
 )
 
@@ -73,8 +70,7 @@ class Signals:
         loop.add_signal_handler(signal.SIGPWR, engine.show_stacks)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         loop.add_signal_handler(signal.SIGUSR2, upgrade.begin)
-        for name in _LATER:
-            loop.add_signal_handler(getattr(signal, name), self._later, name)
+        loop.add_signal_handler(signal.SIGWINCH, lambda: None)
 
     def _terminate(self) -> None:
         self.first = self.first or signal.SIGTERM
@@ -123,7 +119,3 @@ class Signals:
             if found.fixed:
                 logger.warning("Changed too, but only from the next start on: %s", ", ".join(found.fixed))
         self._engine.reload().add_done_callback(self._reloaded)
-
-    def _later(self, name: str) -> None:
-        if name != "SIGWINCH":
-            logger.warning("%s means nothing yet in this version; nothing was done", name)
