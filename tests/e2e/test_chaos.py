@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.chaos import APP, EVENTS, OPTIONS, Chaos
 from tests.helpers.server import Serve
 
-SECONDS = 7.0
+SECONDS = 10.0
 SEED = os.environ.get("CHAOS_SEED") or str(secrets.randbelow(10**6))
 
 
@@ -24,5 +24,5 @@ def test_chaos(serve: Serve, dispatch: str) -> None:
     report = Chaos(server, SEED, seconds=SECONDS).run()
     print(report)
     assert report.faults == [], f"CHAOS_SEED={SEED}\n{report}"
-    assert report.met["answers"] > 200
+    assert report.met["answers"] > 100
     assert report.events.keys() == EVENTS.keys()
