@@ -200,14 +200,17 @@ def _fresh(member: Member, target: Target, now: float) -> bool:
 
 
 def _abandoned(member: Member, target: Target, roster: Roster) -> bool:
-    """Whether it boots for a generation that is not wanted any more, and can be spared.
+    """Whether it boots for a generation that is not wanted any more, and can be spared: its slot has another.
 
-    When those that did listen are all dead it cannot: reloads that follow one another faster than a worker boots would
-    leave nobody.
+    Otherwise it cannot: reloads that follow one another faster than a worker boots would leave nobody.  Of several that
+    boot the oldest stays, being the first to serve.
     """
     if member.generation == target.generation or member.listening is not None:
         return False
-    return not roster.proven or any(other.serving for other in roster.members.values())
+    others = (other for other in roster.members.values() if other.slot == member.slot and not other.doomed)
+    return not roster.proven or any(
+        other.serving or (other.current and other.listening is None and other.id < member.id) for other in others
+    )
 
 
 def _rejected(target: Target, roster: Roster) -> bool:

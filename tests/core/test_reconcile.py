@@ -582,6 +582,19 @@ class TestReload:
         driver.happens(booting, ONLINE, LISTENING)
         assert driver.roster.members[booting].current
 
+    def test_one_that_boots_where_nobody_serves_is_not_abandoned_either(self) -> None:
+        """Others serve, but not for long: reloads faster than a worker boots would leave nobody in the end."""
+        driver = running(2)
+        driver.happens(2, EXITED)
+        driver.at(driver.now + 1.0)
+        booting = max(driver.roster.members)
+        seen = [*driver.wants(generation=2), *driver.wants(generation=3), *driver.wants(generation=4)]
+        assert Drain(booting, False, True, True) not in seen
+        driver.happens(booting, ONLINE, LISTENING)
+        assert driver.roster.members[booting].current
+        # Nor does each reload leave one more that boots.
+        assert sum(member.current and member.slot == 1 for member in driver.roster.members.values()) <= 2
+
     def test_a_reload_of_a_cluster_that_has_not_come_up_starts_over(self) -> None:
         driver = Driver(Target(2))
         driver.reconcile()
