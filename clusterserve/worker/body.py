@@ -61,14 +61,16 @@ class Body(io.RawIOBase):
         return True
 
     async def _fetch(self) -> bytes:
-        async with self._turn:
-            while not self._arrived and not self._ended and not self._left:
-                await self._pull()
-            data = b"".join(self._arrived)
-            self._arrived.clear()
-            if not data and not self._ended:
-                raise ClientGoneError("the client has left in the middle of its request")
-            return data
+        # What `watch` has taken in is there for the taking: it may be waiting for what comes next, with the turn.
+        while not self._arrived and not self._ended and not self._left:
+            async with self._turn:
+                if not self._arrived and not self._ended and not self._left:
+                    await self._pull()
+        data = b"".join(self._arrived)
+        self._arrived.clear()
+        if not data and not self._ended:
+            raise ClientGoneError("the client has left in the middle of its request")
+        return data
 
     async def _pull(self) -> None:
         message = await self._receive()

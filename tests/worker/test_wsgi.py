@@ -390,6 +390,26 @@ async def test_a_body_is_read_while_the_response_is_written(loop: Loop) -> None:
     assert call.body == b"go:abcd"
 
 
+async def test_a_piece_that_came_before_it_was_asked_for_does_not_wait_for_the_next(loop: Loop) -> None:
+    go_on = threading.Event()
+
+    def app(environ: Any, start_response: Any) -> Any:
+        ok(start_response)
+        yield b"go:"
+        go_on.wait()
+        yield environ["wsgi.input"].read(3)
+
+    call = Call(app, "POST")
+    await until(lambda: call.body == b"go:", "it has begun")
+    call.says(b"abc", more=True)
+    await until(call.incoming.empty, "whoever looks after the client has taken it in")
+    await turns(5)
+    go_on.set()
+    await until(lambda: call.body == b"go:abc", "it answers")
+    call.says(b"")
+    await call.task
+
+
 async def test_a_large_body_that_nobody_reads_is_not_taken_in(loop: Loop) -> None:
     go_on = threading.Event()
 
