@@ -220,6 +220,8 @@ class Prepare:
     settings: dict[str, Any]
     #: As in `Boot`, and so are the descriptors.
     path: list[str]
+    #: What its forks' TLS sessions are made on, as `credentials.terms` has it; empty without TLS.
+    terms: str = ""
 
 
 @dataclass(frozen=True)
