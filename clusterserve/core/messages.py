@@ -133,6 +133,8 @@ class Beat:
     """A heartbeat: the worker's event loop turns.  `served` counts its requests since it started."""
 
     served: int
+    #: All the same it is of no use: its threads are stuck.
+    stuck: bool = False
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def serve(
     logger.addFilter(boot)
     server = uvicorn.Server(config)
     title = Title(settings, lambda: _load(server))
-    heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
+    heart = Heart(settings, link.send, lambda: server.server_state.total_requests, application.stuck)
     draining = Draining(server.server_state.tasks, member.worker.id, member.worker.slot)
     link.on_stopping = draining.stopping.set
     logger.addFilter(draining)

@@ -266,12 +266,13 @@ def test_a_reload_uses_what_is_there(serve: Serve, authority: Authority, tmp_pat
 
 def let_in(server: Server, context: ssl.SSLContext, session: ssl.SSLSession | None) -> ssl.SSLSession | None:
     """The session with which a request was served; None if its client was not let in."""
-    with contextlib.suppress(ssl.SSLError, ConnectionError, EOFError):
+    try:
         with Client(server.address, tls=context, session=session) as client:
             assert isinstance(client.socket, ssl.SSLSocket)
-            if client.ask("GET", "/", "Connection: close").status == 200:
-                return client.socket.session
-    return None
+            assert client.ask("GET", "/", "Connection: close").status == 200
+            return client.socket.session
+    except (ssl.SSLError, ConnectionError, EOFError):
+        return None
 
 
 @pytest.mark.parametrize("preload", [False, True], ids=["alone", "preload"])
