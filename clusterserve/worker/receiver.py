@@ -78,6 +78,10 @@ class Receiver:
         self.watch: Watch | None = None
         #: Whether a connection is worth keeping for its next request, now.
         self.keeps = False
+        #: Of the connections that are kept, how many have a request in progress.
+        self.running = self._shown = 0
+        #: Whether requests need a thread each, of which there are so many (`has_room`).
+        self.crowds = False
         #: Whether somebody wants to know how long connections have waited for this worker.
         self.timed = False
         self._may_keep = self._weighs = self._keeps_at_all = False
@@ -138,7 +142,7 @@ class Receiver:
 
     def employ(self, threads: Threads) -> None:
         """Requests are served in these threads from now on: what finds none free is left, unread, to other workers."""
-        self._threads = threads
+        self._threads, self.crowds = threads, True
         self.counters[3] = threads.places
         threads.on_begin, threads.on_end = self._occupied, self._vacated
 
@@ -284,7 +288,7 @@ class Receiver:
         data: bytes | None = None
         watch = None
         if server.client_speaks_first:
-            if not self.has_room():
+            if self.crowds and not self.has_room():
                 os.close(fd)
                 self._fresh[id] = FULL
                 return
@@ -382,6 +386,9 @@ class Receiver:
         """All of it was given to its protocols: the turn ends behind the tasks that these have created."""
         if self._weighed:
             self._stopwatch.stop()
+        if self.running != self._shown:
+            # Before any of them can hold the loop.
+            self._shown = self.counters[1] = self.running
         if not self._turning:
             self._turning = True
             self._requests += self._batch
@@ -426,6 +433,8 @@ class Receiver:
             self._stopwatch.spent, self._requests = 0.0, 0
         for transport in lazy:
             transport.settle()
+        if self.running != self._shown:
+            self._shown = self.counters[1] = self.running
         self._fresh = {}
         if fresh:
             held = int(each * 1e6)
