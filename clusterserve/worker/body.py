@@ -68,9 +68,9 @@ class Body(io.RawIOBase):
 
     async def _fetch(self) -> bytes:
         # What `watch` has taken in is there for the taking: it may be waiting for what comes next, with the turn.
-        while self._lacking():
+        while self._must_wait():
             async with self._turn:
-                if self._lacking():
+                if self._must_wait():
                     await self._pull()
         data = b"".join(self._arrived)
         self._arrived.clear()
@@ -79,7 +79,7 @@ class Body(io.RawIOBase):
             raise ClientGoneError("the client has left in the middle of its request")
         return data
 
-    def _lacking(self) -> bool:
+    def _must_wait(self) -> bool:
         return not self._arrived and not self._ended and not self._left
 
     async def _pull(self) -> None:

@@ -235,11 +235,9 @@ async def test_what_has_no_body_is_sent_none(loop: Loop, method: str, status: st
 )
 async def test_a_header_that_would_not_be_one_is_told_to_whoever_sets_it(loop: Loop, header: tuple[str, str]) -> None:
     def app(environ: Any, start_response: Any) -> Any:
-        try:
+        with pytest.raises(ValueError, match="a header cannot be sent: "):
             ok(start_response, header)
-        except ValueError as exc:
-            assert str(exc) == f"a header cannot be sent: {header[0]!r}: {header[1]!r}"
-            start_response("500 Sorry", [("X-Tab", "a\tb"), ("X-Latin", "\xe9")])
+        start_response("500 Sorry", [("X-Tab", "a\tb"), ("X-Latin", "\xe9")])
         return [b"told"]
 
     call = Call(app)
