@@ -40,9 +40,8 @@ class Threads:
         self.on_end: Callable[[float], None] = lambda seconds: None
         #: Of those, jobs that were given up.
         self.lost = 0
-        #: Grows with everything that shows that a thread gets on; whoever sees such a thing adds to it, on the loop.
-        self.signs = 0
-        self._seen = 0
+        # Grows with everything that shows that a thread gets on; and what it was when that was last asked.
+        self._signs = self._seen = 0
         self._started = 0
         self._jobs: queue.SimpleQueue[tuple[asyncio.AbstractEventLoop, Job]] = queue.SimpleQueue()
 
@@ -52,8 +51,9 @@ class Threads:
             # One that has ended its job counts as busy until the loop has heard of it: then there is one for this job.
             threading.Thread(target=self._work, name=f"wsgi-{self._started}", daemon=True).start()
             self._started += 1
+        # One that has to wait is no sign of anything.
+        self._signs += not self.busy
         self.busy += 1
-        self.signs += 1
         job = Job(run)
         self._jobs.put((loop, job))
         self.on_begin()
@@ -65,14 +65,18 @@ class Threads:
             job.lost = True
             self.lost += 1
 
+    def gets_on(self) -> None:
+        """Something has come of a thread; called on the loop."""
+        self._signs += 1
+
     def stuck(self) -> bool:
         """Asked now and then: whether nothing is to be expected of any thread, as it looks since the last time.
 
         That is so if nobody waits for what they do.  An only thread is also stuck when nothing comes of it: no request
         begins or ends, and nothing of a body or a response goes through.
         """
-        before, self._seen = self._seen, self.signs
-        if self.places == 1 and self.busy and self.signs == before:
+        before, self._seen = self._seen, self._signs
+        if self.places == 1 and self.busy and self._signs == before:
             return True
         return self.lost >= self.places
 
@@ -82,6 +86,8 @@ class Threads:
             began = perf_counter()
             job.run()
             took = perf_counter() - began
+            # It refers to the request, which has the job: a cycle, for the collector only to find.
+            del job.run
             # Behind the end of the loop nobody counts any more.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._ended, job, took)
@@ -90,7 +96,7 @@ class Threads:
 
     def _ended(self, job: Job, took: float) -> None:
         self.busy -= 1
-        self.signs += 1
+        self._signs += 1
         job.over = True
         if job.lost:
             self.lost -= 1

@@ -76,7 +76,7 @@ class _Exchange:
         self._threads = threads
         self._job: Job | None = None
         self._loop = asyncio.get_running_loop()
-        self._body = Body(self._loop, receive, self._gets_on)
+        self._body = Body(self._loop, receive, threads.gets_on)
         # From the thread to the loop, and how many bytes of it the client has not taken.
         self._parts: deque[dict[str, Any]] = deque()
         self._waiting = 0
@@ -108,7 +108,7 @@ class _Exchange:
                 while self._parts:
                     part = self._parts.popleft()
                     await self._send(part)
-                    self._gets_on()
+                    self._threads.gets_on()
                     if part.get("more_body"):
                         self._taken(len(part["body"]))
                         if watch is None:
@@ -146,9 +146,6 @@ class _Exchange:
         # Work behind a complete response is nobody's request any more, and no fault.
         if self._job is not None and not self._ended and not self._complete:
             self._threads.give_up(self._job)
-
-    def _gets_on(self) -> None:
-        self._threads.signs += 1
 
     # -- in the thread --------------------------------------------------------------------------------------------
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -497,6 +499,10 @@ async def test_an_only_thread_of_which_nothing_comes_is_stuck(loop: Loop) -> Non
     await until(lambda: threads.busy == 1, "it runs")
     assert not threads.stuck()
     assert threads.stuck()
+    # Who waits for it is no sign of life.
+    waiting = Call(lambda environ, start_response: (ok(start_response), [b""])[1], threads=threads)
+    await until(lambda: threads.busy == 2, "another waits")
+    assert threads.stuck()
     call.says(b"x")
     # A piece of the body.
     await until(lambda: not threads.stuck(), "something has come of it")
@@ -507,6 +513,7 @@ async def test_an_only_thread_of_which_nothing_comes_is_stuck(loop: Loop) -> Non
     await until(threads.stuck, "nothing again")
     go_on.set()
     await call.task
+    await waiting.task
     await until(lambda: threads.busy == 0, "it is done")
     # Nobody wants anything of it.
     assert not any(threads.stuck() for _ in range(3))
@@ -555,6 +562,36 @@ async def test_work_behind_a_complete_response_is_no_thread_lost(loop: Loop) -> 
     assert call.threads.lost == 0
     gate.set()
     await call.task
+
+
+async def test_nothing_of_a_request_is_left_to_the_collector(loop: Loop) -> None:
+    """What it had may be large, and the collector comes by rarely."""
+
+    class Large:
+        pass
+
+    left: list[weakref.ref[Large]] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        environ["large"] = large = Large()
+        left.append(weakref.ref(large))
+        environ["wsgi.input"].read()
+        ok(start_response)
+        return [b"done"]
+
+    threads = Threads(1)
+    gc.disable()
+    try:
+        for _ in range(3):
+            call = Call(app, "POST", threads)
+            call.says(b"abc")
+            await call.task
+            await until(lambda: threads.busy == 0, "its thread is free")
+        del call
+        await turns(3)
+        assert [each() for each in left] == [None] * 3
+    finally:
+        gc.enable()
 
 
 async def test_no_more_threads_than_there_are_places(loop: Loop) -> None:
