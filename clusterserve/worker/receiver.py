@@ -104,9 +104,11 @@ class Receiver:
         self._open = self._weighed = False
         self._turning = False
         self._later_batch = self._postponed = False
-        # Under which number those are kept of which the master is about to hear, and who is armed then.
+        # Under which number those are kept of which the master is about to hear, and who is armed then: with the
+        # answers of this turn, or with those outside of a turn.
         self._handles: dict[int, int] = {}
         self._unarmed: list[LazyTransport] = []
+        self._untold: list[LazyTransport] = []
         # Those that are acknowledged when their protocol has its connection.
         self._making: set[int] = set()
         # Those whose TLS handshake is not done.
@@ -506,14 +508,16 @@ class Receiver:
     def tell_kept(self, id: int, fd: int, transport: LazyTransport) -> None:
         """Tell the master that it is kept; it is armed when that is said."""
         self._handles[id] = fd
-        self._unarmed.append(transport)
         if id in self._fresh:
             self._fresh[id] |= _KEPT
+            self._unarmed.append(transport)
         else:
             self._later(id, _KEPT)
+            self._untold.append(transport)
 
     def _arm(self) -> None:
-        """What the master was told of, it may claim."""
+        """What the master was told of, it may claim.  Nothing else: it would claim a number that says nothing to it, and
+        nobody would arm that again."""
         if not self._blocked:
             unarmed, self._unarmed = self._unarmed, []
             for transport in unarmed:
@@ -529,7 +533,9 @@ class Receiver:
         self._scheduled = False
         answers, self._answers = self._answers, {}
         self._send([self._pack(kind, id) for id, kind in answers.items()])
-        if self._unarmed:
+        if self._untold:
+            self._unarmed += self._untold
+            self._untold = []
             self._arm()
 
     def _send(self, records: list[bytes]) -> None:

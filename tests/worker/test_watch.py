@@ -12,6 +12,7 @@ import pytest
 
 from clusterserve.channel.board import IDLE, READING, RESPONDING
 from clusterserve.core.records import Flag, Kind
+from clusterserve.worker.watch import Watch
 from tests.helpers.loops import turns, until
 from tests.worker.harness import Handed, Master, Recorder, Recorders, phase, reaches, was_real
 
@@ -187,6 +188,45 @@ class TestShared:
         assert len(shared.poll(0)) == 1
         master.end.note(Flag.REARM, [handed.id])
         assert await handed.reads(4) == b"TWO."
+
+    async def test_what_the_master_has_not_heard_of_it_cannot_claim(
+        self, loop: Loop, master: Master, recorders: Recorders, shared: select.epoll, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """1. One waits for its application.  2. In the turn in which another begins and ends, it is answered too.
+
+        Result: it can be claimed once KEPT was said, and not with the answers of that turn, which do not say it.
+        """
+        early = []
+        keep = Watch.keep
+
+        def kept(self: Watch, fd: int, transport: Any, known: bool) -> None:
+            while master.read():
+                pass
+            early.extend([transport] if not any(kind & Kind.KEPT for kind in transport.handed.answers) else [])
+            keep(self, fd, transport, known)
+
+        def question(protocol: Recorder, data: bytes) -> None:
+            protocol.transport.handed = master.connections[len(recorders.all)]
+            answer(protocol, data)
+            if data == b"short.":
+                recorders.all[0].transport.write(b"LATE.")
+                recorders.all[0].transport.rest()
+
+        monkeypatch.setattr(Watch, "keep", kept)
+        master.serve(recorders.on(data=question))
+        late = master.hand(b"long")
+        await master.answered(late)
+        short = master.hand(b"short.")
+        assert await short.reads(6) == b"SHORT."
+        assert await late.reads(5) == b"LATE."
+        await until(lambda: late.answers == [Kind.ACK, Kind.KEPT], "it is kept")
+        await reaches(recorders.all[0].transport, "KEPT")
+        await turns(3)
+        assert early == []
+        # And both are armed.
+        late.arrive(b"x")
+        short.arrive(b"x")
+        assert len(shared.poll(0)) == 2
 
     async def test_no_room_for_its_entry(
         self, loop: Loop, master: Master, recorders: Recorders, shared: select.epoll
