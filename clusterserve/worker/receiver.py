@@ -516,8 +516,10 @@ class Receiver:
             self._untold.append(transport)
 
     def _arm(self) -> None:
-        """What the master was told of, it may claim.  Nothing else: it would claim a number that says nothing to it, and
-        nobody would arm that again."""
+        """What the master was told of, it may claim.
+
+        Nothing else: it would claim a number that says nothing to it, and nobody would arm that again.
+        """
         if not self._blocked:
             unarmed, self._unarmed = self._unarmed, []
             for transport in unarmed:
