@@ -39,6 +39,7 @@ from tests.helpers.server import Server
 from tests.helpers.waiting import eventually
 
 APP = "tests.helpers.apps.chaos:app"
+WSGI_APP = "tests.helpers.apps.chaos_wsgi:app"
 #: What the server is started with: workers that are killed all the time are to be replaced at once all the same.
 OPTIONS = ("--restart-backoff", "0.05", "--restart-backoff-max", "0.2", "--no-access-log")
 BOUND = 20.0
@@ -104,10 +105,13 @@ class Chaos:
         self._over = False
         self._kills: list[float] = []
         self._asked = 0
+        self._others = 0
 
     def run(self) -> Report:
         before = self._at_rest()
         workers = len(self._server.workers)
+        # A template is the master's child too.
+        self._others = len(before) - 1 - workers
         self._began = time.monotonic()
         asyncio.run(self._clients_and_events())
         self._scale_back(workers)
@@ -237,7 +241,7 @@ class Chaos:
 
     def _settled(self, count: int) -> bool:
         # A worker that is to go, or has yet to listen, is a child as well.
-        return len(self._server.workers) == count == len(proc.children(self._server.pid))
+        return len(self._server.workers) == count == len(proc.children(self._server.pid)) - self._others
 
     def _at_rest(self) -> list[dict[str, int]]:
         """What each process holds when every worker has served and nobody is connected."""
