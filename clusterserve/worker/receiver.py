@@ -14,8 +14,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
-from resource import RUSAGE_THREAD, getrusage, struct_rusage
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from .. import faults
@@ -25,18 +24,13 @@ from ..core.cost import Cost
 from ..core.records import FREE, FULL, IPV4, IPV6, PROXIED, Flag, Kind, pack_answer, unpack_offers
 from ..errors import ProtocolError
 from .lazy import CHUNK, LazyTransport
+from .stopwatch import Stopwatch
 from .threads import Threads
 from .transport import HandedTransport, Told
 from .watch import Watch
 
 if TYPE_CHECKING:
     from .server import Entrance
-
-#: A turn shorter than this (seconds) is taken at its word: asking the kernel is not worth it.
-_DOUBTFUL: Final = 0.0005
-
-#: For so many turns after a longer one the kernel is asked.
-EXACT: Final = 256
 
 _ACK: Final = int(Kind.ACK)
 _CLOSED: Final = int(Kind.CLOSED)
@@ -93,12 +87,10 @@ class Receiver:
         self._end = end
         self._refuses = not faults.on("lost-refusals")
         self._on_lost = on_lost
-        self._began = 0.0
-        self._spent = 0.0
-        self._usage: struct_rusage | None = None
-        self._exact = EXACT
-        # Of this turn: how many requests began, the lazy transports to settle, and the answers so far.
-        self._requests = 0
+        # How many requests have held the loop for as long as the stopwatch says, and how many the batch being read has.
+        self._stopwatch = Stopwatch()
+        self._requests = self._batch = 0
+        # Of this turn: the lazy transports to settle, and the answers so far.
         self._lazy: list[LazyTransport] = []
         self._fresh: dict[int, int] = {}
         self._open = self._weighed = False
@@ -269,7 +261,7 @@ class Receiver:
             elif family:
                 peername = _told(family, client, port)
             self._take(server, id, fds[number], peername, min(place, self._board.places), queued)
-            self._requests += 1
+            self._batch += 1
         self.end_batch()
         return True
 
@@ -374,37 +366,39 @@ class Receiver:
     # -- turns ----------------------------------------------------------------------------------------------------
 
     def begin_turn(self, requests: int = 0, *, weighed: bool = False) -> None:
-        """Something was read, or is about to be; so many requests, of those that are kept, begin with it.
+        """A batch was read, or is about to be; so many requests, of those that are kept, begin with it.
 
-        `weighed`: it matters how long this turn holds the loop.
+        `weighed`: it matters how long this batch holds the loop.
         """
-        self._requests += requests
         if not self._open:
             self._open = True
             self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
-        if weighed and not self._weighed:
+        if weighed:
             self._weighed = True
-            if self._exact:
-                self._exact -= 1
-            # In front of the tasks that are about to be created, as `_turned` is behind them: what else the loop has to
-            # run in this turn is nobody's cost.
-            self._begins()
-            self.loop.call_soon(self._begins)
-
-    def _begins(self) -> None:
-        # A system call, a twentieth of a cheap request: only as long as some turn has been doubtful lately.
-        self._usage = getrusage(RUSAGE_THREAD) if self._exact else None
-        self._began = perf_counter()
+            self._batch = requests
+            # In front of the tasks that are about to be created: what else the loop has to run is nobody's cost.
+            self._stopwatch.start()
+            self.loop.call_soon(self._stopwatch.start)
 
     def end_batch(self) -> None:
         """All of it was given to its protocols: the turn ends behind the tasks that these have created."""
-        if self._turning:
+        if self._weighed:
+            self._stopwatch.stop()
+        if not self._turning:
+            self._turning = True
+            self._requests += self._batch
+            self.loop.call_soon(self._turned)
+        else:
             # It would end in front of them.
             self._later_batch = True
-        else:
-            self._turning = True
-            self._spent = self._span() if self._weighed else 0.0
-            self.loop.call_soon(self._turned)
+            if self._weighed:
+                self.loop.call_soon(self._batch_done, self._batch)
+        self._weighed = False
+        self._batch = 0
+
+    def _batch_done(self, requests: int) -> None:
+        self._stopwatch.stop()
+        self._requests += requests
 
     def settle_later(self, transport: LazyTransport) -> None:
         """Something has happened to a transport that waits in the watch; settle it when this turn ends."""
@@ -416,27 +410,28 @@ class Receiver:
 
     def _turned(self) -> None:
         """The loop has turned: settle the lazy transports, acknowledge everything of this turn."""
+        self._stopwatch.stop()
         if self._later_batch and not self._postponed:
             # Once: what is read in every turn of the loop must not keep this one from ending.
             self._postponed, self._later_batch = True, False
-            # What runs in front of the second batch is nobody's cost, and cannot be told from the first.
-            self._requests = 0
             self.loop.call_soon(self._turned)
             return
-        self._open = self._weighed = self._turning = self._postponed = self._later_batch = False
+        self._open = self._turning = self._postponed = self._later_batch = False
         lazy, self._lazy = self._lazy, []
-        requests, self._requests = self._requests, 0
         fresh = self._fresh
-        held = self._spent + self._span() if requests else 0.0
         self._begun = 0
-        if requests and self._weighs and self.watch is not None and self._threads is None:
-            self._weigh(self.watch, held, requests)
+        each = 0.0
+        if self._requests:
+            each = self._stopwatch.spent / self._requests
+            if self._weighs and self.watch is not None and self._threads is None:
+                self._weigh(self.watch, self._stopwatch.spent, self._requests)
+            self._stopwatch.spent, self._requests = 0.0, 0
         for transport in lazy:
             transport.settle()
         self._fresh = {}
         if fresh:
-            each = int(held * 1e6) // max(requests, 1)
-            self._send([self._pack(kind, id, each) for id, kind in fresh.items()])
+            held = int(each * 1e6)
+            self._send([self._pack(kind, id, held) for id, kind in fresh.items()])
             if self._unarmed:
                 self._arm()
         self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
@@ -450,24 +445,6 @@ class Receiver:
 
     def _pack(self, kind: int, id: int, held: int = 0) -> bytes:
         return pack_answer(kind, id, held, self._handles.pop(id) if kind & _KEPT else 0)
-
-    def _span(self) -> float:
-        """How long since `_begins` (seconds), less what other processes had of the processor meanwhile.
-
-        A handler that sleeps or waits gives up the processor of its own will, and its time counts in full.
-        """
-        took = perf_counter() - self._began
-        if took < _DOUBTFUL:
-            return took
-        self._exact = EXACT
-        before = self._usage
-        if before is None:
-            # Out of the blue: whether it worked or waited is known of the next ones.
-            return _DOUBTFUL
-        usage = getrusage(RUSAGE_THREAD)
-        if usage.ru_nvcsw != before.ru_nvcsw:
-            return took
-        return usage.ru_utime + usage.ru_stime - before.ru_utime - before.ru_stime
 
     def made(self, id: int) -> None:
         """A connection has its protocol: if its client need not speak first, acknowledged one turn later."""

@@ -458,6 +458,25 @@ class TestHeld:
         assert helds[0] >= 10_000
         assert sum(helds) >= 40_000
 
+    async def test_what_others_compute_meanwhile_does_not_count(
+        self, loop: Loop, master: Master, recorders: Recorders
+    ) -> None:
+        """Three batches in one turn, and between them something that holds the loop and is no request of theirs."""
+        master.serve(recorders.on(data=respond))
+        second, third = (master.connection() for _ in range(2))
+        for handed in (second, third):
+            handed.arrive(b"question")
+        # Some response has ended: the turn begins with what is nobody's request.
+        master.receiver.begin_turn()
+        master.receiver.end_batch()
+        master.offer(second)
+        master.receiver._readable()
+        loop.call_soon(time.sleep, 0.03)
+        # Found when the loop next looks, which is behind all that.
+        master.offer(third)
+        await master.answered(second, third)
+        assert sum(answer.held for answers in master.messages for answer in answers) < 15_000
+
     async def test_later_answers_carry_none(self, loop: Loop, master: Master, recorders: Recorders) -> None:
         master.serve(recorders)
         handed = master.hand(b"question")
