@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from .. import faults
-from ..channel.board import READING, Board
+from ..channel.board import IDLE, READING, UNTOUCHED, Board
 from ..channel.connection import MAX_ANSWERS, WorkerEnd
 from ..core.cost import Cost
 from ..core.records import FREE, FULL, IPV4, IPV6, PROXIED, Flag, Kind, pack_answer, unpack_offers
@@ -303,11 +303,14 @@ class Receiver:
                 data = b""
             if data is None and watch is not None:
                 # Nobody has said a word yet: the master can wait for that without costing a worker anything.
+                self.marks[place] = UNTOUCHED
                 os.close(fd)
                 self._fresh[id] = _ACK | _SILENT
                 return
             if data == b"":
-                # It left before it said anything: no protocol needs to hear of it.
+                # It left before it said anything: no protocol needs to hear of it.  Nor does it need to hear of us, should
+                # this worker die before that is told: it has asked nothing that is owed a 502.
+                self.marks[place] = IDLE
                 os.close(fd)
                 self._fresh[id] = _ACK | _CLOSED
                 return
@@ -434,6 +437,10 @@ class Receiver:
             self._send([self._pack(kind, id, held) for id, kind in fresh.items()])
             if self._unarmed:
                 self._arm()
+        if self._answers:
+            # What was settled in this turn and is older: what the loop runs before `_flush` may hold it for long, and
+            # the next request of a connection that is given back by then.
+            self._tell(due=False)
         self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
 
     def _weigh(self, watch: Watch, held: float, requests: int) -> None:
@@ -510,7 +517,14 @@ class Receiver:
 
     def _flush(self) -> None:
         self._scheduled = False
+        self._tell(due=True)
+
+    def _tell(self, *, due: bool) -> None:
+        """Send what is to be answered outside of a turn; an acknowledgement alone only when it is `due`."""
         answers, self._answers = self._answers, {}
+        if not due:
+            self._answers = {id: kind for id, kind in answers.items() if kind == _ACK}
+            answers = {id: kind for id, kind in answers.items() if kind != _ACK}
         self._send([self._pack(kind, id) for id, kind in answers.items()])
         if self._untold:
             self._unarmed += self._untold
