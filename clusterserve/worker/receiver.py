@@ -308,8 +308,8 @@ class Receiver:
                 self._fresh[id] = _ACK | _SILENT
                 return
             if data == b"":
-                # It left before it said anything: no protocol needs to hear of it.  Nor does it need to hear of us, should
-                # this worker die before that is told: it has asked nothing that is owed a 502.
+                # It left before it said anything: no protocol needs to hear of it.  Nor does it need to hear of us,
+                # should this worker die before that is told: it has asked nothing that is owed a 502.
                 self.marks[place] = IDLE
                 os.close(fd)
                 self._fresh[id] = _ACK | _CLOSED
