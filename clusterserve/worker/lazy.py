@@ -195,13 +195,13 @@ class LazyTransport(asyncio.Transport):
         if self._known:
             if self._running:
                 self._running = False
-                self._receiver.counters[1] -= 1
+                self._receiver.running -= 1
             self.arm_kept()
         else:
             # Armed when the master has been told: it must know what it may claim.
             self._known = True
             self._receiver.keep(self._id, self)
-            self._receiver.tell_kept(self._id, self._fd, self)
+            self._receiver.answers.kept(self._id, self._fd, self)
 
     def arm_kept(self) -> None:
         """The master has been told, or may have disarmed it by mistake."""
@@ -219,14 +219,16 @@ class LazyTransport(asyncio.Transport):
         if self._phase is not KEPT:
             # It is on its way back to the master, and the request with it: reading it now would lose it.
             return
-        if not self._receiver.has_room():
+        receiver = self._receiver
+        if receiver.crowds and not receiver.has_room():
             self.give_back()
             return
         self._running = True
         self._old = False
-        self._receiver.counters[1] += 1
-        self._receiver.marks[self._place] = READING
-        self._wake()
+        receiver.running += 1
+        receiver.marks[self._place] = READING
+        self._phase = LAZY
+        receiver.settle_later(self)
         self._read()
 
     def readable(self) -> None:
@@ -239,7 +241,7 @@ class LazyTransport(asyncio.Transport):
         if self._phase is BUSY:
             if self._reading:
                 if self._resting:
-                    if not self._receiver.has_room():
+                    if self._receiver.crowds and not self._receiver.has_room():
                         # Somebody else may have a free thread, or will have one first.
                         self.give_back()
                         return
@@ -294,7 +296,8 @@ class LazyTransport(asyncio.Transport):
                 self.give_back()
         else:
             self._resting = True
-            self._wake()
+            if self._phase is not LAZY:
+                self._wake()
             if self._pieces and not self._abort:
                 # The client need not wait for what else the loop has to run before this turn ends.
                 self._flush()
@@ -341,7 +344,7 @@ class LazyTransport(asyncio.Transport):
             self._in_kept = self._in_busy = self._armed = False
         if self._running:
             self._running = False
-            self._receiver.counters[1] -= 1
+            self._receiver.running -= 1
 
     def _flush(self) -> None:
         """Write what the kernel takes now."""

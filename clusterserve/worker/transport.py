@@ -41,6 +41,11 @@ class HandedTransport(LazyTransport):
         """Whether nobody else could do anything for it, so that it is not given back: TLS, another protocol."""
         return self._tls or self._upgraded
 
+    def serves(self, protocol: asyncio.BaseProtocol) -> bool:
+        """Whether it is open, `protocol`'s, and not ours alone: in one call, as it is asked after every response."""
+        closing = self._closing if self._real is None else self.is_closing()
+        return self._protocol is protocol and not closing and not self._tls and not self._upgraded
+
     def handed_over(self, queued: int, now: float, turn: int) -> None:
         """Note when the master had it ready (see `core.records.waited`), and in which turn of the receiver it came."""
         self._handed: tuple[int, float, int] | None = (queued, now, turn)
