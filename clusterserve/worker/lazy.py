@@ -201,7 +201,7 @@ class LazyTransport(asyncio.Transport):
             # Armed when the master has been told: it must know what it may claim.
             self._known = True
             self._receiver.keep(self._id, self)
-            self._receiver.tell_kept(self._id, self._fd, self)
+            self._receiver.answers.kept(self._id, self._fd, self)
 
     def arm_kept(self) -> None:
         """The master has been told, or may have disarmed it by mistake."""
