@@ -163,6 +163,19 @@ class TestCrash:
             play.now += delay
             assert play.asked() == [StartTemplate(1)]
 
+    @given(st.integers(1, 6), st.floats(0.0, 0.9))
+    def test_whoever_orders_a_change_does_not_wait_for_what_failed_before(self, failures: int, later: float) -> None:
+        play = running()
+        play.gone(1)
+        for id in range(2, 2 + failures):
+            play.now += LIMITS.backoff_max
+            play.asked()
+            assert play.gone(id) == []
+        play.now += later
+        assert play.asked() == []
+        play.roster.forgiven(play.now)
+        assert play.asked() == [StartTemplate(1)]
+
     def test_whoever_waits_for_a_worker_is_told(self) -> None:
         play = running()
         play.gone(1)

@@ -384,10 +384,19 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _kinds(pid: int) -> dict[str, int]:
-    """Descriptors by kind.  libuv opens /dev/null with its first stream, and keeps it."""
+    """Descriptors by kind.
+
+    libuv opens /dev/null with its first stream, and keeps it; the master looks at a worker in /proc when that is late
+    for the first time, and lets go when it is dead.
+    """
     try:
         links = proc.descriptors(pid).values()
     except (FileNotFoundError, ProcessLookupError):
         return {}
-    kinds = Counter(re.sub(r":\[\d+\]$", "", link) for link in links if link != "/dev/null")
+    kinds = Counter(re.sub(r":\[\d+\]$", "", link) for link in links if link != "/dev/null" and not _of_living(link))
     return dict(sorted(kinds.items()))
+
+
+def _of_living(link: str) -> bool:
+    found = re.match(r"/proc/(\d+)/", link)
+    return found is not None and proc.alive(int(found[1]))
