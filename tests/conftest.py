@@ -17,6 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # `examples` and `tests.helpers` are found here whatever directory the tests are started from.
 sys.path.insert(0, str(ROOT))
+# pytest keeps what it makes of each test module, wherever that can be written: two thirds of the collecting, and every
+# process of xdist collects.
+sys.dont_write_bytecode = False
 pytest.register_assert_rewrite("tests.helpers")
 
 from tests.helpers import everybody  # noqa: E402
