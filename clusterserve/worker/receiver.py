@@ -1,4 +1,4 @@
-"""The worker's end of the hot path: offers in, answers out, one message a turn of the loop.
+"""The worker's end of the hot path: offers in, turns of the loop, answers out at the end of each.
 
 Reading one message at a time is what makes recall work: whatever holds the loop, the offers behind it still lie in the
 socket, where the master can take them back.  The acknowledgement goes out when the loop has turned once after the first
@@ -18,11 +18,12 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from .. import faults
-from ..channel.board import READING, Board
-from ..channel.connection import MAX_ANSWERS, WorkerEnd
+from ..channel.board import IDLE, READING, UNTOUCHED, Board
+from ..channel.connection import WorkerEnd
 from ..core.cost import Cost
-from ..core.records import FREE, FULL, IPV4, IPV6, PROXIED, Flag, Kind, pack_answer, unpack_offers
+from ..core.records import FREE, FULL, IPV4, IPV6, PROXIED, Flag, unpack_offers
 from ..errors import ProtocolError
+from .answers import ACK, CLOSED, REFUSED, RETURNED, SILENT, TAKEN, Answers
 from .lazy import CHUNK, LazyTransport
 from .stopwatch import Stopwatch
 from .threads import Threads
@@ -32,14 +33,6 @@ from .watch import Watch
 if TYPE_CHECKING:
     from .server import Entrance
 
-_ACK: Final = int(Kind.ACK)
-_CLOSED: Final = int(Kind.CLOSED)
-_RETURNED: Final = int(Kind.RETURNED)
-_REFUSED: Final = int(Kind.REFUSED)
-_KEPT: Final = int(Kind.KEPT)
-_TAKEN: Final = int(Kind.TAKEN)
-_DROPPED: Final = int(Kind.DROPPED)
-_SILENT: Final = int(Kind.SILENT)
 _LOST: Final = int(Flag.LOST)
 
 #: How often idle connections are looked for, and how long one stays at least (seconds).
@@ -71,6 +64,7 @@ class Receiver:
         self.servers: dict[int, Entrance] = {}
         #: Connections that outlive their first turn, for `cut`.
         self.kept: dict[int, LazyTransport] = {}
+        self.answers = Answers(loop, end)
         #: What the master sees without a message: see `channel.board`.
         self.marks = board.marks
         self.counters = board.counters
@@ -94,24 +88,14 @@ class Receiver:
         # How many requests have held the loop for as long as the stopwatch says, and how many the batch being read has.
         self._stopwatch = Stopwatch()
         self._requests = self._batch = 0
-        # Of this turn: the lazy transports to settle, and the answers so far.
+        # Of this turn: the lazy transports to settle.
         self._lazy: list[LazyTransport] = []
-        self._fresh: dict[int, int] = {}
         self._open = self._weighed = False
         self._turning = False
         self._later_batch = self._postponed = False
-        # Under which number those are kept of which the master is about to hear, and who is armed then.
-        self._handles: dict[int, int] = {}
-        self._unarmed: list[LazyTransport] = []
-        # Those that are acknowledged when their protocol has its connection.
-        self._making: set[int] = set()
         # Those whose TLS handshake is not done.
         self._handshakes: set[int] = set()
         self._shaken: asyncio.Event | None = None
-        # Answers outside of a turn, and whether their sending is scheduled.
-        self._answers: dict[int, int] = {}
-        self._scheduled = False
-        self._blocked: list[bytes] = []
         self._on_idle: Callable[[], None] | None = None
         # Where requests are served in threads: those of this turn that will need one.
         self._threads: Threads | None = None
@@ -178,7 +162,7 @@ class Receiver:
         assert self._threads is not None
         self.counters[2] = self._threads.busy
         if self._threads.busy == self._threads.places - 1:
-            self._later(0, FREE)
+            self.answers.say(0, FREE)
         self._crowded = self._crowded and self._threads.busy * 2 >= self._threads.places
         self.keeps = self._keeps_at_all
         if self._weighs and self.watch is not None:
@@ -251,7 +235,7 @@ class Receiver:
             if server is None or number >= arrived:
                 # No such server (any more), or the descriptor was lost at our limit: somebody else's, please.
                 if self._refuses:
-                    self._fresh[id] = _REFUSED
+                    self.answers.fresh[id] = REFUSED
                 if number < arrived:
                     os.close(fds[number])
                 continue
@@ -275,9 +259,9 @@ class Receiver:
                 transport.arm_kept()
             return
         # What was said of it before the news goes first: the master hears nothing of it until it hears DROPPED.
-        self._flush()
+        self.answers.flush()
         if transport is None:
-            self._send([pack_answer(_DROPPED, id)])
+            self.answers.dropped(id)
         else:
             transport.lost()
 
@@ -290,10 +274,10 @@ class Receiver:
         if server.client_speaks_first:
             if self.crowds and not self.has_room():
                 os.close(fd)
-                self._fresh[id] = FULL
+                self.answers.fresh[id] = FULL
                 return
             watch = self.watch
-            self._fresh[id] = _ACK
+            self.answers.fresh[id] = ACK
             # Before it is read: whoever died in between has read it for all the master knows.
             self.marks[place] = READING
             try:
@@ -305,26 +289,29 @@ class Receiver:
                 data = b""
             if data is None and watch is not None:
                 # Nobody has said a word yet: the master can wait for that without costing a worker anything.
+                self.marks[place] = UNTOUCHED
                 os.close(fd)
-                self._fresh[id] = _ACK | _SILENT
+                self.answers.fresh[id] = ACK | SILENT
                 return
             if data == b"":
-                # It left before it said anything: no protocol needs to hear of it.
+                # It left before it said anything: no protocol needs to hear of it.  Nor does it need to hear of us,
+                # should this worker die before that is told: it has asked nothing that is owed a 502.
+                self.marks[place] = IDLE
                 os.close(fd)
-                self._fresh[id] = _ACK | _CLOSED
+                self.answers.fresh[id] = ACK | CLOSED
                 return
             if server.ssl:
                 data = None
         elif server.most is not None and len(self.kept) >= server.most:
             server.drops += 1
             os.close(fd)
-            self._fresh[id] = _ACK | _CLOSED
+            self.answers.fresh[id] = ACK | CLOSED
             return
         elif server.ssl:
             # A client that dribbles its handshake must not hold the acknowledgement.
-            self._fresh[id] = _ACK
+            self.answers.fresh[id] = ACK
         else:
-            self._making.add(id)
+            self.answers.making.add(id)
         try:
             transport = HandedTransport(
                 self, id, fd, server.protocol_factory(), peername, server.sockname, place, watch
@@ -332,8 +319,8 @@ class Receiver:
         except Exception as exc:  # noqa: BLE001 - the user's factory; as a loop does, and this client alone pays
             self.fault(exc, "protocol factory")
             os.close(fd)
-            self._making.discard(id)
-            self._fresh[id] = _ACK | _CLOSED
+            self.answers.making.discard(id)
+            self.answers.fresh[id] = ACK | CLOSED
             return
         if self.timed:
             transport.handed_over(queued, monotonic(), self.counters[0])
@@ -423,7 +410,6 @@ class Receiver:
             return
         self._open = self._turning = self._postponed = self._later_batch = False
         lazy, self._lazy = self._lazy, []
-        fresh = self._fresh
         self._begun = 0
         each = 0.0
         if self._requests:
@@ -435,12 +421,8 @@ class Receiver:
             transport.settle()
         if self.running != self._shown:
             self._shown = self.counters[1] = self.running
-        self._fresh = {}
-        if fresh:
-            held = int(each * 1e6)
-            self._send([self._pack(kind, id, held) for id, kind in fresh.items()])
-            if self._unarmed:
-                self._arm()
+        if self.answers.fresh or self.answers.soon:
+            self.answers.turned(int(each * 1e6))
         self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
 
     def _weigh(self, watch: Watch, held: float, requests: int) -> None:
@@ -448,18 +430,12 @@ class Receiver:
         self.keeps = self._may_keep and self._cost.cheap and len(watch) < self._most_kept
         watch.claims = self._cost.batch
 
-    # -- answers out ----------------------------------------------------------------------------------------------
-
-    def _pack(self, kind: int, id: int, held: int = 0) -> bytes:
-        return pack_answer(kind, id, held, self._handles.pop(id) if kind & _KEPT else 0)
+    # -- what becomes of them -------------------------------------------------------------------------------------
 
     def made(self, id: int) -> None:
-        """A connection has its protocol: if its client need not speak first, acknowledged one turn later."""
+        """A connection has its protocol."""
         self._shook(id)
-        if id in self._making:
-            self._making.remove(id)
-            # Not at once: `_flush` may be scheduled already, in front of the tasks that this protocol will create.
-            self.loop.call_soon(self._later, id, _ACK)
+        self.answers.made(id)
 
     def ended(self, id: int, *, returned: bool = False) -> None:
         """Our descriptor of a connection is closed: the connection is over, or `returned` to the master."""
@@ -467,74 +443,16 @@ class Receiver:
         self._shook(id)
         if self._on_idle is not None and not self.kept:
             self._on_idle()
-        kind = _RETURNED if returned else _CLOSED
-        if id in self._fresh:
-            self._fresh[id] = self._fresh[id] & ~_TAKEN | kind
-        else:
-            self._making.discard(id)
-            if self._answers.get(id) == _TAKEN:
-                # Taken for a moment, of which the master has not heard.
-                del self._answers[id]
-            self._later(id, kind)
+        self.answers.ended(id, RETURNED if returned else CLOSED)
 
     def taken(self, id: int) -> None:
         """A connection is ours alone from now on: it is HTTP no more, and nobody else can do anything for it."""
-        if id in self._fresh:
-            self._fresh[id] |= _TAKEN
-        else:
-            self._later(id, _TAKEN)
+        self.answers.add(id, TAKEN)
 
     def dropped(self, id: int) -> None:
         """Our copy of a connection that the master has taken back is closed."""
         self.kept.pop(id, None)
-        self._send([pack_answer(_DROPPED, id)])
-
-    def tell_kept(self, id: int, fd: int, transport: LazyTransport) -> None:
-        """Tell the master that it is kept; it is armed when that is said."""
-        self._handles[id] = fd
-        self._unarmed.append(transport)
-        if id in self._fresh:
-            self._fresh[id] |= _KEPT
-        else:
-            self._later(id, _KEPT)
-
-    def _arm(self) -> None:
-        """What the master was told of, it may claim."""
-        if not self._blocked:
-            unarmed, self._unarmed = self._unarmed, []
-            for transport in unarmed:
-                transport.arm_kept()
-
-    def _later(self, id: int, kind: int) -> None:
-        self._answers[id] = self._answers.get(id, 0) | kind
-        if not self._scheduled:
-            self._scheduled = True
-            self.loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._scheduled = False
-        answers, self._answers = self._answers, {}
-        self._send([self._pack(kind, id) for id, kind in answers.items()])
-        if self._unarmed:
-            self._arm()
-
-    def _send(self, records: list[bytes]) -> None:
-        if self._blocked:
-            self._blocked += records
-            return
-        for start in range(0, len(records), MAX_ANSWERS):
-            if not self._end.answer(b"".join(records[start : start + MAX_ANSWERS])):
-                # The master does not read: it is stopped, or dead.  Answers wait, nothing else does.
-                self._blocked = records[start:]
-                self.loop.add_writer(self._end.fileno(), self._unblock)
-                return
-
-    def _unblock(self) -> None:
-        while self._blocked and self._end.answer(b"".join(self._blocked[:MAX_ANSWERS])):
-            del self._blocked[:MAX_ANSWERS]
-        if not self._blocked:
-            self.loop.remove_writer(self._end.fileno())
-            self._arm()
+        self.answers.dropped(id)
 
     def abandon(self) -> None:
         """The loop is about to be closed, its servers are: refuse what was offered, and be done with what it holds.
@@ -547,9 +465,9 @@ class Receiver:
         for id, transport in tuple(self.kept.items()):
             transport.abort()
             self.ended(id)
-        self._flush()
+        self.answers.flush()
         self.loop.remove_reader(self._end.fileno())
-        self.loop.remove_writer(self._end.fileno())
+        self.answers.close()
 
     # -- the ones that stay ---------------------------------------------------------------------------------------
 
@@ -565,7 +483,7 @@ class Receiver:
     def close(self) -> None:
         """Stop reading and close the channel; connections go on."""
         self.loop.remove_reader(self._end.fileno())
-        self.loop.remove_writer(self._end.fileno())
+        self.answers.close()
         self._end.close()
         if self.watch is not None:
             self.watch.close()
