@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from clusterserve.importing import nothing_collected
-
-with nothing_collected():
-    from clusterserve.cli import main
+from clusterserve.cli import main
 
 if __name__ == "__main__":
     main()
