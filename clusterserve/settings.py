@@ -248,8 +248,12 @@ class Settings(Launch):
 
     @property
     def templated(self) -> bool:
-        """Whether workers are forked from a template process, for whatever it prepares (worker/preparations.py)."""
-        return (self.preload or self.tls) and self.respawn and not self.exec
+        """Whether workers are forked from a template process, for whatever it prepares (worker/preparations.py).
+
+        In development for nothing but speed: it has imported what is ours and uvicorn's, and whoever saves a file waits
+        for the application alone.
+        """
+        return (self.preload or self.tls or self.reload) and self.respawn and not self.exec
 
     @property
     def own_access_log(self) -> bool:

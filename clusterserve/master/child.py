@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import pwd
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..launch import Launch
+from ..launch import Launch, account
 
 
 @dataclass(frozen=True)
@@ -112,18 +111,6 @@ def interpreter(
 
 
 def _identity(launch: Launch) -> dict[str, Any]:
-    """Popen's options for `uid` and `gid`.
-
-    Only root changes them, and then leaves nothing of root's: without a `gid` the user's own group is taken.
-    """
-    if launch.uid is None and launch.gid is None:
-        return {}
-    options: dict[str, Any] = {"user": launch.uid, "group": launch.gid}
-    if os.geteuid() == 0:
-        options["extra_groups"] = []
-        # One that no account has is as good.
-        with contextlib.suppress(KeyError):
-            account = pwd.getpwuid(os.geteuid() if launch.uid is None else launch.uid)
-            group = account.pw_gid if launch.gid is None else launch.gid
-            options.update(group=group, extra_groups=os.getgrouplist(account.pw_name, group))
+    """Popen's options for `uid` and `gid`."""
+    options = dict(zip(("user", "group", "extra_groups"), account(launch), strict=True))
     return {name: value for name, value in options.items() if value is not None}
