@@ -23,12 +23,14 @@ from clusterserve.checks import (
     file,
     flag,
     headers,
+    installed,
     is_import,
     log_file,
     log_template,
     module,
     near_match,
     octal,
+    of_path,
     optional,
     pattern,
     patterns,
@@ -45,7 +47,7 @@ from clusterserve.checks import (
     whole,
 )
 from clusterserve.errors import SettingsError
-from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch
+from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch, owner
 
 __all__ = ["POLICIES", "Bind", "SettingValueError", "Settings"]
 
@@ -186,6 +188,8 @@ class Settings(Launch):
         for name in values:
             if name not in _KEYWORDS:
                 raise SettingsError(f"there is no setting {name!r}{near_match(name, _KEYWORDS)}")
+        profile = values.get("profile")
+        new_profile = str(profile) if profile is not None and not os.path.isdir(str(profile)) else ""
         checked: dict[str, Any] = {
             name: _CHECKS[name](name, value) for name, value in values.items() if name in _CHECKS
         }
@@ -209,6 +213,9 @@ class Settings(Launch):
             # uvicorn's own default, spelled out: a blank variable would make uvicorn trust nobody.
             checked["forwarded_allow_ips"] = _variable("FORWARDED_ALLOW_IPS") or "127.0.0.1,::1"
         settings = cls(**checked)
+        if new_profile and owner(settings) != (-1, -1):
+            # Of those who write into it.
+            os.chown(new_profile, *owner(settings))
         if settings.restart_backoff > settings.restart_backoff_max:
             reason = f"must not be above restart_backoff_max, which is {settings.restart_backoff_max:g}"
             raise SettingValueError("restart_backoff", settings.restart_backoff, reason)
@@ -219,7 +226,7 @@ class Settings(Launch):
         if settings.policy == "none" and settings.dispatch == "request":
             raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
         if settings.http2 and settings.http != "zttp":
-            raise SettingValueError("http2", True, "needs http='zttp', the implementation that has it")
+            raise SettingValueError("http2", True, "needs the HTTP implementation that has it, which is zttp")
         _check_tls(settings)
         if settings.policy == "none" and settings.proxy_protocol != "off":
             reason = "needs a policy: the master reads the header, and under 'none' the workers accept by themselves"
@@ -350,8 +357,11 @@ _CHECKS: Final[dict[str, Check]] = {
     "rss_sample_interval": seconds(above_zero=True),
     "rss_samples": whole(1),
     "loop": choice("auto", "asyncio", "uvloop", later=("none", "zuvloop")),
-    "http": choice("auto", "h11", "httptools", "zttp", imports=True),
-    "ws": choice("auto", "none", "websockets", "websockets-sansio", "wsproto", imports=True),
+    "http": installed(choice("auto", "h11", "httptools", "zttp", imports=True), {"zttp": "zttp"}),
+    "ws": installed(
+        choice("auto", "none", "websockets", "websockets-sansio", "wsproto", imports=True),
+        {"websockets": "websockets", "websockets-sansio": "websockets", "wsproto": "wsproto"},
+    ),
     "ws_max_size": whole(1),
     "ws_max_queue": whole(0),
     "ws_ping_interval": optional(seconds()),
@@ -412,10 +422,13 @@ def _app(value: object) -> tuple[str, bool]:
         raise SettingsError(f'each worker imports the app itself: pass an import string like "module:app", not {given}')
     where, colon, attribute = value.partition(":")
     if not colon:
-        hint = value.removesuffix(".py").strip("./").replace("/", ".") or "module"
-        raise SettingValueError(
-            "app", value, f"an app is MODULE:ATTRIBUTE; did you mean '{hint}:{usual_attribute(hint)}'?"
-        )
+        module, advice = of_path(value or "module")
+        reason = f"an app is MODULE:ATTRIBUTE; did you mean '{module}:{usual_attribute(module)}'{advice}?"
+        raise SettingValueError("app", value, reason)
+    if "/" in where or (where.endswith(".py") and os.path.isfile(where)):
+        module, advice = of_path(where)
+        reason = f"a module has a name, and no path: did you mean '{module}:{attribute}'{advice}?"
+        raise SettingValueError("app", value, reason)
     name = attribute.removesuffix("()")
     if not is_import(f"{where}:{name}"):
         raise SettingValueError("app", value, "an app is MODULE:ATTRIBUTE, or MODULE:FACTORY()")

@@ -33,6 +33,7 @@ from ..core.roster import Limits, Roster
 from ..core.templates import Templates
 from ..credentials import Credentials
 from ..errors import BootError, ClusterError, DesertedError, ProtocolError
+from ..launch import owner
 from ..log_files import LogFiles
 from ..settings import Settings
 from .certificates import Certificates

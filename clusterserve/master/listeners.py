@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import socket
+import stat
 from dataclasses import dataclass, field
 from typing import NamedTuple
 

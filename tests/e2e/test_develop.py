@@ -119,7 +119,9 @@ def test_an_upgrade_of_broken_files_fails_and_one_of_good_files_is_reloaded_on(s
     save(tmp_path, BROKEN)
     server.wait_for("Reload failed, generation 2 cannot start")
     server.signal(signal.SIGUSR2)
-    server.wait_for(r"Upgrade failed, the new master \(process \d+\) failed: it exited with code 3; .* serves on as before")
+    server.wait_for(
+        r"Upgrade failed, the new master \(process \d+\) failed: it exited with code 3; .* serves on as before"
+    )
     assert not server.found(WAITS)
     only(server, "one", 1)
     says(tmp_path, "two")
