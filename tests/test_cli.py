@@ -382,7 +382,7 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
         (["--ws-per-message-deflate", "2"], "--ws-per-message-deflate 2: must be true or false"),
         (["--restart-backoff", "20"], "--restart-backoff 20.0: must not be above restart_backoff_max, which is 15"),
         (["--workers-max-rss", "lots"], f"--workers-max-rss lots: {SIZE}"),
-        (["-m", "18"], "--umask 18: must be an octal number from 0 to 777"),
+        (["-m", "18"], '--umask 18: must be an octal number from 0 to 777, as in "660" or 0o660'),
         (["--user", "no-such-user"], "--user no-such-user: there is no such user"),
         (["-g", "no-such-group"], "--group no-such-group: there is no such group"),
         (["-t", "-1"], f"--timeout -1: must be a number of seconds from 0 to {MAX_SECONDS}"),

@@ -547,7 +547,7 @@ def test_one_worker_is_enough_where_files_are_watched(monkeypatch: pytest.Monkey
 
 def test_a_reload_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    told = "reload needs the package watchfiles, which is not installed: pip install 'clusterserve[reload]'"
+    told = "reload=True: needs the package watchfiles, which is not installed: pip install 'clusterserve[reload]'"
     assert refused(reload=True) == told
     assert create(reload=False).reload is False
 
@@ -571,7 +571,7 @@ def test_a_mode_in_text_is_octal(value: object, mode: int) -> None:
 
 @pytest.mark.parametrize("value", ["18", "1000", "-1", "", "rw", 512, -1, True, 1.0])
 def test_what_is_no_mode(value: object) -> None:
-    assert refused(umask=value) == f"umask={value!r}: must be an octal number from 0 to 777"
+    assert refused(umask=value) == f'umask={value!r}: must be an octal number from 0 to 777, as in "660" or 0o660'
 
 
 def test_the_mode_of_socket_files() -> None:
