@@ -308,6 +308,16 @@ def usual_attribute(module: str) -> str:
     return "application" if module.rpartition(".")[2] in ("asgi", "wsgi") else "app"
 
 
+def is_directory(name: object) -> bool:
+    """Whether there is a directory of this name."""
+    return isinstance(name, str | os.PathLike) and os.path.isdir(name)
+
+
+def is_path(module: str) -> bool:
+    """Whether somebody has named a module by its file."""
+    return "/" in module or (module.endswith(".py") and os.path.isfile(module))
+
+
 def of_path(path: str) -> tuple[str, str]:
     """The module in the file of this path, and, behind it, where it is to be looked for if that is not here."""
     directory, name = "", path.removesuffix(".py").removeprefix("./").rstrip("/")

@@ -102,6 +102,12 @@ def owner(launch: Launch) -> tuple[int, int]:
     return (-1 if uid is None else uid), (-1 if gid is None else gid)
 
 
+def give(path: str, launch: Launch) -> None:
+    """What we have made at `path` is for the workers."""
+    if owner(launch) != (-1, -1):
+        os.chown(path, *owner(launch))
+
+
 def main_script() -> dict[str, Any]:
     """`exec` and `args` of the program that runs now, which is what workers run if nobody says otherwise (Node)."""
     return {"exec": os.path.abspath(sys.argv[0]), "args": tuple(sys.argv[1:])}

@@ -22,7 +22,9 @@ from clusterserve.checks import (
     flag,
     headers,
     installed,
+    is_directory,
     is_import,
+    is_path,
     log_file,
     log_template,
     module,
@@ -46,7 +48,7 @@ from clusterserve.checks import (
 )
 from clusterserve.defaults import POLICIES
 from clusterserve.errors import SettingsError
-from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch, owner
+from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch, give
 
 __all__ = ["POLICIES", "Bind", "SettingValueError", "Settings"]
 
@@ -181,8 +183,7 @@ class Settings(Launch):
         for name in values:
             if name not in _KEYWORDS:
                 raise SettingsError(f"there is no setting {name!r}{near_match(name, _KEYWORDS)}")
-        profile = values.get("profile")
-        new_profile = str(profile) if profile is not None and not os.path.isdir(str(profile)) else ""
+        makes = not is_directory(values.get("profile"))
         checked: dict[str, Any] = {
             name: _CHECKS[name](name, value) for name, value in values.items() if name in _CHECKS
         }
@@ -207,9 +208,9 @@ class Settings(Launch):
             checked["forwarded_allow_ips"] = defaults.variable("FORWARDED_ALLOW_IPS") or "127.0.0.1,::1"
         settings = cls(**checked)
         contradictions.check(settings)
-        if new_profile and owner(settings) != (-1, -1):
-            # Of those who write into it.
-            os.chown(new_profile, *owner(settings))
+        if makes and settings.profile is not None:
+            # Who writes into it is the workers' user.
+            give(settings.profile, settings)
         return settings
 
     @property
@@ -380,7 +381,7 @@ def _app(value: object) -> tuple[str, bool]:
         module, advice = of_path(value or "module")
         reason = f"an app is MODULE:ATTRIBUTE; did you mean '{module}:{usual_attribute(module)}'{advice}?"
         raise SettingValueError("app", value, reason)
-    if "/" in where or (where.endswith(".py") and os.path.isfile(where)):
+    if is_path(where):
         module, advice = of_path(where)
         reason = f"a module has a name, and no path: did you mean '{module}:{attribute}'{advice}?"
         raise SettingValueError("app", value, reason)
