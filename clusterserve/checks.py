@@ -259,6 +259,14 @@ def directory(setting: str, value: object) -> str:
     return _path(setting, value, os.path.isdir, "there is no such directory")
 
 
+def app_directory(setting: str, value: object) -> str:
+    name = os.fspath(value) if isinstance(value, os.PathLike) else value
+    # gunicorn's --pythonpath may be several.
+    more = isinstance(name, str) and "," in name
+    reason = "there is no such directory" + "; it is one alone, others stand in $PYTHONPATH" * more
+    return _path(setting, value, os.path.isdir, reason)
+
+
 def file(setting: str, value: object) -> str:
     # Not isfile: a shell's <(command) is a pipe.
     return _path(setting, value, lambda name: os.path.exists(name) and not os.path.isdir(name), "there is no such file")

@@ -15,6 +15,7 @@ from clusterserve.binds import DEFAULT_PORT, Bind
 from clusterserve.checks import (
     Check,
     SettingValueError,
+    app_directory,
     choice,
     codes,
     directory,
@@ -276,7 +277,7 @@ class Settings(Launch):
 _CHECKS: Final[dict[str, Check]] = {
     **LAUNCH_CHECKS,
     "respawn": flag,
-    "app_dir": optional(directory),
+    "app_dir": optional(app_directory),
     "factory": flag,
     "interface": choice("auto", "asgi3", "asgi2", "wsgi"),
     "threads": whole(1),

@@ -552,6 +552,17 @@ def test_a_reload_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert create(reload=False).reload is False
 
 
+@pytest.mark.parametrize(
+    ("values", "package"),
+    [({"http": "zttp"}, "zttp"), ({"ws": "websockets-sansio"}, "websockets"), ({"ws": "wsproto"}, "wsproto")],
+)
+def test_a_protocol_needs_its_package(values: dict[str, str], package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a traceback in every worker, which reads as if the application were at fault."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refused(**values).endswith(f": needs the package {package}, which is not installed: pip install {package}")
+    assert create(http="h11", ws="mine:Protocol").ws == "mine:Protocol"
+
+
 def test_patterns_come_alone_or_in_a_list() -> None:
     assert create(reload_includes="*.html").reload_includes == ("*.html",)
     assert create(reload_includes=["*.html", Path("x.css")]).reload_includes == ("*.html", "x.css")
