@@ -205,3 +205,19 @@ def test_one_ctrl_c_ends_it_all(tmp_path: Path, source: str) -> None:
         terminal.close()
     assert terminal.exitstatus == (0 if source is APP else 130)
     assert proc.marked(mark) == []
+
+
+def test_who_closes_its_window_has_ended_it(tmp_path: Path) -> None:
+    """SIGHUP is a reload where it is an order, and nobody is left to give one."""
+    says(tmp_path, "one")
+    value, mark = new_mark()
+    arguments = ["-m", "clusterserve", "site_dev:app", "--chdir", str(tmp_path), "--reload", "-b", "127.0.0.1:0"]
+    env = {**os.environ, "CLUSTER_E2E_MARK": value}
+    terminal = pexpect.spawn(sys.executable, arguments, env=env, encoding="utf-8", timeout=DEADLINE)
+    terminal.expect("is listening")
+    terminal.kill(signal.SIGHUP)
+    terminal.expect("Reloading: generation 2.*is listening")
+    os.close(terminal.child_fd)
+    eventually(lambda: proc.marked(mark) == [], "nobody is left")
+    _, status = os.waitpid(terminal.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
