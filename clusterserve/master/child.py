@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..current import OF_THE_MASTER
 from ..launch import Launch, account
 
 
@@ -100,14 +101,20 @@ def interpreter(
     """
     # The same interpreter options as ours (-O, -W, -X …): what multiprocessing and the test runner of CPython use.
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return subprocess.Popen(
-        [sys.executable, *flags, *launch.interpreter, entry, *words],
-        env=env,
-        pass_fds=pass_fds,
-        cwd=launch.cwd,
-        **standard,
-        **_identity(launch),
-    )
+    # A mask is inherited.  Until it can say that these mean nothing to it, a Ctrl-C in the terminal would be its death:
+    # it would be told as that of a worker that failed, before or after what was meant.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_MASTER)
+    try:
+        return subprocess.Popen(
+            [sys.executable, *flags, *launch.interpreter, entry, *words],
+            env=env,
+            pass_fds=pass_fds,
+            cwd=launch.cwd,
+            **standard,
+            **_identity(launch),
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _identity(launch: Launch) -> dict[str, Any]:
