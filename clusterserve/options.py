@@ -376,6 +376,8 @@ def refuse_command(word: str, rest: Sequence[str] = ()) -> NoReturn:
         raise SettingsError("'exec' comes before its options")
     if word in COMMANDS:
         raise SettingsError(f"{word!r} is reserved and not available in this version")
+    if word in ("help", "version"):
+        raise SettingsError(f"no such command {word!r}; did you mean '--{word}'?")
     app = next((each for each in rest if ":" in each), None)
     if app is not None:
         hint = f"; did you mean 'clusterserve {app}'?"

@@ -262,6 +262,9 @@ def _refuse_strange_variables() -> None:
             continue
         if name in theirs:
             raise SettingsError(f"{name} is set, but {NOT_TAKEN[theirs[name]]}")
+        positive = name.replace("CLUSTERSERVE_NO_", "CLUSTERSERVE_", 1)
+        if positive != name and positive in known:
+            raise SettingsError(f"{name} is set, but there is no such option; say {positive}=0")
         if near := near_match(name, known, 0.94):
             raise SettingsError(f"{name} is set, but there is no such option{near}")
 
@@ -361,6 +364,8 @@ def _read(name: str, text: str, *, in_project: bool) -> Layer:
         plain = key.replace("-", "_")
         spec = _KEYS.get(_GUNICORNS.get(plain, plain))
         setting = spec.setting if spec is not None else "app" if plain in ("app", "wsgi_app") else None
+        if setting is None and isinstance(value, dict) and key in ("tool", "clusterserve"):
+            raise SettingsError(f"{name}: settings stand at the top of this file, and not in a table {key!r}")
         if setting is None:
             raise _no_such_key(name, key)
         if setting in layer:

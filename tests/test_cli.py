@@ -434,6 +434,7 @@ def test_an_application_is_no_file(
 
 def test_a_command_of_other_programs_is_not_taken_for_an_application(refused: Refused) -> None:
     assert refused("serve", "a:b") == "no such command 'serve'; did you mean 'clusterserve a:b'?"
+    assert refused("help") == "no such command 'help'; did you mean '--help'?"
 
 
 @pytest.mark.parametrize("flag", sorted(NOT_TAKEN))

@@ -409,6 +409,19 @@ def test_variables_of_others_are_not_ignored_in_silence(place: pytest.MonkeyPatc
     assert unread(layer("a:b")) == ""
 
 
+def test_a_variable_for_no_is_not_ignored_in_silence(place: pytest.MonkeyPatch, refused: Refused) -> None:
+    place.setenv("CLUSTERSERVE_NO_ACCESS_LOG", "1")
+    said = "CLUSTERSERVE_NO_ACCESS_LOG is set, but there is no such option; say CLUSTERSERVE_ACCESS_LOG=0"
+    assert refused("a:b") == said
+
+
+@pytest.mark.parametrize("table", ["clusterserve", "tool"])
+def test_a_table_in_our_own_file(table: str, refused: Refused) -> None:
+    write(f"[{table}]\nworkers = 2\n")
+    said = f"clusterserve.toml: settings stand at the top of this file, and not in a table {table!r}"
+    assert refused("a:b") == said
+
+
 def test_a_file_may_have_the_names_of_gunicorns(tmp_path: Path) -> None:
     (tmp_path / "LOG").touch()
     write(
