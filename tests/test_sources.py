@@ -15,6 +15,7 @@ from clusterserve.peers import NOT_TAKEN
 from clusterserve.report import report
 from clusterserve.settings import Settings
 from clusterserve.sources import Layer, gather, settings_of, unread
+from clusterserve.toml import BadTomlError, parse
 
 COUNT = "must be a whole number of at least 1, or 'auto'"
 POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
@@ -170,8 +171,10 @@ def test_a_bad_file_costs_one_line(text: str, message: str, refused: Refused) ->
 
 def test_a_file_that_is_no_toml(refused: Refused) -> None:
     write("workers 4")
-    reason = "Expected '=' after a key in a key/value pair (at line 1, column 9)"
-    assert refused("a:b") == f"clusterserve.toml is not TOML: {reason}"
+    # The words are those of the library, and not the same in all of its versions.
+    with pytest.raises(BadTomlError, match=r"after a key .*at line 1, column 9") as said:
+        parse("workers 4")
+    assert refused("a:b") == f"clusterserve.toml is not TOML: {said.value}"
 
 
 def test_a_bad_project_that_names_us(refused: Refused) -> None:
