@@ -387,6 +387,10 @@ def _app(value: object) -> tuple[str, bool]:
         reason = f"a module has a name, and no path: did you mean '{module}:{attribute}'{advice}?"
         raise SettingValueError("app", value, reason)
     name = attribute.removesuffix("()")
+    factory, bracket, _ = attribute.partition("(")
+    if bracket and is_import(f"{where}:{factory}") and name == attribute:
+        # gunicorn's may have arguments.
+        raise SettingValueError("app", value, "a factory is called without arguments, as in MODULE:FACTORY()")
     if not is_import(f"{where}:{name}"):
         raise SettingValueError("app", value, "an app is MODULE:ATTRIBUTE, or MODULE:FACTORY()")
     return f"{where}:{name}", name != attribute

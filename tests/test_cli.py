@@ -124,7 +124,7 @@ def test_a_reserved_command_behind_an_option(refused: Refused) -> None:
         ("myapp.py", "'myapp:app'"),
         ("./src/myapp.py", "'src.myapp:app'"),
         ("mysite.asgi", "'mysite.asgi:application'"),
-        ("help", "'help:app'"),
+        ("help", "'--help'"),
         ("runn", "'run'"),
         ("confg", "'config'"),
     ],
@@ -421,6 +421,7 @@ def test_a_bad_option_is_named_with_its_value(argv: list[str], message: str, ref
             "APP=/srv/shop.py:a: a module has a name, and no path: did you mean 'shop:a' with --app-dir /srv?",
         ),
         ("shop.py:app", "APP=shop.py:app: a module has a name, and no path: did you mean 'shop:app'?"),
+        ("a:make('b')", "APP=a:make('b'): a factory is called without arguments, as in MODULE:FACTORY()"),
         ("../shop.py", "no such command '../shop.py'; did you mean 'shop:app' with --app-dir ..?"),
     ],
 )
@@ -434,7 +435,6 @@ def test_an_application_is_no_file(
 
 def test_a_command_of_other_programs_is_not_taken_for_an_application(refused: Refused) -> None:
     assert refused("serve", "a:b") == "no such command 'serve'; did you mean 'clusterserve a:b'?"
-    assert refused("help") == "no such command 'help'; did you mean '--help'?"
 
 
 @pytest.mark.parametrize("flag", sorted(NOT_TAKEN))

@@ -92,7 +92,7 @@ def test_an_app_without_a_colon_gets_a_suggestion(app: str, hint: str) -> None:
     assert refused(app=app) == f"app={app!r}: an app is MODULE:ATTRIBUTE; did you mean '{hint}:app'?"
 
 
-@pytest.mark.parametrize("app", [":", "a:", ":b", "a:b:c", "a b:c", "a:b c", "a:()", "a:b(1)", "a:b\n"])
+@pytest.mark.parametrize("app", [":", "a:", ":b", "a:b:c", "a b:c", "a:b c", "a:()", "a:b\n"])
 def test_an_app_that_cannot_be_imported_by_its_looks(app: str) -> None:
     assert "an app is MODULE:ATTRIBUTE, or MODULE:FACTORY()" in refused(app=app)
 
