@@ -145,7 +145,6 @@ def test_values_have_their_own_types(text: str, name: str, value: object) -> Non
         ("wokers = 4", "there is no setting 'wokers'; did you mean 'workers'?"),
         ("gracful-timeout = 4", "there is no setting 'gracful-timeout'; did you mean 'graceful_timeout'?"),
         ("qqqq = 4", "there is no setting 'qqqq'"),
-        ("[tool.clusterserve]\nworkers = 4", "there is no setting 'tool'"),
         ("version = true", "there is no setting 'version'; did you mean 'ssl_version'?"),
         ("workers = 0", f"workers=0: {COUNT}"),
         ("workers = true", f"workers=True: {COUNT}"),
