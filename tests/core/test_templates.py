@@ -276,11 +276,11 @@ STEPS = st.lists(
 )
 
 
-@given(STEPS)
-@settings(max_examples=150, deadline=None)
-def test_whatever_happens_it_comes_to_rest(steps: list[tuple[object, int]]) -> None:
+@given(STEPS, st.booleans())
+@settings(max_examples=250, deadline=None)
+def test_whatever_happens_it_comes_to_rest(steps: list[tuple[object, int]], up: bool) -> None:
     """And in the end all serve, or the cluster has failed; at no time do more than two templates stay."""
-    play = Play()
+    play = running() if up else Play()
     play.reconcile()
 
     def settle() -> None:
