@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..launch import Launch
+from ..titles import room
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,10 @@ def interpreter(
     """
     # The same interpreter options as ours (-O, -W, -X …): what multiprocessing and the test runner of CPython use.
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    command = [sys.executable, *flags, *launch.interpreter, entry, *words]
     return subprocess.Popen(
-        [sys.executable, *flags, *launch.interpreter, entry, *words],
+        # Words are there for who reads `ps`, and then it has no other title.
+        command if words else command + room(command),
         env=env,
         pass_fds=pass_fds,
         cwd=launch.cwd,

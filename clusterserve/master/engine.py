@@ -35,6 +35,7 @@ from ..credentials import Credentials
 from ..errors import BootError, ClusterError, DesertedError, ProtocolError
 from ..log_files import LogFiles
 from ..settings import Settings
+from .answered import AnswerLog
 from .certificates import Certificates
 from .changes import Changes
 from .crew import Crew, Environment
@@ -156,6 +157,9 @@ class Engine:
         """
         try:
             self._files.open()
+            answer_log = AnswerLog.of(self.settings, self._files.places)
+            if answer_log is not None:
+                self._dispatcher.on_answer = answer_log.answered
             self._certificates.start()
             opened = self.handles.open_pinned(self.settings.binds, self.settings.backlog)
         except ClusterError:

@@ -198,6 +198,7 @@ class Facts:
             self._stacks.gone(worker)
             self._reopening.gone(worker)
             if seat.stacks >= 0:
+                self._stacks.crashed("Worker {} (slot {}, pid {})".format(*seat.who), seat.stacks)
                 os.close(seat.stacks)
             self._crew.dead(worker)
             self._debuggers.settle(worker)
