@@ -166,7 +166,7 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value(
             "--timeout -t --timeout-worker-healthcheck",
             "SECONDS",
-            "A worker whose event loop has not turned for this long writes the stacks of its threads to stderr, and is "
+            "A worker whose event loop has not turned for this long tells the stacks of its threads, and is "
             "killed and replaced; 0: never.",
         ),
         _value(

@@ -211,7 +211,7 @@ class Upgrade:
         assert self.channel is not None
         for start in range(0, len(bequests), MAX_RIDERS):
             some = bequests[start : start + MAX_RIDERS]
-            self.channel.send(Passed(tuple(map(_handed, some))), [each.fd for each, _, _ in some])
+            self.channel.send(Passed(tuple(map(handed, some))), [each.fd for each, _, _ in some])
 
     # -- its end --------------------------------------------------------------------------------------------------
 
@@ -279,7 +279,8 @@ class Upgrade:
         await gone
 
 
-def _handed(bequest: Bequest) -> HandedConnection:
+def handed(bequest: Bequest) -> HandedConnection:
+    """What the new master is told of it; its descriptor rides along."""
     each, waits, since = bequest
     told = (each.client, each.port, each.family, each.server, each.server_port, each.unknown)
     return HandedConnection(each.listener, waits, since, *told)

@@ -141,6 +141,13 @@ class TestTrust:
         with pytest.raises(ValueError, match="does not appear"):
             Trust("localhost")
 
+    def test_what_is_remembered_has_an_end(self) -> None:
+        trust = Trust("10.0.0.0/8")
+        for _ in range(2):
+            assert [MAPPED + IPv4Address(f"{first}.0.{number >> 8}.{number & 255}").packed in trust
+                    for first in (10, 11) for number in range(1500)] == [True] * 1500 + [False] * 1500  # fmt: skip
+        assert len(trust._known) <= 1024
+
     @given(clients=st.lists(v4, max_size=30))
     def test_what_was_found_out_is_remembered_rightly(self, clients: list[IPv4Address]) -> None:
         trust = Trust("128.0.0.0/1")
