@@ -2,18 +2,16 @@
 
 `Settings.create` is the one door: the command line and `Cluster(app, **settings)` both come through it.  Defaults that
 the environment may move (WEB_CONCURRENCY, PORT, LISTEN_FDS, CLUSTERSERVE_POLICY, FORWARDED_ALLOW_IPS) are looked up
-here, and a blank variable is as good as none.
+there (`defaults`), and what settings cannot be together is refused (`contradictions`).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from clusterserve.activation import addresses, passed
-from clusterserve.binds import ANY_HOST, DEFAULT_PORT, Bind, parse_all
+from clusterserve import contradictions, defaults
+from clusterserve.binds import DEFAULT_PORT, Bind
 from clusterserve.checks import (
     Check,
     SettingValueError,
@@ -44,16 +42,11 @@ from clusterserve.checks import (
     usual_attribute,
     whole,
 )
+from clusterserve.defaults import POLICIES
 from clusterserve.errors import SettingsError
 from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch
 
 __all__ = ["POLICIES", "Bind", "SettingValueError", "Settings"]
-
-POLICIES: Final = ("rr", "least", "hash", "none")
-POLICY_VARIABLES: Final = ("CLUSTERSERVE_POLICY", "CLUSTERSERVE_SCHED_POLICY")  # ours, and Node's under our prefix
-
-#: Why `debug_port` cannot be a function here.
-NEEDS_FORK: Final = "a function is asked by each fork(): it needs respawn=False, and no workers besides"
 
 #: What `run` does to its process, and a `Cluster` not to the process of the program that it is part of.
 OF_THE_PROCESS: Final = ("pid", "umask", "reload")
@@ -198,53 +191,19 @@ class Settings(Launch):
             checked["app"] = ""
         addresses = {name: values[name] for name in _ADDRESSES if values.get(name) is not None}
         # A program says itself where it listens.
-        checked["binds"] = _binds(addresses) if addresses or checked["app"] else ()
+        checked["binds"] = defaults.binds(addresses) if addresses or checked["app"] else ()
         if checked.get("respawn") is False and values.get("workers") is None:
             checked["workers"], source = 0, ""
         else:
-            checked["workers"], source = _workers(values.get("workers"), reloads=bool(checked.get("reload")))
+            checked["workers"], source = defaults.workers(values.get("workers"), reloads=bool(checked.get("reload")))
         checked["workers_source"] = checked.get("workers_source") or source
-        checked["policy"] = _policy(values.get("policy"))
+        checked["policy"] = defaults.policy(values.get("policy"))
         if checked.get("forwarded_allow_ips") is None:
             # uvicorn's own default, spelled out: a blank variable would make uvicorn trust nobody.
-            checked["forwarded_allow_ips"] = _variable("FORWARDED_ALLOW_IPS") or "127.0.0.1,::1"
+            checked["forwarded_allow_ips"] = defaults.variable("FORWARDED_ALLOW_IPS") or "127.0.0.1,::1"
         settings = cls(**checked)
-        if settings.restart_backoff > settings.restart_backoff_max:
-            reason = f"must not be above restart_backoff_max, which is {settings.restart_backoff_max:g}"
-            raise SettingValueError("restart_backoff", settings.restart_backoff, reason)
-        if callable(settings.debug_port) and (settings.respawn or settings.workers):
-            raise SettingValueError("debug_port", settings.debug_port, NEEDS_FORK)
-        if settings.preload and (why := settings._unforkable()):
-            raise SettingsError(f"preload {why}")
-        if settings.policy == "none" and settings.dispatch == "request":
-            raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
-        if settings.http2 and settings.http != "zttp":
-            raise SettingValueError("http2", True, "needs http='zttp', the implementation that has it")
-        _check_tls(settings)
-        if settings.policy == "none" and settings.proxy_protocol != "off":
-            reason = "needs a policy: the master reads the header, and under 'none' the workers accept by themselves"
-            raise SettingValueError("proxy_protocol", settings.proxy_protocol, reason)
-        if settings.policy == "none" and settings.worker_connections is not None:
-            reason = "needs a policy: under 'none' the workers accept by themselves, as many as come"
-            raise SettingValueError("worker_connections", settings.worker_connections, reason)
-        if settings.log_config is not None:
-            for name in ("log_format", "error_logfile", "access_logfile"):
-                if getattr(settings, name) not in ("text", "-"):
-                    reason = "log_config decides where the log goes and what it looks like: give one of them"
-                    raise SettingValueError(name, getattr(settings, name), reason)
+        contradictions.check(settings)
         return settings
-
-    def _unforkable(self) -> str:
-        """Why there can be no preload; empty if there can."""
-        if self.exec:
-            return "is for applications: a program is started anew in every worker"
-        if not self.respawn:
-            return "needs respawn: with respawn=False every worker is started for itself"
-        if self.debug_wait:
-            return "excludes debug_wait: when a worker could wait for its debugger, the application is imported already"
-        if self.capture_output and (self.silent or self.stdio):
-            return "excludes capture_output with silent or stdio: what is printed has one place for all workers then"
-        return ""
 
     @property
     def templated(self) -> bool:
@@ -397,10 +356,6 @@ _CHECKS: Final[dict[str, Check]] = {
 _KEYWORDS: Final = (*_CHECKS, "app", "workers", "policy", *_ADDRESSES)
 
 
-def _variable(name: str) -> str:
-    return os.environ.get(name, "").strip()
-
-
 def _app(value: object) -> tuple[str, bool]:
     """The import string without gunicorn's call brackets, and whether it had them."""
     if not isinstance(value, str):
@@ -416,89 +371,3 @@ def _app(value: object) -> tuple[str, bool]:
     if not is_import(f"{where}:{name}"):
         raise SettingValueError("app", value, "an app is MODULE:ATTRIBUTE, or MODULE:FACTORY()")
     return f"{where}:{name}", name != attribute
-
-
-def _binds(given: dict[str, object]) -> tuple[Bind, ...]:
-    names = list(given)
-    if len(names) > 1 and names != ["host", "port"]:
-        raise SettingsError(f"{names[0]} and {names[1]} exclude each other: give bind, or uds, or fd, or host and port")
-    if not given and (sockets := passed()):
-        return tuple(Bind("fd", fd=fd) for fd in sockets)
-    if "bind" in given:
-        return parse_all(_named(given["bind"]))
-    if "uds" in given:
-        return (Bind("unix", path=text("uds", given["uds"])),)
-    if "fd" in given:
-        return (Bind("fd", fd=whole(0)("fd", given["fd"])),)
-    host = text("host", given.get("host", "127.0.0.1")) or ANY_HOST
-    port, source = given.get("port", DEFAULT_PORT), "port"
-    if "port" not in given and _variable("PORT"):
-        port, source = _variable("PORT"), "PORT"
-        # gunicorn's rule: who says PORT is a platform that connects from outside.
-        host = host if "host" in given else ANY_HOST
-    return (Bind("tcp", host=host, port=whole(0, 65535)(source, port)),)
-
-
-def _check_tls(settings: Settings) -> None:
-    """Prove that the files fit together.  What says something of TLS says that TLS is meant."""
-    if settings.ssl_certfile is None:
-        for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"):
-            if value := getattr(settings, name):
-                shown = "…" if name == "ssl_keyfile_password" else value
-                raise SettingValueError(name, shown, "needs ssl_certfile: without a certificate there is no TLS")
-        return
-    if settings.exec:
-        reason = "is for applications: the servers of a program have TLS of their own"
-        raise SettingValueError("ssl_certfile", settings.ssl_certfile, reason)
-    if settings.dispatch == "request":
-        reason = "cannot be had with TLS: the worker that has a connection's keys keeps it"
-        raise SettingValueError("dispatch", "request", reason)
-    if settings.ssl_cert_reqs == 2 and settings.ssl_ca_certs is None:
-        raise SettingValueError("ssl_cert_reqs", 2, "needs ssl_ca_certs: whose certificates clients must have")
-    from clusterserve.credentials import read
-
-    read(settings)
-
-
-def _named(value: object) -> object:
-    """The same addresses, with the sockets that were passed to us by number and not by name."""
-    several = isinstance(value, Iterable) and not isinstance(value, str)
-    items = list(value) if isinstance(value, Iterable) and several else [value]
-    return [each for item in items for each in (addresses(item) if isinstance(item, str) else [item])]
-
-
-def _workers(value: object, *, reloads: bool) -> tuple[int, str]:
-    source = "workers"
-    if value is None and _variable("WEB_CONCURRENCY"):
-        value, source = _variable("WEB_CONCURRENCY"), "WEB_CONCURRENCY"
-    if value is None and reloads:
-        # As uvicorn: one is what is easiest to follow, and starts fastest.
-        return 1, "one, for development with --reload"
-    if value in (None, "auto"):
-        # Read late: a count that was given needs no look at /sys.
-        from clusterserve.cpus import survey
-
-        cpus = survey()
-        return cpus.count, cpus.explanation
-    return whole(1, also=", or 'auto'")(source, value), source
-
-
-def _policy(value: object) -> str:
-    source = "policy"
-    if value is None:
-        source, value = policy_variable() or (source, "rr")
-    return check_policy(value, source)
-
-
-def check_policy(value: object, source: str = "policy") -> str:
-    """The name of a policy, if it is one."""
-    return choice(*POLICIES, imports=True)(source, value)
-
-
-def policy_variable() -> tuple[str, str] | None:
-    """The variable that names a policy, and the policy; raises `SettingsError` if two name different ones."""
-    found = {name: _variable(name) for name in POLICY_VARIABLES if _variable(name)}
-    if len(set(found.values())) > 1:
-        both = " and ".join(f"{name}={policy}" for name, policy in found.items())
-        raise SettingsError(f"{both} contradict each other: unset one of them")
-    return next(iter(found.items()), None)

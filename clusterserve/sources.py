@@ -14,9 +14,10 @@ from typing import Any, Final, NamedTuple
 
 from clusterserve import checks
 from clusterserve.checks import SettingValueError, near_match
+from clusterserve.defaults import policy_variable
 from clusterserve.errors import SettingsError
 from clusterserve.options import ONCE, OURS, SPECS, Spec, variable
-from clusterserve.settings import Settings, policy_variable
+from clusterserve.settings import Settings
 
 CMD_ARGS: Final = "CLUSTERSERVE_CMD_ARGS"
 FILE: Final = "clusterserve.toml"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,10 @@ pytest.register_assert_rewrite("tests.helpers")
 
 from tests.helpers import everybody  # noqa: E402
 from tests.helpers.server import Serve, serving  # noqa: E402
+
+# How long one example takes says something about the machine only.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 _NOT_RUN = pytest.StashKey[dict[str, str]]()
 

@@ -89,6 +89,18 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State]]] = MappingProxyType(
 _NEXT: Final = tuple(tuple(TRANSITIONS[state].get(event) for event in Event) for state in State)
 
 
+# For the hot path: until Python 3.12, reading a member from its class costs ten times as much as a global.
+READABLE: Final = Event.READABLE
+OFFER: Final = Event.OFFER
+ACK: Final = Event.ACK
+BACK: Final = Event.BACK
+RETURN: Final = Event.RETURN
+CLOSE: Final = Event.CLOSE
+TAKE: Final = Event.TAKE
+KEEP: Final = Event.KEEP
+_PARKED: Final = State.PARKED
+
+
 class IllegalStep(ValueError):  # noqa: N818 - reads as the fact it states
     """An event that its connection's state does not allow; nothing was changed."""
 
@@ -123,7 +135,7 @@ class Connection:
         self.server_port = 0
         #: Its proxy may yet say whose it is.
         self.unknown = False
-        self.state = State.PARKED
+        self.state = _PARKED
         self.ticket = 0
         #: Id of the worker it is offered to or borrowed by, else 0.
         self.worker = 0

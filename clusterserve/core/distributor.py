@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import PolicyError, ProtocolError
-from .connection import Connection, Event, State
+from .connection import ACK, BACK, CLOSE, KEEP, OFFER, READABLE, RETURN, TAKE, Connection, State
 from .handle import Handle
 from .lateness import PATIENCE, Lateness
 from .parking import KEEP_ALIVE, Parking
@@ -101,7 +101,7 @@ class Distributor:
         for worker in handle.workers.values():
             worker.listeners.discard(key)
         for connection in left:
-            connection.step(Event.CLOSE)
+            connection.step(CLOSE)
         return left
 
     def resize(self, slots: int) -> None:
@@ -188,7 +188,7 @@ class Distributor:
     def hung_up(self, id: int) -> Connection:
         """A parked connection's client left without a word, or its time is over; returns it for the shell to close."""
         connection = self.parking.leave(id)
-        connection.step(Event.CLOSE)
+        connection.step(CLOSE)
         return connection
 
     def waited_too_long(self, now: float) -> list[Connection]:
@@ -200,7 +200,7 @@ class Distributor:
                     while lane and lane[0].since + self.queue_timeout <= now:
                         connection = lane.popleft()
                         self.queued -= 1
-                        connection.step(Event.CLOSE)
+                        connection.step(CLOSE)
                         over.append(connection)
         return over
 
@@ -210,7 +210,7 @@ class Distributor:
         for handle in self.handles.values():
             handle.lanes.clear()
         for connection in left:
-            connection.step(Event.CLOSE)
+            connection.step(CLOSE)
         self.queued = 0
         return left
 
@@ -256,11 +256,11 @@ class Distributor:
             worker.narrow = self.narrows and worker.held > EXPENSIVE and not worker.threads
         self.lateness.acknowledged(worker, now)
         if kind == _ACK:
-            connection.step(Event.ACK)
+            connection.step(ACK)
             worker.borrowed[id] = connection
             return None
         if kind & _KEPT:
-            connection.step(Event.KEEP)
+            connection.step(KEEP)
             connection.handle = handle
             worker.borrowed[id] = worker.kept[handle] = connection
             return None
@@ -269,21 +269,21 @@ class Distributor:
                 worker.resting = now + REFUSED_PAUSE
             return connection if self._back((connection,)) else None
         if kind & _TAKEN:
-            connection.step(Event.TAKE)
+            connection.step(TAKE)
             worker.taken.add(id)
         elif kind & _SILENT and connection.listener in self.handles:
-            connection.step(Event.RETURN)
+            connection.step(RETURN)
             connection.worker = 0
             self.parking.silent(connection)
             return connection
         elif kind & _RETURNED and connection.listener in self.handles:
-            connection.step(Event.RETURN)
+            connection.step(RETURN)
             connection.worker = 0
             self.parking.idle(connection, now)
             return connection
         else:
             # Closed, or given back for a listener that is gone.
-            connection.step(Event.CLOSE)
+            connection.step(CLOSE)
         connection.worker = 0
         return connection
 
@@ -330,15 +330,15 @@ class Distributor:
         """A dead worker had it between two requests: as if it had given it back.  False if its listener is gone."""
         connection.worker = 0
         if connection.listener not in self.handles:
-            connection.step(Event.CLOSE)
+            connection.step(CLOSE)
             return False
-        connection.step(Event.RETURN)
+        connection.step(RETURN)
         self.parking.idle(connection, now)
         return True
 
     def gone(self, connection: Connection) -> None:
         """The shell ends this connection of a dead worker."""
-        connection.step(Event.CLOSE)
+        connection.step(CLOSE)
         connection.worker = 0
 
     # -- decisions ------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ class Distributor:
                     raise PolicyError(f"policy {type(handle.policy).__name__} chose {worker!r}, which is not ready")
                 lane.popleft()
                 self.queued -= 1
-                connection.step(Event.OFFER)
+                connection.step(OFFER)
                 connection.worker = record.id
                 if not record.unacked:
                     record.progress = now
@@ -422,7 +422,7 @@ class Distributor:
     def _enqueue(self, connection: Connection) -> None:
         self._tickets += 1
         connection.ticket = self._tickets
-        connection.step(Event.READABLE)
+        connection.step(READABLE)
         self.handles[connection.listener].lane(connection).append(connection)
         self.queued += 1
 
@@ -433,10 +433,10 @@ class Distributor:
             connection.worker = 0
             handle = self.handles.get(connection.listener)
             if handle is None:
-                connection.step(Event.CLOSE)
+                connection.step(CLOSE)
                 orphans.append(connection)
                 continue
-            connection.step(Event.BACK)
+            connection.step(BACK)
             lane = handle.lane(connection)
             older = []
             while lane and lane[0].ticket < connection.ticket:

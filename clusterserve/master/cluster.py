@@ -12,18 +12,20 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from ..checks import SettingValueError, near_match
+from ..contradictions import NEEDS_FORK
 from ..core.distributor import Statistics
 from ..core.envelope import Envelope
 from ..core.events import EVENTS, AboutWorker, BecameReady, Disconnected, Event, Exited, Forked, Messaged, arguments
 from ..current import current_worker
 from ..debugport import DEFAULT, exact_port, require_debugpy
 from ..debugport import debug_port as check_debug_port
+from ..defaults import check_policy
 from ..emitter import Emitter, H, Handler
 from ..errors import ClusterError, ProtocolError, SettingsError
 from ..launch import LAUNCH_CHECKS, environment, main_script
 from ..messenger import broadcast
 from ..pending import Pending
-from ..settings import NEEDS_FORK, OF_THE_PROCESS, Settings, check_policy
+from ..settings import OF_THE_PROCESS, Settings
 from .engine import Engine
 from .home import Home
 from .streams import Streams

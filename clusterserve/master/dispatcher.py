@@ -570,6 +570,7 @@ class Dispatcher:
         """Let go of everything; workers must have been removed."""
         self._loop.remove_reader(self._epoll.fileno())
         self._lookout.close()
+        self._starvation.close()
         for timer in (self._timer, self._pause):
             if timer is not None:
                 timer.cancel()

@@ -62,15 +62,18 @@ class Body(io.RawIOBase):
 
     async def _fetch(self) -> bytes:
         # What `watch` has taken in is there for the taking: it may be waiting for what comes next, with the turn.
-        while not self._arrived and not self._ended and not self._left:
+        while self._must_wait():
             async with self._turn:
-                if not self._arrived and not self._ended and not self._left:
+                if self._must_wait():
                     await self._pull()
         data = b"".join(self._arrived)
         self._arrived.clear()
         if not data and not self._ended:
             raise ClientGoneError("the client has left in the middle of its request")
         return data
+
+    def _must_wait(self) -> bool:
+        return not self._arrived and not self._ended and not self._left
 
     async def _pull(self) -> None:
         message = await self._receive()

@@ -55,6 +55,15 @@ class Phase(IntEnum):
     KEPT = 5
 
 
+# For the hot path: until Python 3.12, reading a member from its class costs ten times as much as a global.
+LAZY: Final = Phase.LAZY
+PENDING: Final = Phase.PENDING
+REAL: Final = Phase.REAL
+CLOSED: Final = Phase.CLOSED
+BUSY: Final = Phase.BUSY
+KEPT: Final = Phase.KEPT
+
+
 class LazyTransport(asyncio.Transport):
     """What `HandedTransport` is outside of the event loop.
 
@@ -88,7 +97,7 @@ class LazyTransport(asyncio.Transport):
         self._protocol: asyncio.BaseProtocol = protocol
         self._peername = peername
         self._sockname = sockname
-        self._phase = Phase.LAZY
+        self._phase = LAZY
         self._made = False
         self._closing = False
         self._abort = False
@@ -136,7 +145,7 @@ class LazyTransport(asyncio.Transport):
 
     def settle(self) -> None:
         """The turn is over: end what is finished, give the loop what is not."""
-        if self._phase is not Phase.LAZY:
+        if self._phase is not LAZY:
             # It was over before the turn was, by the master's hand.
             return
         if not self._abort and self._pieces:
@@ -161,7 +170,7 @@ class LazyTransport(asyncio.Transport):
 
     def _stay(self, watch: Watch) -> None:
         """Wait for the client, or the application, to say more."""
-        self._phase = Phase.BUSY
+        self._phase = BUSY
         self._receiver.keep(self._id, self)
         if self._resting:
             self._receiver.marks[self._place] = IDLE
@@ -178,7 +187,7 @@ class LazyTransport(asyncio.Transport):
 
     def _keep(self, watch: Watch) -> None:
         """Wait for the next request where the master can take it back."""
-        self._phase = Phase.KEPT
+        self._phase = KEPT
         self._receiver.marks[self._place] = IDLE
         if self._armed:
             watch.pause(self._fd)
@@ -186,17 +195,17 @@ class LazyTransport(asyncio.Transport):
         if self._known:
             if self._running:
                 self._running = False
-                self._receiver.counters[1] -= 1
+                self._receiver.running -= 1
             self.arm_kept()
         else:
             # Armed when the master has been told: it must know what it may claim.
             self._known = True
             self._receiver.keep(self._id, self)
-            self._receiver.tell_kept(self._id, self._fd, self)
+            self._receiver.answers.kept(self._id, self._fd, self)
 
     def arm_kept(self) -> None:
         """The master has been told, or may have disarmed it by mistake."""
-        if self._phase is Phase.KEPT and self._watch is not None:
+        if self._phase is KEPT and self._watch is not None:
             try:
                 self._watch.keep(self._fd, self, self._in_kept)
             except OSError:
@@ -207,17 +216,19 @@ class LazyTransport(asyncio.Transport):
 
     def claimed(self) -> None:
         """The next request is here, and nobody else's."""
-        if self._phase is not Phase.KEPT:
+        if self._phase is not KEPT:
             # It is on its way back to the master, and the request with it: reading it now would lose it.
             return
-        if not self._receiver.has_room():
+        receiver = self._receiver
+        if receiver.crowds and not receiver.has_room():
             self.give_back()
             return
         self._running = True
         self._old = False
-        self._receiver.counters[1] += 1
-        self._receiver.marks[self._place] = READING
-        self._wake()
+        receiver.running += 1
+        receiver.marks[self._place] = READING
+        self._phase = LAZY
+        receiver.settle_later(self)
         self._read()
 
     def readable(self) -> None:
@@ -227,10 +238,10 @@ class LazyTransport(asyncio.Transport):
         if watch.shared:
             self._armed = False
         # A turn that ends it may be on its way: what is to be read then is for whoever has it next.
-        if self._phase is Phase.BUSY:
+        if self._phase is BUSY:
             if self._reading:
                 if self._resting:
-                    if not self._receiver.has_room():
+                    if self._receiver.crowds and not self._receiver.has_room():
                         # Somebody else may have a free thread, or will have one first.
                         self.give_back()
                         return
@@ -271,19 +282,20 @@ class LazyTransport(asyncio.Transport):
 
     def _wake(self) -> None:
         """Back to the lazy life, if it waits outside of it: what happens now is settled at the end of the turn."""
-        if self._phase is Phase.BUSY or self._phase is Phase.KEPT:
-            self._phase = Phase.LAZY
+        if self._phase is BUSY or self._phase is KEPT:
+            self._phase = LAZY
             self._receiver.settle_later(self)
 
     def rest(self) -> None:
         """The response is complete and nothing beyond its request was read: keep the connection, or give it back."""
         watch = self._watch
-        if watch is None or self._phase is Phase.PENDING or self._phase is Phase.REAL:
+        if watch is None or self._phase is PENDING or self._phase is REAL:
             if self._receiver.returns_real(watch):
                 self.give_back()
         else:
             self._resting = True
-            self._wake()
+            if self._phase is not LAZY:
+                self._wake()
             if self._pieces and not self._abort:
                 # The client need not wait for what else the loop has to run before this turn ends.
                 self._flush()
@@ -300,7 +312,7 @@ class LazyTransport(asyncio.Transport):
 
     def give_back_if_kept(self) -> None:
         """Give it back if it is between two requests."""
-        if self._phase is Phase.KEPT:
+        if self._phase is KEPT:
             self.give_back()
 
     def give_back(self) -> None:
@@ -330,7 +342,7 @@ class LazyTransport(asyncio.Transport):
             self._in_kept = self._in_busy = self._armed = False
         if self._running:
             self._running = False
-            self._receiver.counters[1] -= 1
+            self._receiver.running -= 1
 
     def _flush(self) -> None:
         """Write what the kernel takes now."""
@@ -375,7 +387,7 @@ class LazyTransport(asyncio.Transport):
             self._protocol.resume_writing()
 
     def _finish(self, error: Exception | None) -> None:
-        self._phase = Phase.CLOSED
+        self._phase = CLOSED
         self._closing = True
         self._leave_watch()
         os.close(self._fd)

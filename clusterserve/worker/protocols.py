@@ -4,9 +4,9 @@ The second file that knows uvicorn, and the only one that knows the insides of i
 contract test (tests/worker/test_borrow_contract.py).  Relied upon, of both: `on_response_complete` is called from the
 application's task when a response is complete, `shutdown` when the server stops, `cycle` is the newest request (None
 before the first), `cycle.response_started`, `cycle.response_complete`, `cycle.keep_alive`, `cycle.default_headers`,
-`flow`, `server_state.total_requests`, `scheme` and `transport` (None before `connection_made`); between two requests
-neither `cycle` nor `scope` nor `headers` is needed.  Of httptools': `pipeline` holds the requests that wait,
-`on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
+`flow` with `read_paused`, `server_state.total_requests`, `scheme` and `transport` (None before `connection_made`);
+between two requests neither `cycle` nor `scope` nor `headers` is needed.  Of httptools': `pipeline` holds the requests
+that wait, `on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
 
 A connection is idle when its last response is complete, the request was read to its end, and nothing beyond it has been
 read: what lies unread in the kernel goes to whoever gets the connection next.  A TLS connection is its worker's to the
@@ -86,8 +86,8 @@ def _borrower(base: Any) -> Any:
                 return False
             self._unset_keepalive_if_required()
             # The same protocol may get the next request.
-            self.flow.resume_reading()
-            self._next_cycle()
+            if self.flow.read_paused:
+                self.flow.resume_reading()
             self._rest()
             return True
 
@@ -98,17 +98,8 @@ def _borrower(base: Any) -> Any:
 
         def _at_rest(self) -> bool:
             transport = self.transport
-            return (
-                isinstance(transport, HandedTransport)
-                and not transport.ours_alone
-                and not transport.is_closing()
-                and self._idle()
-                # Else it has been upgraded, and is a WebSocket's now.
-                and transport.get_protocol() is self
-            )
-
-        def _next_cycle(self) -> None:
-            """Make the parser ready for the next request."""
+            # Not ours any more if it has been upgraded, and is a WebSocket's now.
+            return isinstance(transport, HandedTransport) and transport.serves(self) and self._idle()
 
         def _midway(self) -> bool:
             raise AssertionError("defined by the subclass")
@@ -157,7 +148,8 @@ def _borrower(base: Any) -> Any:
             if self._leaving:
                 self._make_it_the_last()
             # A response may be complete before its request is: the connection goes back when the body has ended.
-            if self._answered():
+            cycle = self.cycle
+            if cycle is not None and cycle.response_complete:
                 if self.borrowing.after_response:
                     self.give_back()
                 elif self._at_rest():
@@ -208,7 +200,8 @@ class BorrowingHttpTools(_borrower(LimitedHttpTools)):  # type: ignore[misc]
     """uvicorn's httptools protocol."""
 
     def _idle(self) -> bool:
-        return not self._reading and not self.pipeline and (self.cycle is None or self._answered())
+        cycle: Any = self.cycle
+        return not self._reading and not self.pipeline and (cycle is None or cycle.response_complete)
 
     def _midway(self) -> bool:
         return bool(self._reading)
@@ -227,9 +220,11 @@ class BorrowingH11(_borrower(LimitedH11)):  # type: ignore[misc]
         # Nothing of the next request is buffered.
         return states in ((h11.IDLE, h11.IDLE), (h11.DONE, h11.DONE)) and not self.conn.trailing_data[0]
 
-    def _next_cycle(self) -> None:
+    def _rest(self) -> None:
         if self.conn.our_state is h11.DONE:
+            # Make the parser ready for the next request.
             self.conn.start_next_cycle()
+        super()._rest()
 
     def _midway(self) -> bool:
         return self.conn.their_state is h11.SEND_BODY

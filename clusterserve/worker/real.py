@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..channel.board import UNKNOWN
-from .lazy import GONE, Phase
+from .lazy import CLOSED, GONE, PENDING, REAL
 
 if TYPE_CHECKING:
     from .transport import HandedTransport
@@ -27,7 +27,7 @@ FAREWELL: Final = 1.0
 
 def become_real(handed: HandedTransport, **ssl: Any) -> None:
     """Hand the descriptor to the loop's own transport; `ssl` is for `loop.connect_accepted_socket`."""
-    handed._phase = Phase.PENDING
+    handed._phase = PENDING
     handed._tls = bool(ssl)
     handed._leave_watch()
     handed._receiver.marks[handed._place] = UNKNOWN
@@ -64,7 +64,7 @@ def _connected(handed: HandedTransport, task: asyncio.Task[Any]) -> None:
 
 def _adopt(handed: HandedTransport, real: asyncio.Transport, protocol: asyncio.BaseProtocol) -> None:
     """The loop's transport is there: what happened meanwhile happens to it now, then it takes over."""
-    handed._phase = Phase.REAL
+    handed._phase = REAL
     handed._real = real
     if protocol is not handed._protocol:
         real.set_protocol(wire(handed))
@@ -126,7 +126,7 @@ def _close(handed: HandedTransport, real: asyncio.Transport) -> None:
 
 def _part(handed: HandedTransport, real: asyncio.Transport) -> None:
     """Go without a confirmation, once the client's kernel has everything."""
-    if handed._phase is not Phase.CLOSED:
+    if handed._phase is not CLOSED:
         if real.get_write_buffer_size() or _unacknowledged(handed._fd):
             handed._receiver.loop.call_later(FAREWELL, _part, handed, real)
         else:
@@ -152,9 +152,9 @@ def _pause(handed: HandedTransport) -> None:
 
 
 def _lost(handed: HandedTransport, error: Exception | None) -> None:
-    if handed._phase is Phase.CLOSED:
+    if handed._phase is CLOSED:
         return
-    handed._phase = Phase.CLOSED
+    handed._phase = CLOSED
     handed._closing = True
     handed._receiver.ended(handed._id, returned=handed._returning and error is None and not handed._upgraded)
     protocol, handed._protocol = handed._protocol, GONE

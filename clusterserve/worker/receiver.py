@@ -1,4 +1,4 @@
-"""The worker's end of the hot path: offers in, answers out, one message a turn of the loop.
+"""The worker's end of the hot path: offers in, turns of the loop, answers out at the end of each.
 
 Reading one message at a time is what makes recall work: whatever holds the loop, the offers behind it still lie in the
 socket, where the master can take them back.  The acknowledgement goes out when the loop has turned once after the first
@@ -14,17 +14,18 @@ import os
 import select
 import socket
 from collections.abc import Callable
-from resource import RUSAGE_THREAD, getrusage, struct_rusage
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from .. import faults
 from ..channel.board import READING, Board
-from ..channel.connection import MAX_ANSWERS, WorkerEnd
+from ..channel.connection import WorkerEnd
 from ..core.cost import Cost
-from ..core.records import FREE, FULL, IPV4, IPV6, PROXIED, Flag, Kind, pack_answer, unpack_offers
+from ..core.records import FREE, FULL, IPV4, IPV6, PROXIED, Flag, unpack_offers
 from ..errors import ProtocolError
+from .answers import ACK, CLOSED, REFUSED, RETURNED, SILENT, TAKEN, Answers
 from .lazy import CHUNK, LazyTransport
+from .stopwatch import Stopwatch
 from .threads import Threads
 from .transport import HandedTransport, Told
 from .watch import Watch
@@ -32,20 +33,6 @@ from .watch import Watch
 if TYPE_CHECKING:
     from .server import Entrance
 
-#: A turn shorter than this (seconds) is taken at its word: asking the kernel is not worth it.
-_DOUBTFUL: Final = 0.0005
-
-#: For so many turns after a longer one the kernel is asked.
-EXACT: Final = 256
-
-_ACK: Final = int(Kind.ACK)
-_CLOSED: Final = int(Kind.CLOSED)
-_RETURNED: Final = int(Kind.RETURNED)
-_REFUSED: Final = int(Kind.REFUSED)
-_KEPT: Final = int(Kind.KEPT)
-_TAKEN: Final = int(Kind.TAKEN)
-_DROPPED: Final = int(Kind.DROPPED)
-_SILENT: Final = int(Kind.SILENT)
 _LOST: Final = int(Flag.LOST)
 
 #: How often idle connections are looked for, and how long one stays at least (seconds).
@@ -78,6 +65,7 @@ class Receiver:
         self.servers: dict[int, Entrance] = {}
         #: Connections that outlive their first turn, for `cut`.
         self.kept: dict[int, LazyTransport] = {}
+        self.answers = Answers(loop, end)
         #: What the master sees without a message: see `channel.board`.
         self.marks = board.marks
         self.counters = board.counters
@@ -85,6 +73,10 @@ class Receiver:
         self.watch: Watch | None = None
         #: Whether a connection is worth keeping for its next request, now.
         self.keeps = False
+        #: Of the connections that are kept, how many have a request in progress.
+        self.running = self._shown = 0
+        #: Whether requests need a thread each, of which there are so many (`has_room`).
+        self.crowds = False
         #: Whether somebody wants to know how long connections have waited for this worker.
         self.timed = False
         self._may_keep = self._weighs = self._keeps_at_all = False
@@ -94,29 +86,17 @@ class Receiver:
         self._end = end
         self._refuses = not faults.on("lost-refusals")
         self._on_lost = on_lost
-        self._began = 0.0
-        self._spent = 0.0
-        self._usage: struct_rusage | None = None
-        self._exact = EXACT
-        # Of this turn: how many requests began, the lazy transports to settle, and the answers so far.
-        self._requests = 0
+        # How many requests have held the loop for as long as the stopwatch says, and how many the batch being read has.
+        self._stopwatch = Stopwatch()
+        self._requests = self._batch = 0
+        # Of this turn: the lazy transports to settle.
         self._lazy: list[LazyTransport] = []
-        self._fresh: dict[int, int] = {}
         self._open = self._weighed = False
         self._turning = False
         self._later_batch = self._postponed = False
-        # Under which number those are kept of which the master is about to hear, and who is armed then.
-        self._handles: dict[int, int] = {}
-        self._unarmed: list[LazyTransport] = []
-        # Those that are acknowledged when their protocol has its connection.
-        self._making: set[int] = set()
         # Those whose TLS handshake is not done.
         self._handshakes: set[int] = set()
         self._shaken: asyncio.Event | None = None
-        # Answers outside of a turn, and whether their sending is scheduled.
-        self._answers: dict[int, int] = {}
-        self._scheduled = False
-        self._blocked: list[bytes] = []
         self._on_idle: Callable[[], None] | None = None
         # Where requests are served in threads: those of this turn that will need one.
         self._threads: Threads | None = None
@@ -147,7 +127,7 @@ class Receiver:
 
     def employ(self, threads: Threads) -> None:
         """Requests are served in these threads from now on: what finds none free is left, unread, to other workers."""
-        self._threads = threads
+        self._threads, self.crowds = threads, True
         self.counters[3] = threads.places
         threads.on_begin, threads.on_end = self._occupied, self._vacated
 
@@ -183,7 +163,7 @@ class Receiver:
         assert self._threads is not None
         self.counters[2] = self._threads.busy
         if self._threads.busy == self._threads.places - 1:
-            self._later(0, FREE)
+            self.answers.say(0, FREE)
         self._crowded = self._crowded and self._threads.busy * 2 >= self._threads.places
         self.keeps = self._keeps_at_all
         if self._weighs and self.watch is not None:
@@ -256,7 +236,7 @@ class Receiver:
             if server is None or number >= arrived:
                 # No such server (any more), or the descriptor was lost at our limit: somebody else's, please.
                 if self._refuses:
-                    self._fresh[id] = _REFUSED
+                    self.answers.fresh[id] = REFUSED
                 if number < arrived:
                     os.close(fds[number])
                 continue
@@ -270,7 +250,7 @@ class Receiver:
                 if any(local):
                     sockname = _told(family, local, server_port)
             self._take(server, id, fds[number], peername, sockname, min(place, self._board.places), queued)
-            self._requests += 1
+            self._batch += 1
         self.end_batch()
         return True
 
@@ -282,9 +262,9 @@ class Receiver:
                 transport.arm_kept()
             return
         # What was said of it before the news goes first: the master hears nothing of it until it hears DROPPED.
-        self._flush()
+        self.answers.flush()
         if transport is None:
-            self._send([pack_answer(_DROPPED, id)])
+            self.answers.dropped(id)
         else:
             transport.lost()
 
@@ -302,12 +282,12 @@ class Receiver:
         data: bytes | None = None
         watch = None
         if server.client_speaks_first:
-            if not self.has_room():
+            if self.crowds and not self.has_room():
                 os.close(fd)
-                self._fresh[id] = FULL
+                self.answers.fresh[id] = FULL
                 return
             watch = self.watch
-            self._fresh[id] = _ACK
+            self.answers.fresh[id] = ACK
             # Before it is read: whoever died in between has read it for all the master knows.
             self.marks[place] = READING
             try:
@@ -320,32 +300,32 @@ class Receiver:
             if data is None and watch is not None:
                 # Nobody has said a word yet: the master can wait for that without costing a worker anything.
                 os.close(fd)
-                self._fresh[id] = _ACK | _SILENT
+                self.answers.fresh[id] = ACK | SILENT
                 return
             if data == b"":
                 # It left before it said anything: no protocol needs to hear of it.
                 os.close(fd)
-                self._fresh[id] = _ACK | _CLOSED
+                self.answers.fresh[id] = ACK | CLOSED
                 return
             if server.ssl:
                 data = None
         elif server.most is not None and len(self.kept) >= server.most:
             server.drops += 1
             os.close(fd)
-            self._fresh[id] = _ACK | _CLOSED
+            self.answers.fresh[id] = ACK | CLOSED
             return
         elif server.ssl:
             # A client that dribbles its handshake must not hold the acknowledgement.
-            self._fresh[id] = _ACK
+            self.answers.fresh[id] = ACK
         else:
-            self._making.add(id)
+            self.answers.making.add(id)
         try:
             transport = HandedTransport(self, id, fd, server.protocol_factory(), peername, sockname, place, watch)
         except Exception as exc:  # noqa: BLE001 - the user's factory; as a loop does, and this client alone pays
             self.fault(exc, "protocol factory")
             os.close(fd)
-            self._making.discard(id)
-            self._fresh[id] = _ACK | _CLOSED
+            self.answers.making.discard(id)
+            self.answers.fresh[id] = ACK | CLOSED
             return
         if self.timed:
             transport.handed_over(queued, monotonic(), self.counters[0])
@@ -380,37 +360,42 @@ class Receiver:
     # -- turns ----------------------------------------------------------------------------------------------------
 
     def begin_turn(self, requests: int = 0, *, weighed: bool = False) -> None:
-        """Something was read, or is about to be; so many requests, of those that are kept, begin with it.
+        """A batch was read, or is about to be; so many requests, of those that are kept, begin with it.
 
-        `weighed`: it matters how long this turn holds the loop.
+        `weighed`: it matters how long this batch holds the loop.
         """
-        self._requests += requests
         if not self._open:
             self._open = True
             self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
-        if weighed and not self._weighed:
+        if weighed:
             self._weighed = True
-            if self._exact:
-                self._exact -= 1
-            # In front of the tasks that are about to be created, as `_turned` is behind them: what else the loop has to
-            # run in this turn is nobody's cost.
-            self._begins()
-            self.loop.call_soon(self._begins)
-
-    def _begins(self) -> None:
-        # A system call, a twentieth of a cheap request: only as long as some turn has been doubtful lately.
-        self._usage = getrusage(RUSAGE_THREAD) if self._exact else None
-        self._began = perf_counter()
+            self._batch = requests
+            # In front of the tasks that are about to be created: what else the loop has to run is nobody's cost.
+            self._stopwatch.start()
+            self.loop.call_soon(self._stopwatch.start)
 
     def end_batch(self) -> None:
         """All of it was given to its protocols: the turn ends behind the tasks that these have created."""
-        if self._turning:
+        if self._weighed:
+            self._stopwatch.stop()
+        if self.running != self._shown:
+            # Before any of them can hold the loop.
+            self._shown = self.counters[1] = self.running
+        if not self._turning:
+            self._turning = True
+            self._requests += self._batch
+            self.loop.call_soon(self._turned)
+        else:
             # It would end in front of them.
             self._later_batch = True
-        else:
-            self._turning = True
-            self._spent = self._span() if self._weighed else 0.0
-            self.loop.call_soon(self._turned)
+            if self._weighed:
+                self.loop.call_soon(self._batch_done, self._batch)
+        self._weighed = False
+        self._batch = 0
+
+    def _batch_done(self, requests: int) -> None:
+        self._stopwatch.stop()
+        self._requests += requests
 
     def settle_later(self, transport: LazyTransport) -> None:
         """Something has happened to a transport that waits in the watch; settle it when this turn ends."""
@@ -422,29 +407,27 @@ class Receiver:
 
     def _turned(self) -> None:
         """The loop has turned: settle the lazy transports, acknowledge everything of this turn."""
+        self._stopwatch.stop()
         if self._later_batch and not self._postponed:
             # Once: what is read in every turn of the loop must not keep this one from ending.
             self._postponed, self._later_batch = True, False
-            # What runs in front of the second batch is nobody's cost, and cannot be told from the first.
-            self._requests = 0
             self.loop.call_soon(self._turned)
             return
-        self._open = self._weighed = self._turning = self._postponed = self._later_batch = False
+        self._open = self._turning = self._postponed = self._later_batch = False
         lazy, self._lazy = self._lazy, []
-        requests, self._requests = self._requests, 0
-        fresh = self._fresh
-        held = self._spent + self._span() if requests else 0.0
         self._begun = 0
-        if requests and self._weighs and self.watch is not None and self._threads is None:
-            self._weigh(self.watch, held, requests)
+        each = 0.0
+        if self._requests:
+            each = self._stopwatch.spent / self._requests
+            if self._weighs and self.watch is not None and self._threads is None:
+                self._weigh(self.watch, self._stopwatch.spent, self._requests)
+            self._stopwatch.spent, self._requests = 0.0, 0
         for transport in lazy:
             transport.settle()
-        self._fresh = {}
-        if fresh:
-            each = int(held * 1e6) // max(requests, 1)
-            self._send([self._pack(kind, id, each) for id, kind in fresh.items()])
-            if self._unarmed:
-                self._arm()
+        if self.running != self._shown:
+            self._shown = self.counters[1] = self.running
+        if self.answers.fresh:
+            self.answers.turned(int(each * 1e6))
         self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
 
     def _weigh(self, watch: Watch, held: float, requests: int) -> None:
@@ -452,36 +435,12 @@ class Receiver:
         self.keeps = self._may_keep and self._cost.cheap and len(watch) < self._most_kept
         watch.claims = self._cost.batch
 
-    # -- answers out ----------------------------------------------------------------------------------------------
-
-    def _pack(self, kind: int, id: int, held: int = 0) -> bytes:
-        return pack_answer(kind, id, held, self._handles.pop(id) if kind & _KEPT else 0)
-
-    def _span(self) -> float:
-        """How long since `_begins` (seconds), less what other processes had of the processor meanwhile.
-
-        A handler that sleeps or waits gives up the processor of its own will, and its time counts in full.
-        """
-        took = perf_counter() - self._began
-        if took < _DOUBTFUL:
-            return took
-        self._exact = EXACT
-        before = self._usage
-        if before is None:
-            # Out of the blue: whether it worked or waited is known of the next ones.
-            return _DOUBTFUL
-        usage = getrusage(RUSAGE_THREAD)
-        if usage.ru_nvcsw != before.ru_nvcsw:
-            return took
-        return usage.ru_utime + usage.ru_stime - before.ru_utime - before.ru_stime
+    # -- what becomes of them -------------------------------------------------------------------------------------
 
     def made(self, id: int) -> None:
-        """A connection has its protocol: if its client need not speak first, acknowledged one turn later."""
+        """A connection has its protocol."""
         self._shook(id)
-        if id in self._making:
-            self._making.remove(id)
-            # Not at once: `_flush` may be scheduled already, in front of the tasks that this protocol will create.
-            self.loop.call_soon(self._later, id, _ACK)
+        self.answers.made(id)
 
     def ended(self, id: int, *, returned: bool = False) -> None:
         """Our descriptor of a connection is closed: the connection is over, or `returned` to the master."""
@@ -489,74 +448,16 @@ class Receiver:
         self._shook(id)
         if self._on_idle is not None and not self.kept:
             self._on_idle()
-        kind = _RETURNED if returned else _CLOSED
-        if id in self._fresh:
-            self._fresh[id] = self._fresh[id] & ~_TAKEN | kind
-        else:
-            self._making.discard(id)
-            if self._answers.get(id) == _TAKEN:
-                # Taken for a moment, of which the master has not heard.
-                del self._answers[id]
-            self._later(id, kind)
+        self.answers.ended(id, RETURNED if returned else CLOSED)
 
     def taken(self, id: int) -> None:
         """A connection is ours alone from now on: it is HTTP no more, and nobody else can do anything for it."""
-        if id in self._fresh:
-            self._fresh[id] |= _TAKEN
-        else:
-            self._later(id, _TAKEN)
+        self.answers.add(id, TAKEN)
 
     def dropped(self, id: int) -> None:
         """Our copy of a connection that the master has taken back is closed."""
         self.kept.pop(id, None)
-        self._send([pack_answer(_DROPPED, id)])
-
-    def tell_kept(self, id: int, fd: int, transport: LazyTransport) -> None:
-        """Tell the master that it is kept; it is armed when that is said."""
-        self._handles[id] = fd
-        self._unarmed.append(transport)
-        if id in self._fresh:
-            self._fresh[id] |= _KEPT
-        else:
-            self._later(id, _KEPT)
-
-    def _arm(self) -> None:
-        """What the master was told of, it may claim."""
-        if not self._blocked:
-            unarmed, self._unarmed = self._unarmed, []
-            for transport in unarmed:
-                transport.arm_kept()
-
-    def _later(self, id: int, kind: int) -> None:
-        self._answers[id] = self._answers.get(id, 0) | kind
-        if not self._scheduled:
-            self._scheduled = True
-            self.loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._scheduled = False
-        answers, self._answers = self._answers, {}
-        self._send([self._pack(kind, id) for id, kind in answers.items()])
-        if self._unarmed:
-            self._arm()
-
-    def _send(self, records: list[bytes]) -> None:
-        if self._blocked:
-            self._blocked += records
-            return
-        for start in range(0, len(records), MAX_ANSWERS):
-            if not self._end.answer(b"".join(records[start : start + MAX_ANSWERS])):
-                # The master does not read: it is stopped, or dead.  Answers wait, nothing else does.
-                self._blocked = records[start:]
-                self.loop.add_writer(self._end.fileno(), self._unblock)
-                return
-
-    def _unblock(self) -> None:
-        while self._blocked and self._end.answer(b"".join(self._blocked[:MAX_ANSWERS])):
-            del self._blocked[:MAX_ANSWERS]
-        if not self._blocked:
-            self.loop.remove_writer(self._end.fileno())
-            self._arm()
+        self.answers.dropped(id)
 
     def abandon(self) -> None:
         """The loop is about to be closed, its servers are: refuse what was offered, and be done with what it holds.
@@ -569,9 +470,9 @@ class Receiver:
         for id, transport in tuple(self.kept.items()):
             transport.abort()
             self.ended(id)
-        self._flush()
+        self.answers.flush()
         self.loop.remove_reader(self._end.fileno())
-        self.loop.remove_writer(self._end.fileno())
+        self.answers.close()
 
     # -- the ones that stay ---------------------------------------------------------------------------------------
 
@@ -587,7 +488,7 @@ class Receiver:
     def close(self) -> None:
         """Stop reading and close the channel; connections go on."""
         self.loop.remove_reader(self._end.fileno())
-        self.loop.remove_writer(self._end.fileno())
+        self.answers.close()
         self._end.close()
         if self.watch is not None:
             self.watch.close()

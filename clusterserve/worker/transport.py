@@ -11,7 +11,7 @@ import socket
 from typing import Any
 
 from ..core.records import waited
-from .lazy import HIGH_WATER, LazyTransport, Phase
+from .lazy import BUSY, CLOSED, HIGH_WATER, LAZY, PENDING, REAL, LazyTransport
 from .real import become_real, wire
 
 
@@ -40,6 +40,11 @@ class HandedTransport(LazyTransport):
     def ours_alone(self) -> bool:
         """Whether nobody else could do anything for it, so that it is not given back: TLS, another protocol."""
         return self._tls or self._upgraded
+
+    def serves(self, protocol: asyncio.BaseProtocol) -> bool:
+        """Whether it is open, `protocol`'s, and not ours alone: in one call, as it is asked after every response."""
+        closing = self._closing if self._real is None else self.is_closing()
+        return self._protocol is protocol and not closing and not self._tls and not self._upgraded
 
     def handed_over(self, queued: int, now: float, turn: int) -> None:
         """Note when the master had it ready (see `core.records.waited`), and in which turn of the receiver it came."""
@@ -73,10 +78,10 @@ class HandedTransport(LazyTransport):
         # What may change under us is copied, as asyncio does.
         self._pieces.append(data if isinstance(data, bytes) else bytes(data))
         self._size += len(data)
-        if self._phase is Phase.BUSY:
+        if self._phase is BUSY:
             self._wake()
         if self._size > HIGH_WATER and not self._paused:
-            if self._phase is Phase.LAZY:
+            if self._phase is LAZY:
                 self._flush()
             if self._size > HIGH_WATER:
                 self._paused = True
@@ -87,7 +92,7 @@ class HandedTransport(LazyTransport):
             return
         self._closing = True
         self._wake()
-        if self._phase is Phase.LAZY and self._pieces:
+        if self._phase is LAZY and self._pieces:
             # The client need not wait for the other requests of this turn.
             self._flush()
 
@@ -112,7 +117,7 @@ class HandedTransport(LazyTransport):
 
     def resume_reading(self) -> None:
         self._reading = True
-        if self._phase is Phase.BUSY and not self._armed and self._watch is not None:
+        if self._phase is BUSY and not self._armed and self._watch is not None:
             self._stay(self._watch)
 
     def is_reading(self) -> bool:
@@ -128,7 +133,7 @@ class HandedTransport(LazyTransport):
             return default
         if name == "sockname":
             # Once it is closed, its number may be somebody else's.
-            if self._sockname is None and self._phase is not Phase.CLOSED:
+            if self._sockname is None and self._phase is not CLOSED:
                 self._sockname = _sockname(self._fd)
             return default if self._sockname is None else self._sockname
         return default if self._real is None else self._real.get_extra_info(name, default)
@@ -139,7 +144,7 @@ class HandedTransport(LazyTransport):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         if not self._upgraded:
             self._upgraded = True
-            if self._phase is Phase.PENDING or self._phase is Phase.REAL:
+            if self._phase is PENDING or self._phase is REAL:
                 self._take()
         self._wake()
         self._protocol = protocol

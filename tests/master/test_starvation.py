@@ -40,6 +40,13 @@ def program(source: str, processor: int | None = None) -> Iterator[int]:
 
 
 @pytest.fixture
+def starvation() -> Iterator[Starvation]:
+    starvation = Starvation()
+    yield starvation
+    starvation.close()
+
+
+@pytest.fixture
 def starving() -> Iterator[int]:
     """A process that is ready to run and, but for a moment now and then, does not."""
     processor = min(os.sched_getaffinity(0))
@@ -57,15 +64,13 @@ def ran(pid: int) -> float:
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
-def test_a_process_without_a_processor_starves(starving: int) -> None:
-    starvation = Starvation()
+def test_a_process_without_a_processor_starves(starvation: Starvation, starving: int) -> None:
     # The first look has nothing to compare with, and believes it.
     assert starvation.starves(starving, 0.0)
     assert starvation.starves(starving, 0.9)
 
 
-def test_a_process_that_runs_does_not_starve() -> None:
-    starvation = Starvation()
+def test_a_process_that_runs_does_not_starve(starvation: Starvation) -> None:
     with program(SPIN) as pid:
         eventually(lambda: proc.state(pid) == "R", "it runs")
         starvation.starves(pid, 0.0)
@@ -75,8 +80,7 @@ def test_a_process_that_runs_does_not_starve() -> None:
         assert not starvation.starves(pid, 0.02)
 
 
-def test_a_look_of_long_ago_says_nothing() -> None:
-    starvation = Starvation()
+def test_a_look_of_long_ago_says_nothing(starvation: Starvation) -> None:
     with program(SPIN) as pid:
         eventually(lambda: proc.state(pid) == "R", "it runs")
         starvation.starves(pid, 0.0)
@@ -85,8 +89,7 @@ def test_a_look_of_long_ago_says_nothing() -> None:
         assert starvation.starves(pid, 5.0)
 
 
-def test_what_was_seen_can_be_forgotten() -> None:
-    starvation = Starvation()
+def test_what_was_seen_can_be_forgotten(starvation: Starvation) -> None:
     with program(SPIN) as pid:
         eventually(lambda: proc.state(pid) == "R", "it runs")
         starvation.starves(pid, 0.0)
@@ -97,18 +100,28 @@ def test_what_was_seen_can_be_forgotten() -> None:
     starvation.forget(pid)
 
 
+def test_what_was_opened_is_closed() -> None:
+    starvation = Starvation()
+    with program("input()") as pid:
+        starvation.starves(pid, 0.0)
+        opened = {f"/proc/{pid}/task/{pid}/{name}" for name in ("stat", "schedstat")}
+        assert opened <= set(proc.descriptors(os.getpid()).values())
+        starvation.forget(pid)
+        assert not opened & set(proc.descriptors(os.getpid()).values())
+
+
 @pytest.mark.parametrize("source", ["import signal; signal.pause()", "import os; os.kill(os.getpid(), 19)"])
-def test_who_sleeps_or_is_stopped_does_not_starve(source: str) -> None:
+def test_who_sleeps_or_is_stopped_does_not_starve(starvation: Starvation, source: str) -> None:
     with program(source) as pid:
         eventually(lambda: proc.state(pid) in "ST", "it is not running")
-        eventually(lambda: not Starvation().starves(pid, 0.0), "it does not starve")
+        eventually(lambda: not starvation.starves(pid, 0.0), "it does not starve")
 
 
-def test_who_is_gone_does_not_starve() -> None:
+def test_who_is_gone_does_not_starve(starvation: Starvation) -> None:
     with program("pass") as pid:
         eventually(lambda: proc.state(pid) == "Z", "it is dead")
-        assert not Starvation().starves(pid, 0.0)
-    assert not Starvation().starves(pid, 0.0)
+        assert not starvation.starves(pid, 0.0)
+    assert not starvation.starves(pid, 0.0)
 
 
 def test_a_worker_without_a_processor_keeps_its_offers(rig: Rig, starving: int) -> None:

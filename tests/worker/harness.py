@@ -286,7 +286,7 @@ class Master:
             assert handed.answers in _LIVES, f"connection {handed.id} was answered {handed.answers}"
         # Nothing is remembered of those that are over.
         assert self.receiver.kept == {}
-        assert self.receiver._making == set()
+        assert self.receiver.answers.making == set()
 
     def close(self) -> None:
         self.deafen()

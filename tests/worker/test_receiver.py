@@ -355,7 +355,7 @@ class TestAMasterThatDoesNotRead:
         assert [answer.id for message in master.messages for answer in message] == [1, 2, 3, 4, 5]
         assert [handed.answers for handed in connections] == [[Kind.ACK | Kind.CLOSED]] * 5
         await turns(5)
-        assert master.receiver._blocked == []
+        assert master.receiver.answers.blocked == []
 
     async def test_more_than_one_message_takes(
         self, loop: Loop, master: Master, recorders: Recorders, fillers: int
@@ -367,19 +367,19 @@ class TestAMasterThatDoesNotRead:
                 handed.arrive(b"question")
             master.offer(*connections[start : start + 30])
         await until(lambda: len(recorders.all) == 150, "all have been taken")
-        await until(lambda: len(master.receiver._blocked) == 150, "their answers wait")
+        await until(lambda: len(master.receiver.answers.blocked) == 150, "their answers wait")
         # Room for one message at a time.
         while fillers:
             self.swallow(master, 1)
             fillers -= 1
             await turns(1)
-            if not master.receiver._blocked:
+            if not master.receiver.answers.blocked:
                 break
         self.swallow(master, fillers)
         master.listen()
         await master.answered(*connections)
         assert [answer.id for message in master.messages for answer in message] == list(range(1, 151))
-        assert master.receiver._blocked == []
+        assert master.receiver.answers.blocked == []
 
     async def test_the_end_of_a_connection_waits_behind_its_beginning(
         self, loop: Loop, master: Master, recorders: Recorders, fillers: int
@@ -387,9 +387,9 @@ class TestAMasterThatDoesNotRead:
         master.serve(recorders)
         handed = master.hand(b"question")
         transport = (await recorders.made()).transport
-        await until(lambda: master.receiver._blocked, "the acknowledgement waits")
+        await until(lambda: master.receiver.answers.blocked, "the acknowledgement waits")
         transport.close()
-        await until(lambda: len(master.receiver._blocked) == 2, "the end waits")
+        await until(lambda: len(master.receiver.answers.blocked) == 2, "the end waits")
         self.swallow(master, fillers)
         master.listen()
         await handed.ends()
@@ -457,6 +457,25 @@ class TestHeld:
         assert len(set(helds)) == 1
         assert helds[0] >= 10_000
         assert sum(helds) >= 40_000
+
+    async def test_what_others_compute_meanwhile_does_not_count(
+        self, loop: Loop, master: Master, recorders: Recorders
+    ) -> None:
+        """Three batches in one turn, and between them something that holds the loop and is no request of theirs."""
+        master.serve(recorders.on(data=respond))
+        second, third = (master.connection() for _ in range(2))
+        for handed in (second, third):
+            handed.arrive(b"question")
+        # Some response has ended: the turn begins with what is nobody's request.
+        master.receiver.begin_turn()
+        master.receiver.end_batch()
+        master.offer(second)
+        master.receiver._readable()
+        loop.call_soon(time.sleep, 0.03)
+        # Found when the loop next looks, which is behind all that.
+        master.offer(third)
+        await master.answered(second, third)
+        assert sum(answer.held for answers in master.messages for answer in answers) < 15_000
 
     async def test_later_answers_carry_none(self, loop: Loop, master: Master, recorders: Recorders) -> None:
         master.serve(recorders)
@@ -590,7 +609,7 @@ class TestTheEnd:
         alone.leave()
         alone.receiver.ended(1)
         await until(lambda: alone.lost, "it is noticed")
-        assert alone.receiver._blocked == []
+        assert alone.receiver.answers.blocked == []
 
     @pytest.mark.parametrize(
         "message",
@@ -622,13 +641,13 @@ class TestTheEnd:
         ended = range(100 * MAX_ANSWERS)
         for id in ended:
             alone.receiver.ended(id)
-        await until(lambda: alone.receiver._blocked, "some have to wait")
-        left = len(alone.receiver._blocked)
+        await until(lambda: alone.receiver.answers.blocked, "some have to wait")
+        left = len(alone.receiver.answers.blocked)
         for _ in range(40):
             # In portions: not everything fits at the second try either.
             alone.answers()
-        await until(lambda: len(alone.receiver._blocked) < left, "more are sent")
-        assert alone.receiver._blocked
+        await until(lambda: len(alone.receiver.answers.blocked) < left, "more are sent")
+        assert alone.receiver.answers.blocked
         await until(lambda: alone.answers() and alone.heard[-1] == ended[-1], "the last has come")
         assert alone.heard == list(ended)
 
