@@ -139,7 +139,7 @@ async def _serve(
         if parent is not None:
             upgrade.on_yield = lambda: parent.forward(HEARD)
         signals = Signals(engine, upgrade, loop, teller.on_reloaded, reread, teller.on_refused)
-        undo.enter_context(_watching(settings, loop, signals))
+        undo.enter_context(_watching(settings, loop, signals, engine))
         engine.start()
         if succession is not None:
             succession.start()
@@ -171,7 +171,7 @@ async def _serve(
 
 
 def _watching(
-    settings: Settings, loop: asyncio.AbstractEventLoop, signals: Signals
+    settings: Settings, loop: asyncio.AbstractEventLoop, signals: Signals, engine: Engine
 ) -> contextlib.AbstractContextManager[None]:
     if not settings.reload:
         return contextlib.nullcontext()
@@ -179,7 +179,8 @@ def _watching(
     from .watcher import described, watching
 
     def changed(paths: list[str]) -> None:
-        if not signals.first:
+        # Behind its successor too, it is not its business any more.
+        if not engine.stopping:
             logger.info("Changed: %s", described(paths))
             signals.reload()
 
