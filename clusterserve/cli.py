@@ -156,7 +156,7 @@ def parse(argv: Sequence[str], origin: str = "") -> Layer:
             layer["print_config"] = Given(True, "config")
         words = words[1:]
     elif words and words[0].strip() and ":" not in words[0]:
-        refuse_command(words[0])
+        refuse_command(words[0], words[1:])
     if len(words) > 1:
         raise SettingsError(f"one APP only, and {words[1]!r} is a second")
     if words and words[0].strip():

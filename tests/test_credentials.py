@@ -132,5 +132,5 @@ def test_a_program_has_its_own(pair: Pair) -> None:
 
 
 def test_http2_needs_its_implementation() -> None:
-    with pytest.raises(SettingValueError, match="needs http='zttp'"):
+    with pytest.raises(SettingValueError, match="needs the HTTP implementation that has it, which is zttp"):
         Settings.create(app="a:b", http2=True)

@@ -60,11 +60,6 @@ class Exchange:
         self.close_code: int | None = None
 
     @property
-    def failed(self) -> bool:
-        """Whether somebody may want to know why."""
-        return self.status >= 400
-
-    @property
     def method(self) -> str:
         """Empty: nobody knows what was asked."""
         # A WebSocket's scope has none.

@@ -139,7 +139,7 @@ async def _serve(
         if parent is not None:
             upgrade.on_yield = lambda: parent.forward(HEARD)
         signals = Signals(engine, upgrade, loop, teller.on_reloaded, reread, teller.on_refused)
-        undo.enter_context(_watching(settings, loop, signals, engine))
+        undo.enter_context(_watching(settings, loop, engine, signals))
         engine.start()
         if succession is not None:
             succession.start()
@@ -171,7 +171,7 @@ async def _serve(
 
 
 def _watching(
-    settings: Settings, loop: asyncio.AbstractEventLoop, signals: Signals, engine: Engine
+    settings: Settings, loop: asyncio.AbstractEventLoop, engine: Engine, signals: Signals
 ) -> contextlib.AbstractContextManager[None]:
     if not settings.reload:
         return contextlib.nullcontext()
@@ -179,8 +179,8 @@ def _watching(
     from .watcher import described, watching
 
     def changed(paths: list[str]) -> None:
-        # Behind its successor too, it is not its business any more.
-        if not engine.stopping:
+        # Who leaves has none to replace, the old master of an upgrade neither; the new one watches as well.
+        if not signals.first and not engine.stopping:
             logger.info("Changed: %s", described(paths))
             signals.reload()
 

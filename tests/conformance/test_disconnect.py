@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -519,9 +520,9 @@ def test_D18_can_fail(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         scene.run(waits_for_all(scene))
 
 
-def restarts(count: int, env: dict[str, str]) -> None:
+def restarts(count: int, **more: Any) -> None:
     """A rolling restart by hand, under load: each worker leaves when a replacement listens."""
-    options = {"respawn": False, "workers": 2, "bind": "127.0.0.1:0", "policy": "rr", "access_log": False, "env": env}
+    options = {"respawn": False, "workers": 2, "bind": "127.0.0.1:0", "policy": "rr", "access_log": False, **more}
     with Cluster("tests.helpers.apps.full:app", **options) as cluster:
         first = {worker: worker.wait_for("listening", DEADLINE) for worker in cluster.workers.values()}
         for worker, listening in first.items():
@@ -545,13 +546,15 @@ def restarts(count: int, env: dict[str, str]) -> None:
 
 @pytest.mark.timeout(4 * DEADLINE)
 def test_D19_a_rolling_restart_under_load_loses_nothing() -> None:
-    restarts(30, {})
+    restarts(30)
 
 
 @pytest.mark.timeout(2 * DEADLINE)
 def test_D19_can_fail() -> None:
+    # Where a connection is one worker's until that leaves, each is at one of those that do.  Where it is borrowed, all
+    # may be the master's at that moment, and nothing is lost by luck.
     with pytest.raises(AssertionError, match="client "):
-        restarts(10, {faults.VARIABLE: "idle-given-back"})
+        restarts(2, env={faults.VARIABLE: "idle-given-back"}, dispatch="connection")
 
 
 # ── a worker that ends itself ───────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from clusterserve.core.bequest import bequeath, inherit
 from clusterserve.core.connection import Connection, State
 from clusterserve.core.distributor import Distributor
@@ -40,6 +43,24 @@ def test_what_nobody_has_is_taken_out() -> None:
     assert {each.state for each in (queued, silent, served)} == {State.GONE}
     assert (old.queued, other.state, bequeath(old, {1}, 8.0)) == (0, State.OFFERED, [])
     assert old.statistics().parked == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.booleans()), max_size=12), st.sets(st.sampled_from([1, 2, 3])))
+def test_what_is_left_out_stays(arrivals: list[tuple[int, bool]], listeners: set[int]) -> None:
+    """Of some listeners everything goes, in the order in which it came, and of the others nothing."""
+    old = distributor(1, 2, 3)
+    connections = [Connection(id, 10 + id, listener) for id, (listener, _) in enumerate(arrivals)]
+    for connection, (_, waiting) in zip(connections, arrivals, strict=True):
+        old.accepted(connection, waiting=waiting)
+    found = bequeath(old, listeners, 5.0)
+    queued = [each.id for each, waits, _ in found if waits is Waits.WORKER]
+    assert queued == [id for id, (listener, waiting) in enumerate(arrivals) if waiting and listener in listeners]
+    theirs = {connection.id for connection in connections if connection.listener in listeners}
+    assert {each.id for each, _, _ in found} == theirs
+    for connection, (listener, waiting) in zip(connections, arrivals, strict=True):
+        stays = State.QUEUED if waiting else State.PARKED
+        assert connection.state is (State.GONE if listener in listeners else stays)
+    assert old.queued == sum(waiting and listener not in listeners for listener, waiting in arrivals)
 
 
 def test_time_goes_on() -> None:

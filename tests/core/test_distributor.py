@@ -138,6 +138,32 @@ class TestTheQueue:
         assert waiting(distributor) == [1]
         assert distributor.wake_at(0.0) is None
 
+    @given(st.lists(st.tuples(st.integers(1, 2), st.sampled_from(CLIENTS)), max_size=12), st.integers(0, 3))
+    def test_when_nobody_will_ever_be_ready_the_shell_turns_all_away(
+        self, arrivals: list[tuple[int, bytes]], offered: int
+    ) -> None:
+        """What was offered or is parked is another matter."""
+        distributor = rig(workers=0, policy=Hash(2))
+        distributor.add_handle(2, RoundRobin(), client_speaks_first=True)
+        parked = Connection(1000, 1100, 2)
+        distributor.accepted(parked, waiting=False)
+        worker = distributor.add_worker(1, 0)
+        for key in (1, 2):
+            distributor.attach(1, key)
+        begun = accept(distributor, *range(2000, 2000 + offered), listener=2)
+        assert len(distribute(distributor)) == offered
+        distributor.drain_worker(worker.id)
+        waited = [accept(distributor, id, listener=key, client=who)[0] for id, (key, who) in enumerate(arrivals)]
+        assert distribute(distributor) == []
+        assert sorted(connection.id for connection in distributor.given_up()) == list(range(len(arrivals)))
+        assert {connection.state for connection in waited} <= {State.GONE}
+        assert (distributor.queued, waiting(distributor, 1), waiting(distributor, 2)) == (0, [], [])
+        assert (parked.state, {connection.state for connection in begun}) == (
+            State.PARKED,
+            {State.OFFERED} if offered else set(),
+        )
+        assert distributor.given_up() == []
+
     def test_at_most_window_unacknowledged_offers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(workers, "WINDOW", 2)
         distributor = rig(workers=1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clusterserve.core import envelope as module
-from clusterserve.core.envelope import CHUNK, Assembler, Envelope, Kind, Requests, cut, seal, unseal
+from clusterserve.core.envelope import CHUNK, Assembler, Envelope, Kind, Requests, cut, declined, seal, unseal
 from clusterserve.core.messages import HEADER_SIZE, MAX_USER_FRAME, Decoder, Online, encode
 from clusterserve.errors import ProtocolError
 
@@ -176,6 +176,15 @@ class TestRequests:
         requests.open("b")
         with pytest.raises(ProtocolError, match=f"^an answer to request {number}, which was never sent$"):
             requests.answered(number)
+
+    @given(st.integers(1, 2**64 - 1), st.booleans(), JSON)
+    @QUICK
+    def test_where_no_program_is_a_request_is_answered_all_the_same(
+        self, number: int, pickled: bool, content: Any
+    ) -> None:
+        answer = declined(seal(Kind.REQUEST, number, content, pickled))
+        assert (answer.kind, answer.number, answer.pickled) == (Kind.FAILURE, number, pickled)
+        assert unseal(answer, pickled).startswith("nobody answers requests there")
 
     def test_an_answer_that_comes_too_late_is_none(self) -> None:
         requests: Requests[str] = Requests()

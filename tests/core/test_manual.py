@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,6 +125,23 @@ def test_one_that_does_not_come_up_is_killed_with_the_right_words() -> None:
         roster.spawned(0, 1, 0.0)
         assert plan(MANUAL, roster, 9.0).actions == ()
         assert plan(MANUAL, roster, 10.0).actions == (Kill(1, words),)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@given(st.floats(0.0, 20.0))
+def test_a_program_has_what_is_left_of_its_grace_after_it_has_closed_its_channel(quick: bool, later: float) -> None:
+    """An application has nothing to do then: it is given a moment to exit."""
+    grace = LIMITS.quick if quick else LIMITS.graceful
+    for programs, due in ((True, max(grace, later + LIMITS.disconnected)), (False, later + LIMITS.disconnected)):
+        roster = Roster(LIMITS, programs=programs)
+        roster.spawned(0, 1, -10.0)
+        roster.happened(1, WorkerEvent.ONLINE, -9.0)
+        roster.happened(1, WorkerEvent.LISTENING, -9.0)
+        roster.drained(1, quick, 0.0)
+        roster.happened(1, WorkerEvent.DISCONNECTED, later)
+        answer = plan(MANUAL, roster, later)
+        assert (answer.actions, answer.deadline) == ((), due)
+        assert plan(MANUAL, roster, due).actions == (Kill(1, "it closed its channel but did not exit"),)
 
 
 def test_one_that_does_not_act_on_sigterm_is_killed_once() -> None:

@@ -67,6 +67,14 @@ def test_a_name_without_wildcards_wins() -> None:
     assert not watched("*.env", but=("*",)).counts("/site/x.env")
 
 
+@given(st.lists(st.sampled_from(["*", "*.py", "a*"]), max_size=3), st.sampled_from(["", ".", "./", "././."]))
+def test_a_pattern_of_no_name_fits_nothing(others: list[str], empty: str) -> None:
+    """It ends in the directory itself, which is no file; alone or among others it neither adds nor takes away."""
+    for path in ("/site/app.py", "/site/deep/a", "/site/x.html"):
+        assert watched(*others, empty).counts(path) is watched(*others).counts(path)
+        assert watched(*others, but=(empty,)).counts(path) is watched(*others, but=(".nothing.",)).counts(path)
+
+
 def test_an_excluded_directory() -> None:
     files = watched(excluded=("/site/tests",))
     assert not files.counts("/site/tests/deep/a.py")
