@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -830,3 +831,20 @@ def test_exec_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert help.startswith("Usage: clusterserve exec [OPTIONS] {SCRIPT | -m MODULE} [ARGUMENTS]")
     assert "--policy" in help
     assert "--bind" not in help
+
+
+def test_a_ctrl_c_before_anybody_listens_is_no_traceback() -> None:
+    """While modules are imported, and while files are read."""
+    for moment in ("clusterserve.cli", "clusterserve.sources"):
+        program = f"""
+            import sys
+            class Interrupt:
+                def find_spec(self, name, path=None, target=None):
+                    if name == {moment!r}:
+                        raise KeyboardInterrupt
+            sys.meta_path.insert(0, Interrupt())
+            from clusterserve.__main__ import main
+            main()
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
