@@ -7,6 +7,7 @@ What the end-to-end test does for some seconds, for as long as one likes; what i
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from benchmarks.errors import BenchmarkError
@@ -29,6 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--connections", type=positive, default=64, help="(default: %(default)s)")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop", help="(default: %(default)s)")
     parser.add_argument("--http", choices=("httptools", "h11"), default="httptools", help="(default: %(default)s)")
+    parser.add_argument("--wsgi", action="store_true", help="a WSGI application instead of an ASGI one")
+    parser.add_argument("--preload", action="store_true", help="workers are forks of a template")
+    parser.add_argument("--unix", action="store_true", help="on a unix socket instead of TCP")
     text = "only these: HUP, TTIN, TTOU, KILL, 'KILL all', STOP (default: all)"
     parser.add_argument("--events", metavar="EVENT,...", type=names, default=[], help=text)
 
@@ -55,8 +59,11 @@ def one_run(dispatch: str, options: argparse.Namespace) -> Report:
         raise BenchmarkError(f"unknown event {unknown[0]!r} (known: {', '.join(chaos.EVENTS)})")
     events = {name: weight for name, weight in chaos.EVENTS.items() if not options.events or name in options.events}
     how = [*(("--dispatch", dispatch) if dispatch else ()), "--loop", options.loop, "--http", options.http]
+    how += ["--preload"] if options.preload else []
+    app = chaos.WSGI_APP if options.wsgi else chaos.APP
+    bind = f"unix:@clusterserve-chaos-{os.getpid()}" if options.unix else "127.0.0.1:0"
     try:
-        with Server(*how, *chaos.OPTIONS, app=chaos.APP, workers=options.workers) as server:
+        with Server(*how, *chaos.OPTIONS, app=app, workers=options.workers, bind=bind) as server:
             server.wait_ready()
             return chaos.Chaos(
                 server, options.seed, seconds=options.seconds, connections=options.connections, events=events

@@ -148,7 +148,8 @@ def _start(target: Target, roster: Roster, now: float) -> _Due:
     """Fill empty slots; in a reload and for worn workers also start replacements, `surge` at a time."""
     if _rejected(target, roster):
         return
-    if roster.templates is not None and roster.templates.ready(target.generation) is None:
+    generation = _at_hand(target, roster)
+    if not generation:
         # Nobody to fork them: it is asked again when there is.
         return
     here = [member for member in roster.members.values() if member.current and not _abandoned(member, target, roster)]
@@ -160,7 +161,9 @@ def _start(target: Target, roster: Roster, now: float) -> _Due:
         if slot.closed or roster.undecided(number):
             continue
         if number not in newest and (roster.proven or not slot.failures):
-            yield slot.not_before, Spawn(number, target.generation)
+            yield slot.not_before, Spawn(number, generation)
+    if generation != target.generation:
+        return
     booting = sum(member.listening is None for member in here)
     # The oldest first: else the lowest slots, if their workers wear out quickly, would always be served before others.
     stale = sorted((number for number in newest if number not in fresh), key=lambda number: newest[number].id)
@@ -176,6 +179,16 @@ def _start(target: Target, roster: Roster, now: float) -> _Due:
         if member.wear.lifetime and member.listening is not None:
             # Ahead, or it were not fresh: what is asked for then is decided then.
             yield member.listening + member.wear.lifetime, Spawn(number, target.generation)
+
+
+def _at_hand(target: Target, roster: Roster) -> int:
+    """The generation of which workers can be started now: the wanted one, or an older one until that is ready; or 0."""
+    templates = roster.templates
+    if templates is None or templates.ready(target.generation) is not None:
+        return target.generation
+    # Before anyone ever listened there is nothing that older code could go on with.
+    other = templates.stand_in(target.generation, roster.proven) if roster.proven else None
+    return 0 if other is None or other.ready is None else other.generation
 
 
 def _retire(target: Target, roster: Roster, now: float) -> _Due:
@@ -249,7 +262,10 @@ def _templates(target: Target, roster: Roster, hopeless: bool) -> _Due:
     if roster.templates is None:
         return
     over = target.stop is not Stop.NO or hopeless
-    keep = () if over else (target.generation, roster.proven)
+    other = None
+    if 0 < roster.proven < target.generation:
+        other = roster.templates.stand_in(target.generation, roster.proven)
+    keep = () if over else (target.generation, roster.proven if other is None else other.generation)
     start = 0 if over or _rejected(target, roster) or _tried(target, roster) else target.generation
     yield from steps(roster.templates, keep, start, roster.limits.boot, roster.limits.disconnected)
 

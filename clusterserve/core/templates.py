@@ -2,8 +2,9 @@
 
 `Templates` belongs to the roster and changes only by facts, as that does; `steps` says what follows, as a part of
 `plan`.  A worker does not need its template once it is forked.  So that a worker of a generation can always be
-replaced by one of the same code, a template stays as long as its generation is wanted, or is the one that serves;
-unless it has nothing of a generation's (`Templates.lasting`), and serves them all.
+replaced by one of the same code, a template stays as long as its generation is wanted, or is the one that serves (the
+`stand_in`, from which who dies is replaced until the wanted one is ready); unless it has nothing of a generation's
+(`Templates.lasting`), and serves them all.
 """
 
 from __future__ import annotations
@@ -116,6 +117,21 @@ class Templates:
         """The one that workers of `generation` can be forked from now."""
         template = self.of(generation)
         return None if template is None or template.ready is None or template.killed else template
+
+    def stand_in(self, generation: int, proven: int) -> Template | None:
+        """The one that workers come from until that of `generation` is ready: of older code, and better than nobody.
+
+        That of the generation that serves, if it is ready, or else one that is, or else who began to load first:
+        reloads that follow one another faster than a template loads must not leave everybody waiting for the last.
+        """
+        older = [
+            each
+            for each in self.here.values()
+            if each.generation < generation and each.dismissed is None and not each.killed and not each.outdated
+        ]
+        ready = [each for each in older if each.ready is not None]
+        ours = [each for each in older if each.generation == proven]
+        return next(iter([each for each in ready if each in ours] or ready[-1:] or ours or older), None)
 
 
 def steps(

@@ -343,7 +343,11 @@ class Dispatcher:
             return
         # A worker gets its own copy, which would keep the entry alive behind our back.
         self._epoll.unregister(fd)
-        if event & (select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP) and not _has_data(fd):
+        there = _peeked(fd) if event & (select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP) else True
+        if there is None:
+            # The event was another's, whose number this one has got since the epoll was asked.
+            self._park(connection)
+        elif not there:
             self._close([self.distributor.hung_up(connection.id)])
         else:
             connection.since = now
@@ -581,10 +585,17 @@ def _end(connection: Connection) -> None:
 
 
 def _has_data(fd: int) -> bool:
+    return bool(_peeked(fd))
+
+
+def _peeked(fd: int) -> bool | None:
+    """Whether there is something to read (True), the client has left (False), or neither (None)."""
     # Borrowed, not copied: that works at the descriptor limit too.
     sock = socket.socket(fileno=fd)
     try:
         return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return None
     except OSError:
         return False
     finally:

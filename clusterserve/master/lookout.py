@@ -117,7 +117,8 @@ class Lookout:
                 post.end.remind()
         if changed:
             self._distribute(now)
-        if self._distributor.lateness.watched:
+        # Who cannot be told of its losses yet holds copies of connections that are others' by now.
+        if self._distributor.lateness.watched or any(post.end.owes for post in self._posts.values()):
             self._timer = self._loop.call_later(LOOK if now < self._alert_until else CALM_LOOK, self._look)
         else:
             self._timer = None

@@ -1,8 +1,8 @@
 """What a worker tells the master of the connections that it was handed.
 
 Within a turn everything waits for its end, and is one message.  Outside of one it is said soon, behind what the loop
-has to run now, so that what happens together is one message too.  A master that does not read holds up nothing but
-the answers: they wait, in their order.
+has to run now or with the end of a turn, so that what happens together is one message too.  A master that does not read
+holds up nothing but the answers: they wait, in their order.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ class Answers:
         self._end = end
         #: Of this turn, by connection: whoever is in it is answered at its end.
         self.fresh: dict[int, int] = {}
-        # Outside of a turn, and whether their sending is scheduled.
-        self._soon: dict[int, int] = {}
+        #: Outside of a turn, and whether their sending is scheduled.
+        self.soon: dict[int, int] = {}
         self._scheduled = False
         #: Records that the channel had no room for.
         self.blocked: list[bytes] = []
-        # Under which number those are kept of which the master is about to hear, and who is armed then.
+        # Under which number those are kept of which the master is about to hear, who is armed when it was told, and who
+        # is when there was room for that in the channel.
         self._handles: dict[int, int] = {}
+        self._untold: list[LazyTransport] = []
         self._unarmed: list[LazyTransport] = []
         #: Connections that are acknowledged when their protocol has them.
         self.making: set[int] = set()
@@ -59,9 +61,9 @@ class Answers:
             self.fresh[id] = self.fresh[id] & ~TAKEN | kind
         else:
             self.making.discard(id)
-            if self._soon.get(id) == TAKEN:
+            if self.soon.get(id) == TAKEN:
                 # Taken for a moment, of which the master has not heard.
-                del self._soon[id]
+                del self.soon[id]
             self.say(id, kind)
 
     def dropped(self, id: int) -> None:
@@ -71,7 +73,7 @@ class Answers:
     def kept(self, id: int, fd: int, transport: LazyTransport) -> None:
         """A connection is kept for its next request; it is armed when that is said."""
         self._handles[id] = fd
-        self._unarmed.append(transport)
+        self._untold.append(transport)
         self.add(id, KEPT)
 
     def add(self, id: int, kind: int) -> None:
@@ -83,24 +85,35 @@ class Answers:
 
     def say(self, id: int, kind: int) -> None:
         """Soon."""
-        self._soon[id] = self._soon.get(id, 0) | kind
+        self.soon[id] = self.soon.get(id, 0) | kind
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self.flush)
 
     def turned(self, held: int) -> None:
-        """The turn is over; each of its requests has held the loop for so long (microseconds)."""
+        """The turn is over; each of its requests has held the loop for so long (microseconds).
+
+        What was to be said soon is said too: what the loop runs before `flush` may hold it for long, and the next
+        request of a connection that is given back by then.  But for acknowledgements: they wait for their own turn.
+        """
         fresh, self.fresh = self.fresh, {}
-        self._send([self._pack(kind, id, held) for id, kind in fresh.items()])
-        if self._unarmed:
-            self._arm()
+        records = [self._pack(kind, id, held) for id, kind in fresh.items()]
+        if self.soon:
+            records += [self._pack(kind, id) for id, kind in self.soon.items() if kind != ACK]
+            self.soon = {id: kind for id, kind in self.soon.items() if kind == ACK}
+        self._tell(records)
 
     def flush(self) -> None:
         """Now."""
         self._scheduled = False
-        answers, self._soon = self._soon, {}
-        self._send([self._pack(kind, id) for id, kind in answers.items()])
-        if self._unarmed:
+        answers, self.soon = self.soon, {}
+        self._tell([self._pack(kind, id) for id, kind in answers.items()])
+
+    def _tell(self, records: list[bytes]) -> None:
+        self._send(records)
+        if self._untold:
+            self._unarmed += self._untold
+            self._untold = []
             self._arm()
 
     def close(self) -> None:
@@ -111,7 +124,8 @@ class Answers:
         return pack_answer(kind, id, held, self._handles.pop(id) if kind & KEPT else 0)
 
     def _arm(self) -> None:
-        # What the master was told of, it may claim.
+        # What the master was told of, it may claim.  Nothing else: it would claim a number that says nothing to it, and
+        # nobody would arm that again.
         if not self.blocked:
             unarmed, self._unarmed = self._unarmed, []
             for transport in unarmed:

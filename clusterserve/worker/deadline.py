@@ -2,8 +2,9 @@
 
 Looks at the running requests from time to time instead of timing each, so a request costs nothing and may take a
 quarter longer, by two seconds at most.  The time counts from when the application is called: the head is read, the body
-may still be on its way.  What runs on behind a complete response is nobody's request any more and is left alone, and so
-is a WebSocket.
+may still be on its way.  Time in which nobody could look hardly counts (the machine slept, the process was stopped,
+another handler held the loop): the request could not go on either.  What runs on behind a complete response is nobody's
+request any more and is left alone, and so is a WebSocket.
 
 Knows of uvicorn what `draining.py` knows, and of its requests' state: `transport`, `response_started`,
 `response_complete`, and that nothing is sent once `disconnected` is set, which the protocol's `connection_lost` does
@@ -24,6 +25,9 @@ logger = logging.getLogger("uvicorn.error")
 LOOKS: Final = 8
 LOOK: Final = 1.0
 
+#: What a look counts at most that comes late, of the time in which it was due.
+LATE: Final = 2
+
 #: How long a client may go on sending after it was told, so that it can read that (seconds).
 LINGER: Final = 2.0
 
@@ -40,17 +44,20 @@ class Deadline:
         self._tasks = tasks
         self._timeout = timeout
         self._pause = min(LOOK, timeout / LOOKS)
-        self._since: dict[asyncio.Task[None], float] = {}
+        #: For how long each has been running, as far as it was looked at.
+        self._ages: dict[asyncio.Task[None], float] = {}
+        self._looked = 0.0
         #: Those that were ended and have not noticed yet.
         self.ended: set[asyncio.Task[None]] = set()
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Look now, and from time to time."""
-        now = loop.time()
-        self._since = {task: self._since.get(task, now) for task in self._tasks}
-        for task, since in self._since.items():
-            if now - since >= self._timeout and task not in self.ended:
-                self._end(loop, task, now - since)
+        before, self._looked = self._looked, loop.time()
+        passed = min(self._looked - before, LATE * self._pause)
+        self._ages = {task: self._ages[task] + passed if task in self._ages else 0.0 for task in self._tasks}
+        for task, age in self._ages.items():
+            if age >= self._timeout and task not in self.ended:
+                self._end(loop, task, age)
         loop.call_later(self._pause, self.watch, loop)
 
     def _end(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None], age: float) -> None:

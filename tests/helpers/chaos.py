@@ -39,6 +39,7 @@ from tests.helpers.server import Server
 from tests.helpers.waiting import eventually
 
 APP = "tests.helpers.apps.chaos:app"
+WSGI_APP = "tests.helpers.apps.chaos_wsgi:app"
 #: What the server is started with: workers that are killed all the time are to be replaced at once all the same.
 OPTIONS = ("--restart-backoff", "0.05", "--restart-backoff-max", "0.2", "--no-access-log")
 BOUND = 20.0
@@ -104,10 +105,13 @@ class Chaos:
         self._over = False
         self._kills: list[float] = []
         self._asked = 0
+        self._others = 0
 
     def run(self) -> Report:
         before = self._at_rest()
         workers = len(self._server.workers)
+        # A template is the master's child too.
+        self._others = len(before) - 1 - workers
         self._began = time.monotonic()
         asyncio.run(self._clients_and_events())
         self._scale_back(workers)
@@ -237,7 +241,7 @@ class Chaos:
 
     def _settled(self, count: int) -> bool:
         # A worker that is to go, or has yet to listen, is a child as well.
-        return len(self._server.workers) == count == len(proc.children(self._server.pid))
+        return len(self._server.workers) == count == len(proc.children(self._server.pid)) - self._others
 
     def _at_rest(self) -> list[dict[str, int]]:
         """What each process holds when every worker has served and nobody is connected."""
@@ -380,10 +384,19 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _kinds(pid: int) -> dict[str, int]:
-    """Descriptors by kind.  libuv opens /dev/null with its first stream, and keeps it."""
+    """Descriptors by kind.
+
+    libuv opens /dev/null with its first stream, and keeps it; the master looks at a worker in /proc when that is late
+    for the first time, and lets go when it is dead.
+    """
     try:
         links = proc.descriptors(pid).values()
     except (FileNotFoundError, ProcessLookupError):
         return {}
-    kinds = Counter(re.sub(r":\[\d+\]$", "", link) for link in links if link != "/dev/null")
+    kinds = Counter(re.sub(r":\[\d+\]$", "", link) for link in links if link != "/dev/null" and not _of_living(link))
     return dict(sorted(kinds.items()))
+
+
+def _of_living(link: str) -> bool:
+    found = re.match(r"/proc/(\d+)/", link)
+    return found is not None and proc.alive(int(found[1]))

@@ -212,6 +212,21 @@ def test_one_number_for_two_connections_in_one_batch(rig: Rig, listener: Listene
     assert rig.distributor.statistics().parked == 0
 
 
+def test_what_became_of_the_last_one_of_that_number_is_not_this_ones_end(
+    rig: Rig, listener: Listener, worker: FakeWorker
+) -> None:
+    """As it comes when one that hangs up is closed for want of descriptors, and its number is the next client's."""
+    client = rig.connect(listener, b"one")
+    give_back(rig, worker)
+    (number,) = rig.dispatcher._parked
+    rig.dispatcher._unpark(number, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP, rig.loop.time())
+    rig.loop.turn(10)
+    assert rig.distributor.statistics().parked == 1
+    client.sendall(b"two")
+    (offer,) = worker.receive()
+    assert offer.sock.recv(100) == b"two"
+
+
 def test_a_worker_that_dies_loses_nothing_of_what_it_gave_back(
     rig: Rig, listener: Listener, worker: FakeWorker
 ) -> None:

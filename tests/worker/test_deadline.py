@@ -7,7 +7,8 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import uvicorn
@@ -149,6 +150,23 @@ async def test_what_runs_on_behind_its_response_is_left_alone(loop: Loop, make: 
     await until(lambda: not rig.state.tasks, "the task has ended")
     # This order was not ours.
     assert rig.said == [RAISED]
+
+
+def test_time_in_which_nobody_could_look_hardly_counts() -> None:
+    """1. A request begins.  2. The machine sleeps for long.  Result: it has nearly all of its time when that wakes."""
+    clock = SimpleNamespace(now=100.0, later=[])
+    clock.time, clock.call_later = lambda: clock.now, lambda *call: clock.later.append(call)
+    deadline = Deadline({cast("Any", "task")}, 8.0)
+    ended: list[float] = []
+    deadline._end = lambda loop, task, age: ended.append(age)  # type: ignore[method-assign]
+    deadline.watch(clock)
+    for pause in (1.0, 3600.0, 1.0, 1.5, 1.0, 1.0):
+        clock.now += pause
+        deadline.watch(clock)
+    assert ended == []
+    clock.now += 0.5
+    deadline.watch(clock)
+    assert ended == [8.0]
 
 
 @kinds

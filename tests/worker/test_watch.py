@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from clusterserve.channel.board import IDLE, READING, RESPONDING
+from clusterserve.channel.board import IDLE, READING, RESPONDING, UNTOUCHED
 from clusterserve.core.records import Flag, Kind
+from clusterserve.worker.watch import Watch
 from tests.helpers.loops import turns, until
 from tests.worker.harness import Handed, Master, Recorder, Recorders, phase, reaches, was_real
 
@@ -188,6 +189,67 @@ class TestShared:
         master.end.note(Flag.REARM, [handed.id])
         assert await handed.reads(4) == b"TWO."
 
+    async def test_what_the_master_has_not_heard_of_it_cannot_claim(
+        self, loop: Loop, master: Master, recorders: Recorders, shared: select.epoll, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """1. One waits for its application.  2. In the turn in which another begins and ends, it is answered too.
+
+        Result: it can be claimed once KEPT was said, and not with the answers of that turn, which do not say it.
+        """
+        early = []
+        keep = Watch.keep
+
+        def kept(self: Watch, fd: int, transport: Any, known: bool) -> None:
+            while master.read():
+                pass
+            early.extend([transport] if not any(kind & Kind.KEPT for kind in transport.handed.answers) else [])
+            keep(self, fd, transport, known)
+
+        def question(protocol: Recorder, data: bytes) -> None:
+            protocol.transport.handed = master.connections[len(recorders.all)]
+            answer(protocol, data)
+            if data == b"short.":
+                recorders.all[0].transport.write(b"LATE.")
+                recorders.all[0].transport.rest()
+
+        monkeypatch.setattr(Watch, "keep", kept)
+        master.serve(recorders.on(data=question))
+        late = master.hand(b"long")
+        await master.answered(late)
+        short = master.hand(b"short.")
+        assert await short.reads(6) == b"SHORT."
+        assert await late.reads(5) == b"LATE."
+        await until(lambda: late.answers == [Kind.ACK, Kind.KEPT], "it is kept")
+        await reaches(recorders.all[0].transport, "KEPT")
+        await turns(3)
+        assert early == []
+        # And both are armed.
+        late.arrive(b"x")
+        short.arrive(b"x")
+        assert len(shared.poll(0)) == 2
+
+    @pytest.mark.parametrize("keeps", [False, True])
+    async def test_who_waited_for_its_application_is_told_of_when_its_turn_ends(
+        self, loop: Loop, master: Master, echo: Recorders, shared: select.epoll, keeps: bool
+    ) -> None:
+        """Whatever holds the loop right behind it must not hold its next request."""
+        handed = master.hand(b"long")
+        await master.answered(handed)
+        master.deafen()
+        master.receiver.keeps = keeps
+        seen: list[bool] = []
+        transport = echo.only.transport
+        transport.write(b"LONG.")
+        transport.rest()
+        # Behind the end of that turn, and in front of whatever it has left for later.
+        loop.call_soon(lambda: seen.append(master.read()))
+        await until(lambda: seen, "the loop has turned")
+        assert seen == [True]
+        assert handed.answers == [Kind.ACK, Kind.KEPT if keeps else Kind.RETURNED]
+        if keeps:
+            handed.arrive(b"x")
+            assert len(shared.poll(0)) == 1
+
     async def test_no_room_for_its_entry(
         self, loop: Loop, master: Master, recorders: Recorders, shared: select.epoll
     ) -> None:
@@ -214,6 +276,22 @@ class TestShared:
         await handed.reads(4)
         await until(lambda: handed.returned, "it is given back")
         assert handed.answers[0] == Kind.ACK | Kind.KEPT
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_who_has_asked_nothing_is_owed_no_answer(
+    loop: Loop, master: Master, echo: Recorders, shared: select.epoll, leaves: bool
+) -> None:
+    """Should this worker die before the master is told, the client must not hear a 502 it has not asked for."""
+    handed = master.connection()
+    place = handed.copy.fileno()
+    if leaves:
+        handed.half_close()
+    master.offer(handed)
+    await master.answered(handed)
+    assert handed.answers == [Kind.ACK | (Kind.CLOSED if leaves else Kind.SILENT)]
+    assert master.receiver.marks[place] == (IDLE if leaves else UNTOUCHED)
+    assert echo.all == []
 
 
 @pytest.mark.parametrize("how", ["private", "shared"])

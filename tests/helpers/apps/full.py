@@ -10,12 +10,11 @@ import threading
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from examples import asgi_app
-from tests.helpers.apps import drains
 
 
 def pattern(size: int) -> bytes:
@@ -84,7 +83,6 @@ app = Starlette(
         Route("/fail", fail),
         Route("/hold", hold),
         Route("/obstinate", Obstinate()),
-        Mount("/drains", drains.app),
         WebSocketRoute("/deaf", deaf),
     ],
     lifespan=asgi_app.lifespan,
