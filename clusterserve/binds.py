@@ -64,6 +64,8 @@ class Bind:
         text = text.removeprefix("tcp://")
         if "://" in text:
             raise SettingValueError("bind", text, f"an address is not a URL; {GRAMMAR}")
+        if "," in text:
+            raise SettingValueError("bind", text, "several addresses are several --bind, or a list")
         host, colon, port = _split(text)
         if not colon:
             if host.isdigit():

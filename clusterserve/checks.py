@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from clusterserve.errors import SettingsError
@@ -86,7 +86,8 @@ def octal(setting: str, value: object) -> int:
     if isinstance(value, str) and re.fullmatch(r"(0o)?[0-7]{1,5}", value.strip()):
         mode = int(value, 8)
     if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode <= 0o777:
-        raise SettingValueError(setting, value, "must be an octal number from 0 to 777")
+        # In a file, 660 is a decimal number, and not what was meant.
+        raise SettingValueError(setting, value, 'must be an octal number from 0 to 777, as in "660" or 0o660')
     return mode
 
 
@@ -121,6 +122,20 @@ def choice(
         raise SettingValueError(setting, value, allowed)
 
     return check
+
+
+def installed(check: Callable[[str, object], str], packages: Mapping[str, str]) -> Callable[[str, object], str]:
+    """`check`, of names some of which need a package that not everybody has."""
+
+    def checked(setting: str, value: object) -> str:
+        name = check(setting, value)
+        package = packages.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
+            reason = f"needs the package {package}, which is not installed: pip install {package}"
+            raise SettingValueError(setting, value, reason)
+        return name
+
+    return checked
 
 
 def flag(setting: str, value: object) -> bool:
@@ -235,14 +250,21 @@ def reload(setting: str, value: object) -> bool:
     """Whether to watch files, which needs what not everybody has."""
     wanted = flag(setting, value)
     if wanted and importlib.util.find_spec("watchfiles") is None:
-        raise SettingsError(
-            f"{setting} needs the package watchfiles, which is not installed: pip install 'clusterserve[reload]'"
-        )
+        reason = "needs the package watchfiles, which is not installed: pip install 'clusterserve[reload]'"
+        raise SettingValueError(setting, value, reason)
     return wanted
 
 
 def directory(setting: str, value: object) -> str:
     return _path(setting, value, os.path.isdir, "there is no such directory")
+
+
+def app_directory(setting: str, value: object) -> str:
+    name = os.fspath(value) if isinstance(value, os.PathLike) else value
+    # gunicorn's --pythonpath may be several.
+    more = isinstance(name, str) and "," in name
+    reason = "there is no such directory" + "; it is one alone, others stand in $PYTHONPATH" * more
+    return _path(setting, value, os.path.isdir, reason)
 
 
 def file(setting: str, value: object) -> str:
@@ -292,6 +314,24 @@ def usual_attribute(module: str) -> str:
     """What an application in a module of this name is called, most likely."""
     # Django's files.
     return "application" if module.rpartition(".")[2] in ("asgi", "wsgi") else "app"
+
+
+def is_directory(name: object) -> bool:
+    """Whether there is a directory of this name."""
+    return isinstance(name, str | os.PathLike) and os.path.isdir(name)
+
+
+def is_path(module: str) -> bool:
+    """Whether somebody has named a module by its file."""
+    return "/" in module or (module.endswith(".py") and os.path.isfile(module))
+
+
+def of_path(path: str) -> tuple[str, str]:
+    """The module in the file of this path, and, behind it, where it is to be looked for if that is not here."""
+    directory, name = "", path.removesuffix(".py").removeprefix("./").rstrip("/")
+    if name.startswith(("/", "..")):
+        directory, _, name = name.rpartition("/")
+    return name.replace("/", ".").strip("."), f" with --app-dir {directory}" if directory else ""
 
 
 def module(setting: str, value: object) -> str:

@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from clusterserve.environment import Environment
 from clusterserve.errors import ClusterError, SettingsError
 from clusterserve.execline import SETTINGS, Line, refuse_foreign, split
+from clusterserve.importing import nothing_collected
 from clusterserve.options import COMMANDS, GROUPS, SPECS, Spec, refuse_command
 from clusterserve.settings import Settings
 from clusterserve.sources import Given, Layer, gather, settings_of, unread
@@ -104,7 +105,8 @@ def run(argv: Sequence[str]) -> int:
         if note := unread(given):
             print(f"clusterserve: warning: {note}", file=sys.stderr)
         # Imported when there is something to run: --help and a mistyped option answer at once.
-        from clusterserve.master.run import run_settings
+        with nothing_collected():
+            from clusterserve.master.run import run_settings
 
         return run_settings(settings, exits=True, reread=reread)
     except ClusterError as error:
@@ -156,7 +158,7 @@ def parse(argv: Sequence[str], origin: str = "") -> Layer:
             layer["print_config"] = Given(True, "config")
         words = words[1:]
     elif words and words[0].strip() and ":" not in words[0]:
-        refuse_command(words[0])
+        refuse_command(words[0], words[1:])
     if len(words) > 1:
         raise SettingsError(f"one APP only, and {words[1]!r} is a second")
     if words and words[0].strip():

@@ -29,7 +29,7 @@ def check(settings: Settings) -> None:
     if settings.policy == "none" and settings.dispatch == "request":
         raise SettingValueError("dispatch", "request", "needs a policy: under 'none' workers keep what they accept")
     if settings.http2 and settings.http != "zttp":
-        raise SettingValueError("http2", True, "needs http='zttp', the implementation that has it")
+        raise SettingValueError("http2", True, "needs the HTTP implementation that has it, which is zttp")
     _check_tls(settings)
     if settings.policy == "none" and settings.proxy_protocol != "off":
         reason = "needs a policy: the master reads the header, and under 'none' the workers accept by themselves"

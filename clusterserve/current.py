@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ STDIO_VARIABLE: Final = "CLUSTERSERVE_STDIO"
 
 #: The worker's slot, for the application and what it starts.
 SLOT_VARIABLE: Final = "CLUSTERSERVE_WORKER_SLOT"
+
+#: A terminal sends some of these to the whole process group, and people send the others to "all of it": the master acts
+#: on them, and nobody else.
+OF_THE_MASTER: Final = (
+    signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU,
+    signal.SIGPWR,
+)  # fmt: skip
 
 _current: CurrentWorker | None = None
 

@@ -77,6 +77,37 @@ class Launch:
         return None if callable(port) else port
 
 
+def account(launch: Launch) -> tuple[int | None, int | None, list[int] | None]:
+    """The user, group and further groups of worker processes; None: ours.
+
+    Only root changes them, and then leaves nothing of root's: without a `gid` the user's own group is taken.
+    """
+    if (launch.uid is None and launch.gid is None) or os.geteuid() != 0:
+        return launch.uid, launch.gid, None
+    # Read late: most have no such wishes.
+    import pwd
+
+    try:
+        found = pwd.getpwuid(os.geteuid() if launch.uid is None else launch.uid)
+    except KeyError:
+        # One that no account has is as good.
+        return launch.uid, launch.gid, []
+    group = found.pw_gid if launch.gid is None else launch.gid
+    return launch.uid, group, os.getgrouplist(found.pw_name, group)
+
+
+def owner(launch: Launch) -> tuple[int, int]:
+    """Whose the files are that the master makes for its workers: user and group, -1 for the master's own."""
+    uid, gid, _ = account(launch)
+    return (-1 if uid is None else uid), (-1 if gid is None else gid)
+
+
+def give(path: str, launch: Launch) -> None:
+    """What we have made at `path` is for the workers."""
+    if owner(launch) != (-1, -1):
+        os.chown(path, *owner(launch))
+
+
 def main_script() -> dict[str, Any]:
     """`exec` and `args` of the program that runs now, which is what workers run if nobody says otherwise (Node)."""
     return {"exec": os.path.abspath(sys.argv[0]), "args": tuple(sys.argv[1:])}

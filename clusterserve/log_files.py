@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from .errors import SettingsError
+from .launch import owner
 from .settings import Settings
 
 #: What a pipe takes in one piece.
@@ -150,10 +151,10 @@ class LogFiles:
         self,
         access: str,
         error: str,
-        owner: tuple[int | None, int | None] = (None, None),
+        owner: tuple[int, int] = (-1, -1),
         umask: int | None = None,
     ) -> None:
-        """`owner`: the workers' user and group, whose new files are to be, if they are not the master's."""
+        """`owner`: the workers' user and group, whose new files are to be; -1 for the master's."""
         self._paths = [("access_logfile", access), ("error_logfile", error)]
         # Now: the directory may change.
         self._paths = [(setting, path if path == "-" else os.path.abspath(path)) for setting, path in self._paths]
@@ -164,8 +165,7 @@ class LogFiles:
     @classmethod
     def of(cls, settings: Settings) -> LogFiles:
         """Those that the settings name."""
-        owner = (settings.uid, settings.gid)
-        return cls(settings.access_logfile, settings.error_logfile, owner, settings.umask)
+        return cls(settings.access_logfile, settings.error_logfile, owner(settings), settings.umask)
 
     def __bool__(self) -> bool:
         """Whether there are any."""
@@ -193,14 +193,20 @@ class LogFiles:
         return fds
 
     def _open(self, setting: str, path: str) -> int:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                # Also a link that leads nowhere yet.
+                return os.open(path, flags | os.O_CREAT, 0o666)
         except OSError as exc:
             raise SettingsError(f"{setting} {path!r} cannot be opened: {exc.strerror}") from None
-        if os.geteuid() == 0 and self._owner != (None, None) and os.fstat(fd).st_uid == 0:
-            # Of whoever runs the application, as gunicorn has it; a file system without owners has none.
+        if os.geteuid() == 0 and self._owner != (-1, -1):
+            # Of whoever runs the application, as gunicorn has it; a file system without owners has none.  Never one
+            # that was there: it may be /dev/null, or what a link in a directory of that user's leads to.
             with contextlib.suppress(OSError):
-                os.fchown(fd, *(-1 if each is None else each for each in self._owner))
+                os.fchown(fd, *self._owner)
         return fd
 
     @property

@@ -5,9 +5,10 @@ Those of uvicorn and gunicorn that are not among them are in peers.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple, NoReturn
 
-from clusterserve.checks import near_match, usual_attribute
+from clusterserve.checks import near_match, of_path, usual_attribute
 from clusterserve.errors import SettingsError
 
 
@@ -369,11 +370,18 @@ ONCE: Final = frozenset({"help", "version", "check_config", "print_config"})
 OURS: Final = frozenset({"config", "chdir", "env", *ONCE})
 
 
-def refuse_command(word: str) -> NoReturn:
+def refuse_command(word: str, rest: Sequence[str] = ()) -> NoReturn:
+    """Raise what there is to say of a first word that is no application; `rest` are those behind it."""
     if word == "exec":
         raise SettingsError("'exec' comes before its options")
     if word in COMMANDS:
         raise SettingsError(f"{word!r} is reserved and not available in this version")
-    hint = word.removesuffix(".py").strip("./").replace("/", ".")
-    near = near_match(word, COMMANDS, 0.75) or (f"; did you mean '{hint}:{usual_attribute(hint)}'?" if hint else "")
-    raise SettingsError(f"no such command {word!r}{near}")
+    if word in ("help", "version"):
+        raise SettingsError(f"no such command {word!r}; did you mean '--{word}'?")
+    app = next((each for each in rest if ":" in each), None)
+    if app is not None:
+        hint = f"; did you mean 'clusterserve {app}'?"
+    else:
+        name, advice = of_path(word)
+        hint = f"; did you mean '{name}:{usual_attribute(name)}'{advice}?" if name else ""
+    raise SettingsError(f"no such command {word!r}{near_match(word, COMMANDS, 0.75) or hint}")

@@ -12,7 +12,7 @@ from typing import Final
 from clusterserve.activation import passed
 from clusterserve.options import GROUPS, OURS
 from clusterserve.settings import Settings
-from clusterserve.sources import Given, Layer, settings_of
+from clusterserve.sources import Given, Layer, complete, settings_of
 from clusterserve.toml import written
 
 _ADDRESSES: Final = ("bind", "host", "port", "uds", "fd")
@@ -28,8 +28,10 @@ _WIDTH: Final = 48
 
 def report(given: Layer) -> str:
     """The settings that `given` makes, a line each.  Raises `SettingsError` if they are none."""
+    given = complete(given)
     settings = settings_of({"app": Given(_SOME_APP, ""), **given})
-    lines = [_line("app", settings.app + "()" * settings.factory if "app" in given else None, _origin("app", given))]
+    named = [given[name].origin for name in ("app", "factory") if name in given]
+    lines = [_line("app", settings.app + "()" * settings.factory if "app" in given else None, ", ".join(named))]
     for title, group in GROUPS.items():
         names = list(dict.fromkeys("bind" if spec.setting in _ADDRESSES else spec.setting for spec in group))
         found = [line for name in names for line in _setting(name, settings, given)]

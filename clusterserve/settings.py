@@ -15,18 +15,23 @@ from clusterserve.binds import DEFAULT_PORT, Bind
 from clusterserve.checks import (
     Check,
     SettingValueError,
+    app_directory,
     choice,
     codes,
     directory,
     file,
     flag,
     headers,
+    installed,
+    is_directory,
     is_import,
+    is_path,
     log_file,
     log_template,
     module,
     near_match,
     octal,
+    of_path,
     optional,
     pattern,
     patterns,
@@ -44,7 +49,7 @@ from clusterserve.checks import (
 )
 from clusterserve.defaults import POLICIES
 from clusterserve.errors import SettingsError
-from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch
+from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch, give
 
 __all__ = ["POLICIES", "Bind", "SettingValueError", "Settings"]
 
@@ -179,6 +184,7 @@ class Settings(Launch):
         for name in values:
             if name not in _KEYWORDS:
                 raise SettingsError(f"there is no setting {name!r}{near_match(name, _KEYWORDS)}")
+        makes = not is_directory(values.get("profile"))
         checked: dict[str, Any] = {
             name: _CHECKS[name](name, value) for name, value in values.items() if name in _CHECKS
         }
@@ -203,12 +209,19 @@ class Settings(Launch):
             checked["forwarded_allow_ips"] = defaults.variable("FORWARDED_ALLOW_IPS") or "127.0.0.1,::1"
         settings = cls(**checked)
         contradictions.check(settings)
+        if makes and settings.profile is not None:
+            # Who writes into it is the workers' user.
+            give(settings.profile, settings)
         return settings
 
     @property
     def templated(self) -> bool:
-        """Whether workers are forked from a template process, for whatever it prepares (worker/preparations.py)."""
-        return (self.preload or self.tls) and self.respawn and not self.exec
+        """Whether workers are forked from a template process, for whatever it prepares (worker/preparations.py).
+
+        In development for nothing but speed: it has imported what is ours and uvicorn's, and whoever saves a file waits
+        for the application alone.
+        """
+        return (self.preload or self.tls or self.reload) and self.respawn and not self.exec
 
     @property
     def own_access_log(self) -> bool:
@@ -264,7 +277,7 @@ class Settings(Launch):
 _CHECKS: Final[dict[str, Check]] = {
     **LAUNCH_CHECKS,
     "respawn": flag,
-    "app_dir": optional(directory),
+    "app_dir": optional(app_directory),
     "factory": flag,
     "interface": choice("auto", "asgi3", "asgi2", "wsgi"),
     "threads": whole(1),
@@ -305,8 +318,11 @@ _CHECKS: Final[dict[str, Check]] = {
     "rss_sample_interval": seconds(above_zero=True),
     "rss_samples": whole(1),
     "loop": choice("auto", "asyncio", "uvloop", later=("none", "zuvloop")),
-    "http": choice("auto", "h11", "httptools", "zttp", imports=True),
-    "ws": choice("auto", "none", "websockets", "websockets-sansio", "wsproto", imports=True),
+    "http": installed(choice("auto", "h11", "httptools", "zttp", imports=True), {"zttp": "zttp"}),
+    "ws": installed(
+        choice("auto", "none", "websockets", "websockets-sansio", "wsproto", imports=True),
+        {"websockets": "websockets", "websockets-sansio": "websockets", "wsproto": "wsproto"},
+    ),
     "ws_max_size": whole(1),
     "ws_max_queue": whole(0),
     "ws_ping_interval": optional(seconds()),
@@ -363,11 +379,18 @@ def _app(value: object) -> tuple[str, bool]:
         raise SettingsError(f'each worker imports the app itself: pass an import string like "module:app", not {given}')
     where, colon, attribute = value.partition(":")
     if not colon:
-        hint = value.removesuffix(".py").strip("./").replace("/", ".") or "module"
-        raise SettingValueError(
-            "app", value, f"an app is MODULE:ATTRIBUTE; did you mean '{hint}:{usual_attribute(hint)}'?"
-        )
+        module, advice = of_path(value or "module")
+        reason = f"an app is MODULE:ATTRIBUTE; did you mean '{module}:{usual_attribute(module)}'{advice}?"
+        raise SettingValueError("app", value, reason)
+    if is_path(where):
+        module, advice = of_path(where)
+        reason = f"a module has a name, and no path: did you mean '{module}:{attribute}'{advice}?"
+        raise SettingValueError("app", value, reason)
     name = attribute.removesuffix("()")
+    factory, bracket, _ = attribute.partition("(")
+    if bracket and is_import(f"{where}:{factory}") and name == attribute:
+        # gunicorn's may have arguments.
+        raise SettingValueError("app", value, "a factory is called without arguments, as in MODULE:FACTORY()")
     if not is_import(f"{where}:{name}"):
         raise SettingValueError("app", value, "an app is MODULE:ATTRIBUTE, or MODULE:FACTORY()")
     return f"{where}:{name}", name != attribute

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -46,11 +47,21 @@ class Given(NamedTuple):
 
     def refused(self, error: SettingValueError) -> SettingsError:
         """The same error, in the words of whoever wrote the value."""
+        reason = error.reason
+        if self.origin.rpartition(" ")[2].startswith("--"):
+            # Who writes options is told of options.
+            reason = _SETTING.sub(lambda found: _NAMES[found[0]], reason)
+            if error.value is True:
+                return SettingsError(f"{self.origin}: {reason}")
         shown = str(error.value)
         if not shown or not shown.isprintable() or " " in shown:
             shown = repr(shown)
-        return SettingsError(f"{self.origin}{self.joint}{shown}: {error.reason}")
+        return SettingsError(f"{self.origin}{self.joint}{shown}: {reason}")
 
+
+#: Settings whose names are no words of any other meaning, and their options.
+_NAMES: Final = {spec.setting: spec.name for spec in SPECS if "_" in spec.setting}
+_SETTING: Final = re.compile(rf"\b({'|'.join(_NAMES)})\b")
 
 Layer = dict[str, Given]
 Parse = Callable[[Sequence[str], str], Layer]
@@ -108,9 +119,8 @@ def settings_of(given: Layer) -> Settings:
     """Check `given`, and make it settings.  Raises `SettingsError`, one line, in the words of whoever wrote it."""
     if "app" not in given and "exec" not in given:
         raise SettingsError("no APP given; say what to serve, as in: clusterserve myapp:app")
+    given = complete(given)
     values: dict[str, Any] = {"app_dir": ".", **{name: item.value for name, item in given.items()}}
-    if values.get("worker_class") in _WSGI_CLASSES:
-        values = {"interface": "wsgi", "threads": 1, **values}
     try:
         for name, check in _COURTESIES.items():
             if name in values:
@@ -129,17 +139,44 @@ def settings_of(given: Layer) -> Settings:
         raise given[error.setting].refused(error) from None
 
 
+def complete(given: Layer) -> Layer:
+    """`given`, with what some of it means besides."""
+    named = given.get("worker_class")
+    if named is None or named.value not in _WSGI_CLASSES:
+        return given
+    meant: Layer = {"interface": named._replace(value="wsgi"), "threads": named._replace(value=1)}
+    return {**meant, **given}
+
+
 def unread(given: Layer) -> str:
-    """A sentence about what is not heeded: options of a reload that is not wanted, and gunicorn's own file, where it
-    lies about and nothing of ours takes its place; else nothing."""
+    """A sentence about what is not heeded: options of a reload that is not wanted, and what gunicorn and uvicorn would
+    read, a file or variables, where nothing of ours takes its place; else nothing."""
     if not checks.flag("reload", given["reload"].value if "reload" in given else False):
         idle = [item.origin for name, item in given.items() if name in _RELOADS and item.origin.startswith("--")]
         if idle:
             return f"{', '.join(idle)}: without --reload no files are watched"
+    if os.environ.get("GUNICORN_CMD_ARGS", "").strip() and not os.environ.get(CMD_ARGS, "").strip():
+        return f"GUNICORN_CMD_ARGS is not read; {CMD_ARGS} is"
+    theirs = [
+        name
+        for name, value in sorted(os.environ.items())
+        if name.startswith("UVICORN_") and value.strip() and _means(name[8:].lower(), given)
+    ]
+    if theirs:
+        return f"{', '.join(theirs)}: not read; variables begin with CLUSTERSERVE_ here"
     ours = "config" in given or any(item.origin.startswith((f"{FILE}: ", f"{PROJECT}: ")) for item in given.values())
     if ours or os.path.exists(FILE) or not os.path.exists("gunicorn.conf.py"):
         return ""
     return f"gunicorn.conf.py is not read; write its settings to a {FILE} (docs/settings.md)"
+
+
+def _means(key: str, given: Layer) -> bool:
+    """Whether this is a name for a setting, and nobody else has said what it is."""
+    spec = _KEYS.get(key)
+    setting = spec.setting if spec is not None else key if key == "app" else None
+    if setting in _ADDRESSES:
+        return not any(name in given for name in _ADDRESSES)
+    return setting is not None and setting not in given
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
@@ -225,6 +262,9 @@ def _refuse_strange_variables() -> None:
             continue
         if name in theirs:
             raise SettingsError(f"{name} is set, but {NOT_TAKEN[theirs[name]]}")
+        positive = name.replace("CLUSTERSERVE_NO_", "CLUSTERSERVE_", 1)
+        if positive != name and positive in known:
+            raise SettingsError(f"{name} is set, but there is no such option; say {positive}=0")
         if near := near_match(name, known, 0.94):
             raise SettingsError(f"{name} is set, but there is no such option{near}")
 
@@ -321,8 +361,11 @@ def _read(name: str, text: str, *, in_project: bool) -> Layer:
             raise SettingsError(f"{name}: tool.clusterserve must be a table")
     layer: Layer = {}
     for key, value in table.items():
-        spec = _KEYS.get(key.replace("-", "_"))
-        setting = spec.setting if spec is not None else "app" if key == "app" else None
+        plain = key.replace("-", "_")
+        spec = _KEYS.get(_GUNICORNS.get(plain, plain))
+        setting = spec.setting if spec is not None else "app" if plain in ("app", "wsgi_app") else None
+        if setting is None and isinstance(value, dict) and key in ("tool", "clusterserve"):
+            raise SettingsError(f"{name}: settings stand at the top of this file, and not in a table {key!r}")
         if setting is None:
             raise _no_such_key(name, key)
         if setting in layer:
@@ -350,6 +393,13 @@ def _pairs(spec: Spec | None, value: object) -> object:
         return list(value.items())
     return [value] if isinstance(value, str) else value
 
+
+#: What gunicorn calls its settings in its own files, where that is none of its options.
+_GUNICORNS: Final = {
+    "accesslog": "access_logfile", "errorlog": "error_logfile", "keepalive": "keep_alive", "logconfig": "log_config",
+    "logconfig_json": "log_config_json", "loglevel": "log_level", "pidfile": "pid", "preload_app": "preload",
+    "proc_name": "name", "proxy_allow_ips": "proxy_allow_from", "raw_env": "env",
+}  # fmt: skip
 
 #: What a key in the file may be: an option's names without their dashes, or the setting it gives.
 _KEYS: Final[dict[str, Spec]] = {

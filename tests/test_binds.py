@@ -10,7 +10,10 @@ from clusterserve.binds import Bind, parse_all
 from clusterserve.checks import MAX_INT, SettingValueError
 from clusterserve.errors import SettingsError
 
-names = st.from_regex(r"[a-zA-Z0-9_]([a-zA-Z0-9_.-]{0,20}[a-zA-Z0-9_])?", fullmatch=True)
+# Said to be ASCII, lest hypothesis goes through all of Unicode to find that it is.
+names = st.from_regex(
+    r"[a-zA-Z0-9_]([a-zA-Z0-9_.-]{0,20}[a-zA-Z0-9_])?", fullmatch=True, alphabet=st.characters(codec="ascii")
+)
 hosts = names | st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str)
 paths = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
     lambda p: p != "@"

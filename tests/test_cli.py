@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -124,7 +125,7 @@ def test_a_reserved_command_behind_an_option(refused: Refused) -> None:
         ("myapp.py", "'myapp:app'"),
         ("./src/myapp.py", "'src.myapp:app'"),
         ("mysite.asgi", "'mysite.asgi:application'"),
-        ("help", "'help:app'"),
+        ("help", "'--help'"),
         ("runn", "'run'"),
         ("confg", "'config'"),
     ],
@@ -377,16 +378,25 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
         (["--log-config", "no such"], "--log-config 'no such': there is no such file"),
         (["--env-file", "no-such"], "--env-file no-such: there is no such file"),
         (["--app-dir", "no-such"], "--app-dir no-such: there is no such directory"),
-        (["--pythonpath", "a,b"], "--app-dir a,b: there is no such directory"),
+        (
+            ["--pythonpath", "a,b"],
+            "--app-dir a,b: there is no such directory; it is one alone, others stand in $PYTHONPATH",
+        ),
         (["--header", "X"], "--header X: a header is 'Name:Value'"),
         (["--ws-per-message-deflate", "2"], "--ws-per-message-deflate 2: must be true or false"),
-        (["--restart-backoff", "20"], "--restart-backoff 20.0: must not be above restart_backoff_max, which is 15"),
+        (["--restart-backoff", "20"], "--restart-backoff 20.0: must not be above --restart-backoff-max, which is 15"),
         (["--workers-max-rss", "lots"], f"--workers-max-rss lots: {SIZE}"),
-        (["-m", "18"], "--umask 18: must be an octal number from 0 to 777"),
+        (["-m", "18"], '--umask 18: must be an octal number from 0 to 777, as in "660" or 0o660'),
         (["--user", "no-such-user"], "--user no-such-user: there is no such user"),
         (["-g", "no-such-group"], "--group no-such-group: there is no such group"),
         (["-t", "-1"], f"--timeout -1: must be a number of seconds from 0 to {MAX_SECONDS}"),
         (["--reload-dir", ".", "--reload-dir", "x"], "--reload-dir x: there is no such directory"),
+        (["--http2"], "--http2: needs the HTTP implementation that has it, which is zttp"),
+        (
+            ["--keyfile", __file__],
+            f"--ssl-keyfile {__file__}: needs --ssl-certfile: without a certificate there is no TLS",
+        ),
+        (["-b", "a:1,b:2"], "--bind a:1,b:2: several addresses are several --bind, or a list"),
         (["--reload-surge", "0"], "--reload-surge 0: must be a whole number of at least 1"),
         (["--restart-backoff-max", ".01"], "restart_backoff=0.1: must not be above restart_backoff_max, which is 0.01"),
         (["--port"], "option '--port' requires an argument"),
@@ -400,6 +410,32 @@ POLICY = "must be one of rr, least, hash, none, or MODULE:ATTRIBUTE"
 )
 def test_a_bad_option_is_named_with_its_value(argv: list[str], message: str, refused: Refused) -> None:
     assert refused("a:b", *argv) == message
+
+
+@pytest.mark.parametrize(
+    ("app", "message"),
+    [
+        ("./shop.py:app", "APP=./shop.py:app: a module has a name, and no path: did you mean 'shop:app'?"),
+        ("web/shop:app", "APP=web/shop:app: a module has a name, and no path: did you mean 'web.shop:app'?"),
+        (
+            "/srv/shop.py:a",
+            "APP=/srv/shop.py:a: a module has a name, and no path: did you mean 'shop:a' with --app-dir /srv?",
+        ),
+        ("shop.py:app", "APP=shop.py:app: a module has a name, and no path: did you mean 'shop:app'?"),
+        ("a:make('b')", "APP=a:make('b'): a factory is called without arguments, as in MODULE:FACTORY()"),
+        ("../shop.py", "no such command '../shop.py'; did you mean 'shop:app' with --app-dir ..?"),
+    ],
+)
+def test_an_application_is_no_file(
+    app: str, message: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shop.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert refused(app) == message
+
+
+def test_a_command_of_other_programs_is_not_taken_for_an_application(refused: Refused) -> None:
+    assert refused("serve", "a:b") == "no such command 'serve'; did you mean 'clusterserve a:b'?"
 
 
 @pytest.mark.parametrize("flag", sorted(NOT_TAKEN))
@@ -795,3 +831,20 @@ def test_exec_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert help.startswith("Usage: clusterserve exec [OPTIONS] {SCRIPT | -m MODULE} [ARGUMENTS]")
     assert "--policy" in help
     assert "--bind" not in help
+
+
+def test_a_ctrl_c_before_anybody_listens_is_no_traceback() -> None:
+    """While modules are imported, and while files are read."""
+    for moment in ("clusterserve.cli", "clusterserve.sources"):
+        program = f"""
+            import sys
+            class Interrupt:
+                def find_spec(self, name, path=None, target=None):
+                    if name == {moment!r}:
+                        raise KeyboardInterrupt
+            sys.meta_path.insert(0, Interrupt())
+            from clusterserve.__main__ import main
+            main()
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

@@ -63,6 +63,18 @@ def test_one_file_for_both(pair: Pair, tmp_path: Path) -> None:
     assert Settings.create(app="a:b", ssl_certfile=str(both)).tls
 
 
+@pytest.fixture(scope="module")
+def unfit(directory: Path, authority: Authority, pair: Pair) -> None:
+    """Files that do not go with `pair`, or with nothing.  A key of RSA's is dear: once for all."""
+    authority.issue("other")
+    authority.issue("rsa", RSA)
+    authority.issue("locked", password="right")
+    broken = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
+    for name, text in (("empty", ""), ("junk", "junk\n"), ("broken", broken), ("long", "x" * (MOST + 1))):
+        (directory / name).write_text(text)
+
+
+@pytest.mark.usefixtures("unfit")
 @pytest.mark.parametrize(
     ("certificate", "key", "more", "setting", "reason"),
     [
@@ -99,15 +111,8 @@ def test_one_file_for_both(pair: Pair, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit(
-    directory: Path, authority: Authority, pair: Pair,
-    certificate: str, key: str | None, more: dict[str, Any], setting: str, reason: str,
+    directory: Path, certificate: str, key: str | None, more: dict[str, Any], setting: str, reason: str,
 ) -> None:  # fmt: skip
-    authority.issue("other")
-    authority.issue("rsa", RSA)
-    authority.issue("locked", password="right")
-    broken = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
-    for name, text in (("empty", ""), ("junk", "junk\n"), ("broken", broken), ("long", "x" * (MOST + 1))):
-        (directory / name).write_text(text)
     values = {name: str(directory / each) if name == "ssl_ca_certs" else each for name, each in more.items()}
     files = {"ssl_certfile": str(directory / certificate), "ssl_keyfile": key and str(directory / key)}
     with pytest.raises(SettingValueError) as caught:
@@ -132,5 +137,5 @@ def test_a_program_has_its_own(pair: Pair) -> None:
 
 
 def test_http2_needs_its_implementation() -> None:
-    with pytest.raises(SettingValueError, match="needs http='zttp'"):
+    with pytest.raises(SettingValueError, match="needs the HTTP implementation that has it, which is zttp"):
         Settings.create(app="a:b", http2=True)

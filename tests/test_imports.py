@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,9 +59,13 @@ def module_name(path: Path) -> str:
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports(module: str, source: str) -> Iterator[Import]:
+@cache
+def imports(module: str, source: str) -> tuple[Import, ...]:
     """What the module called `module` imports."""
-    tree = ast.parse(source)
+    return tuple(_imports(module, ast.parse(source)))
+
+
+def _imports(module: str, tree: ast.Module) -> Iterator[Import]:
     lazy = {
         inner
         for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)

@@ -228,6 +228,18 @@ def test_files_are_the_workers_own(tmp_path: Path) -> None:
     assert owners == {"a": (1234, 1235), "old": (4711, 4712)}
 
 
+@pytest.mark.needs_root
+def test_a_file_that_was_there_is_not_given_away(tmp_path: Path) -> None:
+    """It may be /dev/null, or what a user who can write to the directory has put a link to."""
+    (tmp_path / "roots").touch()
+    (tmp_path / "link").symlink_to("roots")
+    files = LogFiles(str(tmp_path / "link"), str(tmp_path / "roots"), (1234, 1235))
+    files.open()
+    files.reopen()
+    files.close()
+    assert ((tmp_path / "roots").stat().st_uid, (tmp_path / "roots").stat().st_gid) == (0, 0)
+
+
 def test_handlers_of_pythons_own_are_reopened_unless_they_would_empty_the_file(tmp_path: Path) -> None:
     logger = logging.getLogger("test_log_files.some")
     logger.propagate = False

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from clusterserve import cli, cpus
+from clusterserve.errors import SettingsError
 from clusterserve.options import ONCE, SPECS
 from clusterserve.peers import NOT_TAKEN
 from clusterserve.report import report
@@ -144,7 +145,6 @@ def test_values_have_their_own_types(text: str, name: str, value: object) -> Non
         ("wokers = 4", "there is no setting 'wokers'; did you mean 'workers'?"),
         ("gracful-timeout = 4", "there is no setting 'gracful-timeout'; did you mean 'graceful_timeout'?"),
         ("qqqq = 4", "there is no setting 'qqqq'"),
-        ("[tool.clusterserve]\nworkers = 4", "there is no setting 'tool'"),
         ("version = true", "there is no setting 'version'; did you mean 'ssl_version'?"),
         ("workers = 0", f"workers=0: {COUNT}"),
         ("workers = true", f"workers=True: {COUNT}"),
@@ -336,6 +336,16 @@ def test_every_setting_is_reported_with_its_origin(place: pytest.MonkeyPatch) ->
     assert origins("a:b", "--host", "h", "--port", "1")["bind"] == "--host, --port"
 
 
+def test_what_an_option_means_besides_is_from_there() -> None:
+    found = origins("a:b", "-k", "sync", "--factory")
+    assert (found["interface"], found["threads"], found["app"]) == (
+        "--worker-class",
+        "--worker-class",
+        "APP, --factory",
+    )
+    assert origins("a:b", "-k", "sync", "--threads", "3")["threads"] == "--threads"
+
+
 def test_the_report_leaves_nothing_out() -> None:
     text = report(layer())
     courtesies = {"worker_class", "access_logfile", "error_logfile", "initgroups"}
@@ -384,3 +394,47 @@ def test_gunicorns_own_file_is_not_ignored_in_silence(tmp_path: Path) -> None:
     Path("pyproject.toml").unlink()
     write("")
     assert unread(layer("a:b")) == ""
+
+
+def test_variables_of_others_are_not_ignored_in_silence(place: pytest.MonkeyPatch) -> None:
+    place.setenv("UVICORN_PORT", "81")
+    place.setenv("UVICORN_RELOAD_DIRS", "x")
+    place.setenv("UVICORN_OF_OUR_OWN", "x")
+    said = "UVICORN_PORT, UVICORN_RELOAD_DIRS: not read; variables begin with CLUSTERSERVE_ here"
+    assert unread(layer("a:b")) == said
+    # Who has said the same to us has moved already.
+    assert unread(layer("a:b", "-b", ":82", "--reload", "--reload-dir", ".")) == ""
+    place.setenv("GUNICORN_CMD_ARGS", "-w 3")
+    assert unread(layer("a:b")) == "GUNICORN_CMD_ARGS is not read; CLUSTERSERVE_CMD_ARGS is"
+    place.setenv("CLUSTERSERVE_CMD_ARGS", "-w 3 -b :82 --reload-dir .")
+    place.setenv("CLUSTERSERVE_RELOAD", "1")
+    assert unread(layer("a:b")) == ""
+
+
+def test_a_variable_for_no_is_not_ignored_in_silence(place: pytest.MonkeyPatch, refused: Refused) -> None:
+    place.setenv("CLUSTERSERVE_NO_ACCESS_LOG", "1")
+    said = "CLUSTERSERVE_NO_ACCESS_LOG is set, but there is no such option; say CLUSTERSERVE_ACCESS_LOG=0"
+    assert refused("a:b") == said
+
+
+@pytest.mark.parametrize("table", ["clusterserve", "tool"])
+def test_a_table_in_our_own_file(table: str, refused: Refused) -> None:
+    write(f"[{table}]\nworkers = 2\n")
+    said = f"clusterserve.toml: settings stand at the top of this file, and not in a table {table!r}"
+    assert refused("a:b") == said
+
+
+def test_a_file_may_have_the_names_of_gunicorns(tmp_path: Path) -> None:
+    (tmp_path / "LOG").touch()
+    write(
+        'wsgi_app = "a:b"\naccesslog = "x"\nerrorlog = "y"\nkeepalive = 9\nloglevel = "debug"\npidfile = "p"\n'
+        'preload_app = true\nproc_name = "n"\nproxy_allow_ips = "*"\nraw_env = ["C=d"]\n'
+    )
+    found = settings()
+    assert (found.app, found.access_logfile, found.error_logfile, found.log_level) == ("a:b", "x", "y", "debug")
+    assert (found.timeout_keep_alive, found.pid, found.preload, found.name) == (9, "p", True, "n")
+    assert found.proxy_allow_from == "*"
+    assert layer()["env"].value == ["C=d"]
+    write('logconfig = "LOG"\nlog_config = "LOG"\n')
+    with pytest.raises(SettingsError, match="are two names of one setting"):
+        layer()

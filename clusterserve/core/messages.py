@@ -270,7 +270,9 @@ _JSON_TYPES: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
 
 def encode(message: Message, descriptors: int = 0) -> bytes:
     """The frame of `message`; `descriptors` of them ride with its first byte."""
-    body = json.dumps([type(message).__name__, *dataclasses.astuple(message)], separators=(",", ":")).encode()
+    # Not `astuple`: it copies whatever the fields hold, of which a Boot's are many.
+    values = [getattr(message, field.name) for field in dataclasses.fields(message)]
+    body = json.dumps([type(message).__name__, *values], separators=(",", ":")).encode()
     if len(body) > MAX_BODY:
         raise ProtocolError(f"a {type(message).__name__} message of {len(body)} bytes is over the limit of {MAX_BODY}")
     return frame(body, 0, descriptors)

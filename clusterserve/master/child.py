@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import pwd
 import signal
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..launch import Launch
+from ..current import OF_THE_MASTER
+from ..launch import Launch, account
 
 
 @dataclass(frozen=True)
@@ -101,29 +101,23 @@ def interpreter(
     """
     # The same interpreter options as ours (-O, -W, -X …): what multiprocessing and the test runner of CPython use.
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return subprocess.Popen(
-        [sys.executable, *flags, *launch.interpreter, entry, *words],
-        env=env,
-        pass_fds=pass_fds,
-        cwd=launch.cwd,
-        **standard,
-        **_identity(launch),
-    )
+    # A mask is inherited.  Until it can say that these mean nothing to it, a Ctrl-C in the terminal would be its death:
+    # it would be told as that of a worker that failed, before or after what was meant.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_MASTER)
+    try:
+        return subprocess.Popen(
+            [sys.executable, *flags, *launch.interpreter, entry, *words],
+            env=env,
+            pass_fds=pass_fds,
+            cwd=launch.cwd,
+            **standard,
+            **_identity(launch),
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _identity(launch: Launch) -> dict[str, Any]:
-    """Popen's options for `uid` and `gid`.
-
-    Only root changes them, and then leaves nothing of root's: without a `gid` the user's own group is taken.
-    """
-    if launch.uid is None and launch.gid is None:
-        return {}
-    options: dict[str, Any] = {"user": launch.uid, "group": launch.gid}
-    if os.geteuid() == 0:
-        options["extra_groups"] = []
-        # One that no account has is as good.
-        with contextlib.suppress(KeyError):
-            account = pwd.getpwuid(os.geteuid() if launch.uid is None else launch.uid)
-            group = account.pw_gid if launch.gid is None else launch.gid
-            options.update(group=group, extra_groups=os.getgrouplist(account.pw_name, group))
+    """Popen's options for `uid` and `gid`."""
+    options = dict(zip(("user", "group", "extra_groups"), account(launch), strict=True))
     return {name: value for name, value in options.items() if value is not None}

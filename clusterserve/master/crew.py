@@ -121,6 +121,11 @@ class Crew:
         templates = [] if self._templates is None else self._templates.pids()
         return [*(seat.process.pid for seat in self.seats.values()), *templates]
 
+    def outdate_templates(self) -> None:
+        """A generation begins: see `Templates.outdate`."""
+        if self._templates is not None:
+            self._templates.outdate()
+
     def _template_failed(self, failed: Failed) -> None:
         if self.failure is None:
             self.failure = failed

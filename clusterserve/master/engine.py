@@ -33,6 +33,7 @@ from ..core.roster import Limits, Roster
 from ..core.templates import Templates
 from ..credentials import Credentials
 from ..errors import BootError, ClusterError, DesertedError, ProtocolError
+from ..launch import owner
 from ..log_files import LogFiles
 from ..settings import Settings
 from .certificates import Certificates
@@ -105,17 +106,18 @@ class Engine:
             lambda: self._ending.queue_is_empty(),
             introductions,
         )
-        uid, gid = (-1 if id is None else id for id in (settings.uid, settings.gid))
         self.handles = Handles(
             loop,
             self._dispatcher,
             policy,
-            Access(settings.socket_mode, uid, gid, settings.reuse_port),
+            Access(settings.socket_mode, *owner(settings), settings.reuse_port),
             programs=bool(settings.exec),
             heritage=heritage,
             tls=settings.tls,
         )
-        if heritage is not None:
+        #: Whether there is an old master that serves, and goes on if this one does not come up.
+        self._succeeds = heritage is not None
+        if self._succeeds:
             self._dispatcher.hold()
         self._certificates = Certificates(loop, settings, self._renew)
         templates = Templates(lasting=not settings.preload) if settings.templated else None
@@ -205,6 +207,7 @@ class Engine:
 
     def take_over(self) -> None:
         """The old master has yielded: accept from now on, and what was its is ours."""
+        self._succeeds = False
         self.handles.take_over()
         self._dispatcher.release()
 
@@ -243,6 +246,7 @@ class Engine:
             self._emit(StartedReload())
             self._crew.failure = None
             self._certificates.reread()
+            self._crew.outdate_templates()
             self._reconciler.target = dataclasses.replace(self._reconciler.target, generation=self._generation)
         return self._change()
 
@@ -402,10 +406,10 @@ class Engine:
             self._give_up(current.stuck)
 
     def _fail(self) -> None:
-        """No worker could start: that is the end, unless somebody is at work on the files."""
+        """No worker could start: that is the end, unless somebody is at work on the files, and nobody else serves."""
         failure = self._crew.failure or Failed(f"no worker came to listen: {self._crew.last_exit}", "")
         error = BootError(failure.reason, failure.traceback)
-        if not self.settings.reload:
+        if not self.settings.reload or self._succeeds:
             self._finish(error)
         elif not self._waiting:
             self._waiting = True

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import socket
+import stat
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -182,9 +183,18 @@ def identity(path: str) -> tuple[str, int, int]:
 
 def set_access(path: str, access: Access) -> None:
     """Let those connect who may.  Raises OSError."""
-    if (access.uid, access.gid) != (-1, -1):
-        os.chown(path, access.uid, access.gid)
-    os.chmod(path, access.mode)
+    # By a descriptor: the directory may be the workers', and what is put in the place of our file meanwhile is not ours
+    # to give away.
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        file = f"/proc/self/fd/{fd}"
+        if (access.uid, access.gid) != (-1, -1):
+            os.chown(file, access.uid, access.gid)
+        os.chmod(file, access.mode)
+    finally:
+        os.close(fd)
 
 
 def _explain(exc: OSError, bind: Bind) -> BindError:

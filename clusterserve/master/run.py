@@ -139,7 +139,7 @@ async def _serve(
         if parent is not None:
             upgrade.on_yield = lambda: parent.forward(HEARD)
         signals = Signals(engine, upgrade, loop, teller.on_reloaded, reread, teller.on_refused)
-        undo.enter_context(_watching(settings, loop, signals))
+        undo.enter_context(_watching(settings, loop, engine, signals))
         engine.start()
         if succession is not None:
             succession.start()
@@ -168,7 +168,7 @@ async def _serve(
 
 
 def _watching(
-    settings: Settings, loop: asyncio.AbstractEventLoop, signals: Signals
+    settings: Settings, loop: asyncio.AbstractEventLoop, engine: Engine, signals: Signals
 ) -> contextlib.AbstractContextManager[None]:
     if not settings.reload:
         return contextlib.nullcontext()
@@ -176,7 +176,8 @@ def _watching(
     from .watcher import described, watching
 
     def changed(paths: list[str]) -> None:
-        if not signals.first:
+        # Who leaves has none to replace, the old master of an upgrade neither; the new one watches as well.
+        if not signals.first and not engine.stopping:
             logger.info("Changed: %s", described(paths))
             signals.reload()
 

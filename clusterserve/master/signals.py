@@ -14,6 +14,7 @@ from ..log_files import reopen_handlers
 from ..settings import Settings
 from .engine import Engine
 from .rereading import compare
+from .terminal import Terminal
 from .upgrade import Upgrade
 
 logger = logging.getLogger("clusterserve")
@@ -61,6 +62,9 @@ class Signals:
         self.code = 0
         #: The signal that ended it.
         self.first = 0
+        # nohup: who starts it so wants it to stay.
+        stays = not engine.settings.reload or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._terminal = None if stays else Terminal()
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGQUIT, self._quit, FORCED_QUIT)
@@ -98,6 +102,10 @@ class Signals:
         self._engine.reopen_logs()
 
     def _hang_up(self) -> None:
+        if self._terminal is not None and self._terminal.gone:
+            # The window of a server in development was closed.
+            self._terminate()
+            return
         # As gunicorn does, and as people have it in their logrotate files.
         self._reopen_logs()
         self.reload()

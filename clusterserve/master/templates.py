@@ -55,6 +55,8 @@ class _Place:
     template: Template
     child: Child
     channel: MessageChannel
+    #: What its forks inherit of us, and processes that are spawned now may not.
+    inherited: tuple[str, dict[str, str]]
     orders: dict[int, _Order] = field(default_factory=dict)
     #: What it said of why it failed.
     failed: Failed | None = None
@@ -63,6 +65,16 @@ class _Place:
     def who(self) -> tuple[int, int]:
         """For the log: "Template %d (pid %d)"."""
         return self.template.id, self.child.pid
+
+
+def _inherited() -> tuple[str, dict[str, str]]:
+    """The directory and the variables that a process has which is started now."""
+    try:
+        directory = os.getcwd()
+    except FileNotFoundError:
+        # Removed since; whoever starts there now is no worse off than we are.
+        directory = ""
+    return directory, dict(os.environ)
 
 
 class Templates:
@@ -151,12 +163,18 @@ class Templates:
         channel = MessageChannel(
             self._loop, mine, partial(self._on_message, template.id), partial(self._closed, template.id)
         )
-        return _Place(template, child, channel)
+        return _Place(template, child, channel, _inherited())
 
     @property
     def _level(self) -> int:
         """Before anybody ever listened, the story is told once, when the cluster fails."""
         return logging.ERROR if self._roster.proven else logging.DEBUG
+
+    def outdate(self) -> None:
+        """A generation begins.  A lasting template that was started in another directory, or with other variables, than
+        are ours by now is not for it: workers have what the configuration says, wherever they come from."""
+        if self._book.lasting and any(place.inherited != _inherited() for place in self._places.values()):
+            self._book.outdate()
 
     # -- workers --------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,10 @@ _ROOT = os.path.dirname(os.path.dirname(_HERE))
 if _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
 
-from clusterserve.worker.main import main  # noqa: E402
+from clusterserve.importing import nothing_collected  # noqa: E402
+
+with nothing_collected():
+    from clusterserve.worker.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

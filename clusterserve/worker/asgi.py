@@ -120,6 +120,17 @@ def preload(settings: Settings, log: WorkerFiles) -> Any:
         boot.release()
 
 
+def import_protocols(settings: Settings) -> None:
+    """Import the protocols that are uvicorn's, for every worker that will be forked from this process."""
+    named = {name: getattr(settings, name) for name in ("http", "ws")}
+    # Another's may be the application's own, which each generation imports anew.  And if one is missing, the worker
+    # will say so.
+    with contextlib.suppress(ImportError):
+        uvicorn.Config(
+            _nobody, interface="asgi3", log_config=None, **{k: v for k, v in named.items() if ":" not in v}
+        ).load()
+
+
 async def _nobody(scope: Any, receive: Any, send: Any) -> None:
     """In the place of an application where none is needed."""
 

@@ -17,6 +17,7 @@ from ..credentials import Credentials
 from ..current import STDIO_VARIABLE, TEMPLATE_VARIABLE, VARIABLE, become
 from ..currentworker import CurrentWorker
 from ..errors import BootError, ProtocolError
+from ..importing import nothing_collected
 from ..log_files import MOST_FILES
 from ..settings import Settings
 from . import debugging
@@ -101,7 +102,8 @@ def _serve(
 ) -> int:
     """Serve an application, and log to `files`."""
     # Importing uvicorn takes most of the start-up: not before the master knows that we live.
-    from .asgi import serve
+    with nothing_collected():
+        from .asgi import serve
 
     try:
         credentials = Credentials.from_json(boot.tls) if boot.tls else None

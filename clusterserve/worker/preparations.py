@@ -41,13 +41,14 @@ def prepare(settings: Settings, files: Sequence[int] = ()) -> Prepared:
 
     `files` are the descriptors of the log's files, from now on this function's own.
     """
-    # Imported even if nothing is to be made with it: the workers need not import uvicorn any more.
-    from .asgi import preload
+    # Most of a worker's start are these imports: uvicorn, and its protocols.
+    from .asgi import import_protocols, preload
 
     tls = new_context(settings) if settings.tls else None
     if not settings.preload:
         for fd in files:
             os.close(fd)
+        import_protocols(settings)
         return Prepared(tls=tls)
     # Out of the way of the numbers that workers are given with `stdio`.
     log = WorkerFiles(settings, lifted(files))

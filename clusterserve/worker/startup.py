@@ -15,6 +15,7 @@ from typing import Final
 
 from .. import faults
 from ..core.messages import Message, encode
+from ..current import OF_THE_MASTER
 from .link import MASTER_GONE
 
 #: What a worker exits with when its application cannot be loaded or started (uvicorn's STARTUP_FAILURE).
@@ -22,16 +23,15 @@ BOOT_FAILURE: Final = 3
 
 _PR_SET_PDEATHSIG: Final = 1
 
-#: A terminal sends some of these to the whole process group, and people send the others to "all of it": the master acts
-#: on them.  A handler, not SIG_IGN: what the application starts must not inherit deafness.
-_MASTERS: Final = ("SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGPWR")
-
 
 def begin(master: int) -> None:
     """Belong to the process `master`: die with it, leave its signals to it, and tell where you stand if it asks."""
     die_with(master)
-    for name in _MASTERS:
-        signal.signal(getattr(signal, name), heed_the_master)
+    for number in OF_THE_MASTER:
+        # A handler, not SIG_IGN: what the application starts must not inherit deafness.
+        signal.signal(number, heed_the_master)
+    # The master has held them back until now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_MASTER)
     if not faulthandler.is_enabled():
         # The master's SIGABRT finds a worker that no longer runs any Python: its stacks are written in C, from the
         # signal handler, to the descriptor and not to what the application may put in the place of sys.stderr.

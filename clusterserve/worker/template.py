@@ -20,6 +20,7 @@ import contextlib
 import errno
 import fcntl
 import gc
+import importlib
 import os
 import signal
 import socket
@@ -212,6 +213,8 @@ def _become(fork: Fork, descriptors: list[int]) -> list[int]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(fork.env)
     os.environ[SLOT_VARIABLE] = str(fork.slot)
+    # What the template knows of directories is as old as it is.
+    importlib.invalidate_caches()
     base = max(fork.stdio, default=-1) + 1
     if base:
         # The numbers that `stdio` gives away may be the channels'.

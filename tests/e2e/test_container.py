@@ -122,6 +122,9 @@ def test_the_dockerfiles_commands_word_by_word(image: Path) -> None:
         health = container.run(*dockerfile("HEALTHCHECK"))
         assert (health.returncode, health.stdout, health.stderr) == (0, "200\n", "")
         assert "GET /health HTTP/1.1" in container.log.read_text()
+        # Docker gives all containers the proxy of its own configuration.
+        behind = container.run("env", "http_proxy=http://127.0.0.1:9", *dockerfile("HEALTHCHECK"))
+        assert (behind.returncode, behind.stdout) == (0, "200\n")
         container.signal(signal.SIGTERM)
         assert container.wait() == 0
         assert container.log.read_text().endswith("Stopped, master process 1\n")

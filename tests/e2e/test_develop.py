@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def only(server: Server, wanted: str, workers: int) -> None:
     """Everybody serves this word, and nobody else is there."""
 
     def alone() -> bool:
-        return word(server) == wanted and len(server.workers) == workers == len(server.processes()) - 1
+        # Besides them there are the master, and the template whose forks they are.
+        return word(server) == wanted and len(server.workers) == workers == len(server.processes()) - 2
 
     eventually(alone, f"all say {wanted}")
 
@@ -108,6 +110,27 @@ def test_a_broken_file_at_the_start_and_later(serve: Serve, tmp_path: Path) -> N
     only(server, "one", 2)
     says(tmp_path, "two")
     only(server, "two", 2)
+
+
+def test_an_upgrade_of_broken_files_fails_and_one_of_good_files_is_reloaded_on(serve: Serve, tmp_path: Path) -> None:
+    """A new master does not wait for a repair: the old one serves, and goes on doing so."""
+    says(tmp_path, "one")
+    server = start(serve, tmp_path, noise=True)
+    save(tmp_path, BROKEN)
+    server.wait_for("Reload failed, generation 2 cannot start")
+    server.signal(signal.SIGUSR2)
+    server.wait_for(
+        r"Upgrade failed, the new master \(process \d+\) failed: it exited with code 3; .* serves on as before"
+    )
+    assert not server.found(WAITS)
+    only(server, "one", 1)
+    says(tmp_path, "two")
+    only(server, "two", 1)
+    server.upgrade()
+    changed = len(server.found("Changed: site_dev.py$"))
+    says(tmp_path, "six")
+    only(server, "six", 1)
+    assert len(server.found("Changed: site_dev.py$")) == changed + 1
 
 
 def test_one_worker_unless_somebody_says_otherwise(serve: Serve, tmp_path: Path) -> None:
@@ -182,3 +205,19 @@ def test_one_ctrl_c_ends_it_all(tmp_path: Path, source: str) -> None:
         terminal.close()
     assert terminal.exitstatus == (0 if source is APP else 130)
     assert proc.marked(mark) == []
+
+
+def test_who_closes_its_window_has_ended_it(tmp_path: Path) -> None:
+    """SIGHUP is a reload where it is an order, and nobody is left to give one."""
+    says(tmp_path, "one")
+    value, mark = new_mark()
+    arguments = ["-m", "clusterserve", "site_dev:app", "--chdir", str(tmp_path), "--reload", "-b", "127.0.0.1:0"]
+    env = {**os.environ, "CLUSTER_E2E_MARK": value}
+    terminal = pexpect.spawn(sys.executable, arguments, env=env, encoding="utf-8", timeout=DEADLINE)
+    terminal.expect("is listening")
+    terminal.kill(signal.SIGHUP)
+    terminal.expect("Reloading: generation 2.*is listening")
+    os.close(terminal.child_fd)
+    eventually(lambda: proc.marked(mark) == [], "nobody is left")
+    _, status = os.waitpid(terminal.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

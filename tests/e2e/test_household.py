@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pwd
+import re
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import proc
+from tests.helpers import everybody, proc
 from tests.helpers.raw import request
 from tests.helpers.server import EXAMPLE, Serve, Server, run
 from tests.helpers.waiting import eventually
@@ -118,6 +121,47 @@ def test_X02_the_mode_of_a_socket_file(serve: Serve, tmp_path: Path, options: tu
     server = serve(*options, bind=f"unix:{path}")
     assert path.stat().st_mode & 0o777 == mode
     assert server.get("/").status == 200
+
+
+@pytest.mark.needs_root
+def test_workers_of_another_user_have_what_they_need_and_nothing_of_roots(serve: Serve) -> None:
+    python = everybody.python()
+    assert python is not None
+    user, group = everybody.NOBODY, pwd.getpwuid(everybody.NOBODY).pw_gid
+    with tempfile.TemporaryDirectory() as name:
+        # pytest's own directories are root's alone.
+        place = Path(name)
+        place.chmod(0o711)
+        options = ("--user", str(user), "--umask", "027", "--access-logfile", f"{place}/a", "--profile", f"{place}/p")
+        path = {"PYTHONPATH": everybody.environment()["PYTHONPATH"]}
+        bind = f"unix:{place}/s"
+        server = serve(*options, app=PRINTS, bind=bind, workers=2, interpreter=python, env=path, ready=False)
+        server.wait_ready()
+
+        def owner(file: str) -> tuple[int, int]:
+            found = (place / file).stat()
+            return found.st_uid, found.st_gid
+
+        assert {file: owner(file) for file in "aps"} == dict.fromkeys("aps", (user, group))
+        assert (place / "s").stat().st_mode & 0o777 == 0o640
+        for worker in server.workers:
+            status = Path(f"/proc/{worker.pid}/status").read_text()
+            assert f"Uid:\t{user}\t{user}\t{user}\t{user}\n" in status
+            assert f"Gid:\t{group}\t{group}\t{group}\t{group}\n" in status
+            assert re.search(r"^CapPrm:\t0+$", status, re.MULTILINE)
+            (groups,) = re.findall(r"^Groups:\t(.*?) ?$", status, re.MULTILINE)
+            assert "0" not in groups.split()
+        assert "Uid:\t0\t0\t0\t0\n" in Path(f"/proc/{server.pid}/status").read_text()
+        # They may not make the file that comes after a rotation, and write to it all the same.
+        (place / "a").rename(place / "b")
+        server.signal(signal.SIGUSR1)
+        server.wait_for("The log's files are reopened")
+        assert server.get("/after").status == 200
+        eventually(lambda: '"GET /after HTTP/1.1" 200' in (place / "a").read_text(), "the request is logged")
+        assert owner("a") == (user, group)
+        assert server.stop() == 0
+        profiles = [owner(f"p/{file}") for file in os.listdir(place / "p")]
+        assert profiles == [(user, group)] * 2
 
 
 def test_the_workers_group(serve: Serve, tmp_path: Path) -> None:

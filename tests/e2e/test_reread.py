@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.server import Serve, Server
 from tests.helpers.waiting import eventually
 
@@ -73,11 +75,13 @@ def test_settings_with_which_nothing_starts_are_taken_back(serve: Serve, tmp_pat
     assert server.get("/").status == 200
 
 
-def test_a_release_is_switched_by_its_link(serve: Serve, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["", "reload = true\n"], ids=["spawned", "forked"])
+def test_a_release_is_switched_by_its_link(serve: Serve, tmp_path: Path, how: str) -> None:
+    """Also for workers that are forked from a template that was started in the old one."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "site_main.py").write_text(APP.replace("RELEASE", name))
-        (tmp_path / name / "clusterserve.toml").write_text(FILE)
+        (tmp_path / name / "clusterserve.toml").write_text(FILE + how)
     link = tmp_path / "current"
     link.symlink_to("one")
     server = serve("--chdir", str(link), app="run", workers=None, bind=None)
@@ -89,9 +93,10 @@ def test_a_release_is_switched_by_its_link(serve: Serve, tmp_path: Path) -> None
     eventually(lambda: server.get("/").body == f"{tmp_path}/two two".encode(), "the new release serves")
 
 
-def test_variables_are_read_again(serve: Serve, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["", "reload = true\n"], ids=["spawned", "forked"])
+def test_variables_are_read_again(serve: Serve, tmp_path: Path, how: str) -> None:
     (tmp_path / "site.env").write_text("FIRST=1\nTHIRD=3\n")
-    text = FILE + 'env-file = "site.env"\n'
+    text = FILE + how + 'env-file = "site.env"\n'
     server = start(serve, tmp_path, text)
 
     def variables() -> set[bytes]:

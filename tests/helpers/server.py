@@ -89,8 +89,8 @@ def new_mark() -> tuple[str, str]:
     return value, f"{_MARK}={value}"
 
 
-def python(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "clusterserve", *arguments]
+def python(*arguments: str, interpreter: str = sys.executable) -> list[str]:
+    return [interpreter, "-m", "clusterserve", *arguments]
 
 
 class LeftoverError(AssertionError):
@@ -129,6 +129,7 @@ class Server:
         open_files: int | None = None,
         linger: float = 0.0,
         prefix: Sequence[str] = (),
+        interpreter: str = sys.executable,
     ) -> None:
         binds = [bind] if isinstance(bind, str) else list(bind or ())
         arguments = [app, *(part for each in binds for part in ("--bind", each)), *options]
@@ -147,7 +148,7 @@ class Server:
         self._lines: list[Line] = []
         self._more = threading.Condition()
         self._open_streams = 2
-        self.command = [*prefix, *python(*arguments)]
+        self.command = [*prefix, *python(*arguments, interpreter=interpreter)]
         if open_files is not None:
             self.command = ["sh", "-c", f'ulimit -Sn {open_files}; exec "$@"', "sh", *self.command]
         self._process = subprocess.Popen(

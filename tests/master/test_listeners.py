@@ -19,7 +19,7 @@ import pytest
 
 from clusterserve.binds import Bind
 from clusterserve.errors import BindError
-from clusterserve.master.listeners import Listener, open_listener
+from clusterserve.master.listeners import Access, Listener, open_listener, set_access
 from tests.helpers.server import ROOT
 from tests.helpers.waiting import DEADLINE
 
@@ -510,3 +510,14 @@ def test_a_client_that_is_gone_before_it_was_accepted(opened: Open) -> None:
     reset(connect(listener))
     with accept(listener) as server, pytest.raises(ConnectionResetError):
         server.recv(1)
+
+
+def test_access_is_given_to_a_socket_and_to_nothing_else(tmp_path: Path) -> None:
+    """Who can write to the directory may have put something in its place meanwhile."""
+    others = tmp_path / "others"
+    others.touch(mode=0o600)
+    (tmp_path / "link").symlink_to(others)
+    for path in (others, tmp_path / "link", tmp_path / "nothing"):
+        with pytest.raises(OSError, match=r"No such file|Too many levels"):
+            set_access(str(path), Access(0o666))
+    assert others.stat().st_mode & 0o777 == 0o600

@@ -18,6 +18,7 @@ import pytest
 from clusterserve.core.records import NO_ADDRESS, OFFER_SIZE, pack_offer
 from clusterserve.master import process as module
 from clusterserve.master.process import Exit, WorkerProcess
+from clusterserve.worker.link import MASTER_GONE
 from tests.helpers import proc
 from tests.helpers.server import ROOT
 from tests.helpers.waiting import DEADLINE, eventually
@@ -100,6 +101,19 @@ def test_the_interpreters_options_are_the_masters(
     worker = spawn("messages.sendall(b'%d %d' % (sys.flags.optimize, sys.flags.dev_mode)); os._exit(0)")
     worker.messages.settimeout(DEADLINE)
     assert worker.messages.recv(100) == b"1 1"
+
+
+def test_a_ctrl_c_does_not_hit_one_that_only_begins(loop: SkewedLoop, exits: list[Exit]) -> None:
+    """It reaches the whole group, the interpreter that starts included, which is not yet able to leave it to us."""
+    worker = WorkerProcess(0, loop, exits.append)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        worker.send_signal(number)
+    worker.messages.close()
+    worker.connections.close()
+    worker.board.close()
+    worker.kept.close()
+    loop.until(lambda: exits, "its exit is known")
+    assert exits == [Exit(MASTER_GONE, None)]
 
 
 @pytest.mark.parametrize("code", [0, 3, 255])

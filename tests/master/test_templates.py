@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -163,3 +164,28 @@ def test_a_template_that_is_no_template(loop: SkewedLoop, monkeypatch: pytest.Mo
     assert failed == ["template 1 could not be spawned: [Errno 2] No such file or directory: '/nowhere/python'"]
     assert roster.templates is not None
     assert (roster.templates.here, roster.templates.failures) == ({}, 1)
+
+
+def test_other_variables_need_another_template_if_it_was_to_last(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Spawned workers would have them."""
+    # As it was when the template was started.
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", os.environ["PYTEST_CURRENT_TEST"].replace("(call)", "(setup)"))
+    nursery.book.lasting = True
+    nursery.templates.outdate()
+    assert nursery.book.ready(2) is not None
+    with monkeypatch.context() as changed:
+        changed.chdir(tmp_path)
+        nursery.book.lasting = False
+        nursery.templates.outdate()
+        # Of its own generation, of which nothing changes.
+        assert nursery.book.ready(1) is not None
+        nursery.book.lasting = True
+        nursery.templates.outdate()
+        assert nursery.book.ready(2) is None
+    monkeypatch.setenv("SOMETHING", "else")
+    for template in nursery.book.here.values():
+        template.outdated = False
+    nursery.templates.outdate()
+    assert nursery.book.ready(2) is None
