@@ -7,6 +7,7 @@ what they have was good as a whole, and they need no right to read the key (`--u
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,6 +61,15 @@ def read(settings: Settings) -> Credentials:
     except ssl.SSLError as error:
         raise _explained(error, settings, credentials) from None
     return credentials
+
+
+def terms(settings: Settings, credentials: Credentials) -> str:
+    """What a client must fulfil to be let in, as a fingerprint.
+
+    A session that is resumed is not examined again: it must not be one that was made on other terms.
+    """
+    said = repr((settings.ssl_cert_reqs, settings.ssl_ciphers)).encode() + credentials.trusted
+    return hashlib.sha256(said).hexdigest()
 
 
 def new_context(settings: Settings) -> ssl.SSLContext:

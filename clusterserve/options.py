@@ -167,8 +167,8 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
         _value(
             "--timeout -t --timeout-worker-healthcheck",
             "SECONDS",
-            "A worker whose event loop has not turned for this long writes the stacks of its threads to stderr, and is "
-            "killed and replaced; 0: never.",
+            "A worker whose event loop has not turned for this long, or whose WSGI threads are stuck for so long, "
+            "writes the stacks of its threads to stderr, and is killed and replaced; 0: never.",
         ),
         _value(
             "--limit-max-requests --max-requests",

@@ -45,7 +45,7 @@ _ANSWERS: Final = _ENDINGS | {_ACK, _ACK | _KEPT, _ACK | _SILENT, _REFUSED, FULL
 
 @dataclass(frozen=True)
 class Statistics:
-    """A snapshot: connections by state, and per worker (id, slot, offered, borrowed)."""
+    """A snapshot: connections by state, and per worker (id, slot, offered, borrowed or its own for good)."""
 
     queued: int
     parked: int
@@ -381,7 +381,10 @@ class Distributor:
             parked=len(self.parking.connections),
             offered=sum(len(worker.unacked) for worker in workers),
             borrowed=sum(len(worker.borrowed) for worker in workers),
-            workers=tuple((worker.id, worker.slot, len(worker.unacked), len(worker.borrowed)) for worker in workers),
+            workers=tuple(
+                (worker.id, worker.slot, len(worker.unacked), len(worker.borrowed) + len(worker.taken))
+                for worker in workers
+            ),
             kept=sum(len(worker.kept) for worker in workers),
         )
 

@@ -133,6 +133,8 @@ class Beat:
     """A heartbeat: the worker's event loop turns.  `served` counts its requests since it started."""
 
     served: int
+    #: All the same it is of no use: its threads are stuck.
+    stuck: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ class Prepare:
     settings: dict[str, Any]
     #: As in `Boot`, and so are the descriptors.
     path: list[str]
+    #: What its forks' TLS sessions are made on, as `credentials.terms` has it; empty without TLS.
+    terms: str = ""
 
 
 @dataclass(frozen=True)

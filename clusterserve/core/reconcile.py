@@ -254,7 +254,8 @@ def _kill(roster: Roster) -> _Due:
             what = "come up" if roster.programs else "listen"
             yield member.spawned + limits.boot, Kill(member.id, f"it did not {what} within {limits.boot:g} s")
         elif member.serving and roster.hung(member):
-            yield 0.0, Abort(member.id, f"its event loop has not turned for {limits.timeout:g} s")
+            what = "nothing has come of its threads" if member.stuck else "its event loop has not turned"
+            yield 0.0, Abort(member.id, f"{what} for {limits.timeout:g} s")
 
 
 def _templates(target: Target, roster: Roster, hopeless: bool) -> _Due:

@@ -63,11 +63,14 @@ class Member:
     #: When it was sent a SIGTERM that it is to act upon.
     terminated: float | None = None
     wear: Wear = field(default_factory=Wear)
-    #: When it was last heard of, and for how long the master has listened since, in vain.
+    #: When it was last heard of; when that was of use; and for how long the master has listened since, in vain.
     heard: float = 0.0
+    useful: float = 0.0
     #: It has sent a heartbeat: a program does from when it listens, which it may never do.
     beats: bool = False
     silence: float = 0.0
+    #: Its loop turns, but its threads do nothing for anybody: the last that was heard of it.
+    stuck: bool = False
 
     @property
     def current(self) -> bool:
@@ -134,7 +137,7 @@ class Roster:
             self._failed(member, now)
         useful = event is WorkerEvent.LISTENING or (self.programs and event is WorkerEvent.ONLINE)
         if useful and member.current and member.listening is None:
-            member.listening = member.heard = now
+            member.listening = member.heard = member.useful = now
             self.proven = max(self.proven, member.generation)
         elif event is WorkerEvent.DISCONNECTED:
             member.disconnected = now
@@ -206,10 +209,12 @@ class Roster:
             self._recovered(slot, now)
             slot.closed = False
 
-    def heard(self, id: int, served: int, now: float) -> bool:
-        """Worker `id` has sent a heartbeat; whether it is worn."""
+    def heard(self, id: int, served: int, now: float, *, stuck: bool = False) -> bool:
+        """Worker `id` has sent a heartbeat; whether it is worn.  One that is `stuck` is as good as silent."""
         member = self.members[id]
-        member.heard, member.silence, member.beats = now, 0.0, True
+        member.heard, member.beats, member.stuck = now, True, stuck
+        if not stuck:
+            member.useful, member.silence = now, 0.0
         member.wear.count(served)
         return bool(member.worn(now))
 
@@ -231,12 +236,12 @@ class Roster:
         overdue = False
         for member in self.members.values():
             if member.serving and not member.debugged and (member.beats or not self.programs):
-                member.silence += min(now - max(since, member.heard), pace(self.limits.timeout))
+                member.silence += min(now - max(since, member.useful), pace(self.limits.timeout))
                 overdue = overdue or self.hung(member)
         return overdue
 
     def hung(self, member: Member) -> bool:
-        """Whether its loop has stood still for `timeout`.  It may have turned until just before the next heartbeat."""
+        """Whether nothing has come of it for `timeout`.  Something may have until just before the next heartbeat."""
         timeout = self.limits.timeout
         return bool(timeout) and member.silence >= timeout + pace(timeout)
 

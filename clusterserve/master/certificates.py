@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from typing import Final
 
 from ..core.settled import Settled
-from ..credentials import Credentials, files, read
+from ..credentials import Credentials, files, read, terms
 from ..errors import SettingsError
 from ..settings import Settings
 
@@ -36,6 +36,11 @@ class Certificates:
         self._timer: asyncio.TimerHandle | None = None
         #: None: no TLS.
         self.credentials: Credentials | None = None
+
+    @property
+    def terms(self) -> str:
+        """On what clients are let in now; empty without TLS."""
+        return "" if self.credentials is None else terms(self._settings, self.credentials)
 
     def start(self) -> None:
         """Read the files, and look at them from now on; raises `SettingsError` if they do not fit."""

@@ -263,7 +263,7 @@ class Crew:
         """Do it, which is a fact from then on."""
         if isinstance(action, Step):
             assert self._templates is not None
-            self._templates.perform(action, self.settings, self._path())
+            self._templates.perform(action, self.settings, self._path(), self._certificates.terms)
             return
         if self._templates is not None and self._templates.owe(action):
             return

@@ -120,6 +120,7 @@ class Engine:
         if self._succeeds:
             self._dispatcher.hold()
         self._certificates = Certificates(loop, settings, self._renew)
+        self._terms = ""
         templates = Templates(lasting=not settings.preload) if settings.templated else None
         self._roster = Roster(_limits(settings), programs=bool(settings.exec), templates=templates)
         self._stacks = StackCollector(loop)
@@ -159,6 +160,7 @@ class Engine:
         try:
             self._files.open()
             self._certificates.start()
+            self._terms = self._certificates.terms
             opened = self.handles.open_pinned(self.settings.binds, self.settings.backlog)
         except ClusterError:
             self._close()
@@ -246,6 +248,7 @@ class Engine:
             self._emit(StartedReload())
             self._crew.failure = None
             self._certificates.reread()
+            self._keep_terms()
             self._crew.outdate_templates()
             self._reconciler.target = dataclasses.replace(self._reconciler.target, generation=self._generation)
         return self._change()
@@ -254,6 +257,15 @@ class Engine:
         """What the workers show new clients from now on."""
         for seat in self.seats.values():
             seat.channel.send(Renew(dict(credentials.to_json())))
+        self._keep_terms()
+        self._reconciler.reconcile()
+
+    def _keep_terms(self) -> None:
+        """Workers to come share sessions on the terms of now, not with those before."""
+        before, self._terms = self._terms, self._certificates.terms
+        templates = self._roster.templates
+        if templates is not None and templates.lasting and self._terms != before:
+            templates.outdate()
 
     def _must_not_be_manual(self, what: str) -> None:
         if self._reconciler.target.manual:
@@ -268,6 +280,7 @@ class Engine:
         if templates is not None and templates.lasting and settings.process != self.settings.process:
             templates.outdate()
         self.settings = self._crew.settings = settings
+        self._keep_terms()
 
     def adopt(self, settings: Settings) -> None:
         """Launch workers as these settings say from now on, `rereading.FIXED` being what it was.
@@ -443,6 +456,7 @@ class Engine:
             settings, credentials = self._before
             self._use(settings)
             self._certificates.go_back(settings, credentials)
+            self._keep_terms()
             self._before = None
         self._changes.over(error)
         self._reconciler.reconcile()

@@ -96,7 +96,7 @@ class Facts:
                 self._says(worker, WorkerEvent.ONLINE)
                 self._crew.tell(seat, CameOnline)
         elif isinstance(message, Beat):
-            self._health.heard(worker, message.served)
+            self._health.heard(worker, message.served, stuck=message.stuck)
         elif isinstance(message, Debugged):
             self._debuggers.answered(worker, message)
         elif isinstance(message, Stacks):

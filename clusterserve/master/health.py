@@ -66,9 +66,9 @@ class Health:
             samples=settings.rss_samples,
         )
 
-    def heard(self, worker: int, served: int) -> None:
+    def heard(self, worker: int, served: int, *, stuck: bool = False) -> None:
         """A worker's heartbeat."""
-        if self._roster.heard(worker, served, self._loop.time()):
+        if self._roster.heard(worker, served, self._loop.time(), stuck=stuck):
             self._changed()
 
     def _again(self, do: Callable[[], None], after: float) -> None:

@@ -104,11 +104,14 @@ class Templates:
         """The processes of those that are not dead."""
         return [place.child.pid for place in self._places.values()]
 
-    def perform(self, step: Step, settings: Settings, path: list[str]) -> None:
-        """Do it, which is a fact from then on.  A new one prepares as `settings` say, with this `sys.path`."""
+    def perform(self, step: Step, settings: Settings, path: list[str], terms: str = "") -> None:
+        """Do it, which is a fact from then on.  A new one prepares as `settings` say, with this `sys.path`.
+
+        TLS sessions of its forks are for these `terms`.
+        """
         now = self._loop.time()
         if isinstance(step, StartTemplate):
-            self._start(step.generation, settings, path, now)
+            self._start(step.generation, settings, path, terms, now)
             return
         place = self._places[step.template]
         if isinstance(step, DismissTemplate):
@@ -119,7 +122,7 @@ class Templates:
             self._on_failed(Failed(f"the template was killed: {step.why}", ""))
             self._kill(place)
 
-    def _start(self, generation: int, settings: Settings, path: list[str], now: float) -> None:
+    def _start(self, generation: int, settings: Settings, path: list[str], terms: str, now: float) -> None:
         template = self._book.started(generation, now)
         if self._roster.rejected > generation and not self._book.lasting:
             # There is no other way to get at the old code; what it does then, its log lines say.
@@ -141,7 +144,8 @@ class Templates:
         logger.log(
             logging.INFO if settings.preload else logging.DEBUG, "Template %d (pid %d) loads %s", *place.who, what
         )
-        place.channel.send(Prepare(template.id, generation, settings.to_json(), path), self._files.descriptors)
+        order = Prepare(template.id, generation, settings.to_json(), path, terms)
+        place.channel.send(order, self._files.descriptors)
 
     def _spawn(self, template: Template, settings: Settings) -> _Place:
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

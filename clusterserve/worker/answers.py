@@ -26,6 +26,9 @@ TAKEN: Final = int(Kind.TAKEN)
 DROPPED: Final = int(Kind.DROPPED)
 SILENT: Final = int(Kind.SILENT)
 
+#: What waits for its own turn: that a connection without a first word was begun with.
+_BEGUN: Final = frozenset({ACK, ACK | TAKEN})
+
 
 class Answers:
     """Written to `end`, which is the receiver's to close."""
@@ -49,11 +52,17 @@ class Answers:
         self.making: set[int] = set()
 
     def made(self, id: int) -> None:
-        """A connection has its protocol: if its client need not speak first, acknowledged one turn later."""
+        """A connection has its protocol: if its client need not speak first, acknowledged one turn later.
+
+        Nothing can be done for it but by its protocol, so it is taken as well.
+        """
         if id in self.making:
             self.making.remove(id)
             # Not at once: `flush` may be scheduled already, in front of the tasks that this protocol will create.
-            self._loop.call_soon(self.say, id, ACK)
+            self._loop.call_soon(self._made, id)
+
+    def _made(self, id: int) -> None:
+        self.say(id, ACK if self.soon.get(id, 0) & CLOSED else ACK | TAKEN)
 
     def ended(self, id: int, kind: int) -> None:
         """Our descriptor of a connection is closed: it is over (CLOSED), or the master's again (RETURNED)."""
@@ -61,9 +70,9 @@ class Answers:
             self.fresh[id] = self.fresh[id] & ~TAKEN | kind
         else:
             self.making.discard(id)
-            if self.soon.get(id) == TAKEN:
+            if self.soon.get(id, 0) & TAKEN:
                 # Taken for a moment, of which the master has not heard.
-                del self.soon[id]
+                self.soon[id] &= ~TAKEN
             self.say(id, kind)
 
     def dropped(self, id: int) -> None:
@@ -99,8 +108,8 @@ class Answers:
         fresh, self.fresh = self.fresh, {}
         records = [self._pack(kind, id, held) for id, kind in fresh.items()]
         if self.soon:
-            records += [self._pack(kind, id) for id, kind in self.soon.items() if kind != ACK]
-            self.soon = {id: kind for id, kind in self.soon.items() if kind == ACK}
+            records += [self._pack(kind, id) for id, kind in self.soon.items() if kind not in _BEGUN]
+            self.soon = {id: kind for id, kind in self.soon.items() if kind in _BEGUN}
         self._tell(records)
 
     def flush(self) -> None:

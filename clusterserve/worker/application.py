@@ -24,6 +24,10 @@ class Application:
         self._factory = settings.factory and not called
         self.threads: Threads | None = None
 
+    def stuck(self) -> bool:
+        """Whether nothing is to be expected of its threads; asked with every heartbeat."""
+        return self.threads is not None and self.threads.stuck()
+
     def load(self, app: Any, config: Any) -> Any:
         """What `config`, uvicorn's, is to serve for `app`; called by it as a factory.
 

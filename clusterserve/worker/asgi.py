@@ -32,7 +32,7 @@ from ..checks import MAX_SECONDS
 from ..core.address import Address
 from ..core.atoms import Who
 from ..core.head import HeadLimits
-from ..credentials import Credentials
+from ..credentials import Credentials, terms
 from ..currentworker import CurrentWorker
 from ..errors import BootError, SettingsError
 from ..log_files import WorkerFiles
@@ -176,7 +176,7 @@ def serve(
     logger.addFilter(boot)
     server = uvicorn.Server(config)
     title = Title(settings, lambda: _load(server))
-    heart = Heart(settings, link.send, lambda: server.server_state.total_requests)
+    heart = Heart(settings, link.send, lambda: server.server_state.total_requests, application.stuck)
     draining = Draining(server.server_state.tasks, member.worker.id, member.worker.slot)
     link.on_stopping = draining.stopping.set
     logger.addFilter(draining)
@@ -220,7 +220,9 @@ def serve(
         config.loaded_app = draining.announced(app if access is None else access.wrapped(app))
         if credentials is not None:
             protocols = getattr(config.http_protocol_class, "alpn_protocols", None) or HTTP_1_1
-            identity = Identity(settings, credentials, protocols, prepared.tls)
+            # Who resumes a session is not asked for a certificate: the keys of other terms are not for us.
+            inherited = prepared.tls if prepared.terms == terms(settings, credentials) else None
+            identity = Identity(settings, credentials, protocols, inherited)
             config.ssl = identity.context
             link.on_renew = identity.renew
         # What exists now lives as long as the process: the collector need not look at it again and again.

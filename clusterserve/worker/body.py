@@ -21,11 +21,17 @@ class ClientGoneError(ConnectionError):
 
 
 class Body(io.RawIOBase):
-    """`readinto` for the thread, everything else for the loop.  `receive` is ASGI's."""
+    """`readinto` for the thread, everything else for the loop.  `receive` is ASGI's.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, receive: Callable[[], Awaitable[Any]]) -> None:
+    `on_read` is called, on the loop, when the thread gets some of it.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, receive: Callable[[], Awaitable[Any]], on_read: Callable[[], None]
+    ) -> None:
         self._loop = loop
         self._receive = receive
+        self._on_read = on_read
         # One at a time may ask for more: the application's thread, or `watch`.
         self._turn = asyncio.Lock()
         self._arrived: deque[bytes] = deque()
@@ -68,6 +74,7 @@ class Body(io.RawIOBase):
                     await self._pull()
         data = b"".join(self._arrived)
         self._arrived.clear()
+        self._on_read()
         if not data and not self._ended:
             raise ClientGoneError("the client has left in the middle of its request")
         return data

@@ -1,4 +1,7 @@
-"""The worker's heartbeat.  A timer of the event loop sends it, never a thread: it proves that the loop turns."""
+"""The worker's heartbeat.  A timer of the event loop sends it, never a thread: it proves that the loop turns.
+
+Where requests are served in threads, it says besides when nothing is to be expected of these.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,21 @@ from ..settings import Settings
 
 
 class Heart:
-    """Beats from `start` on, as long as the loop runs.  `served` tells the requests served so far."""
+    """Beats from `start` on, as long as the loop runs.  `served` tells the requests served so far; `stuck`, whether its
+    threads are stuck."""
 
-    def __init__(self, settings: Settings, send: Callable[[Message], None], served: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        send: Callable[[Message], None],
+        served: Callable[[], int],
+        stuck: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._pause = pace(settings.timeout)
         self._wanted = bool(settings.timeout or settings.limit_max_requests)
         self._send = send
         self._served = served
+        self._stuck = stuck
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -30,5 +41,5 @@ class Heart:
         if loop is not self._loop:
             # Another one is to prove itself.
             return
-        self._send(Beat(self._served()))
+        self._send(Beat(self._served(), self._stuck()))
         loop.call_later(self._pause, self._beat, loop)

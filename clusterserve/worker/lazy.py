@@ -377,7 +377,10 @@ class LazyTransport(asyncio.Transport):
             pieces[0] = pieces[0][sent:]
 
     def _take(self) -> None:
-        """Nobody else can do anything for it any more; said after the last mark, whose place is another's then."""
+        """Nobody else can do anything for it any more; said after the last mark, whose place is another's then.
+
+        One of a server that is not HTTP, which has no watch, was taken when its protocol got it.
+        """
         if self._watch is not None:
             self._receiver.taken(self._id)
 

@@ -34,12 +34,14 @@ class Prepared:
     #: What the contexts of all workers are, so that they resume each other's TLS sessions: the keys of session tickets
     #: are made with the context, and nothing else can set them.
     tls: ssl.SSLContext | None = None
+    #: What the sessions of `tls` are for: `credentials.terms`.
+    terms: str = ""
 
 
-def prepare(settings: Settings, files: Sequence[int] = ()) -> Prepared:
+def prepare(settings: Settings, files: Sequence[int] = (), terms: str = "") -> Prepared:
     """Make it.  Raises `BootError` for what of the application's cannot be had.
 
-    `files` are the descriptors of the log's files, from now on this function's own.
+    `files` are the descriptors of the log's files, from now on this function's own.  `terms` are those of TLS.
     """
     # Most of a worker's start are these imports: uvicorn, and its protocols.
     from .asgi import import_protocols, preload
@@ -49,7 +51,7 @@ def prepare(settings: Settings, files: Sequence[int] = ()) -> Prepared:
         for fd in files:
             os.close(fd)
         import_protocols(settings)
-        return Prepared(tls=tls)
+        return Prepared(tls=tls, terms=terms)
     # Out of the way of the numbers that workers are given with `stdio`.
     log = WorkerFiles(settings, lifted(files))
-    return Prepared(app=preload(settings, log), log=log, tls=tls)
+    return Prepared(app=preload(settings, log), log=log, tls=tls, terms=terms)

@@ -77,7 +77,7 @@ def _adopt(handed: HandedTransport, real: asyncio.Transport, protocol: asyncio.B
         setattr(handed, "close", partial(_close, handed, real))  # noqa: B010 - a method of its class to mypy
         # Its keys are here and nowhere else.
         handed._upgraded = True
-        handed._take()
+        handed._receiver.taken(handed._id)
     if not handed._closing:
         # Else what is written is dropped here, whatever the loop's transport does with it after `close`.
         for name in ("write", "writelines", "write_eof", "can_write_eof"):

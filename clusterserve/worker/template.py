@@ -76,7 +76,7 @@ def live(fd: int, master: int) -> Birth:
         settings = Settings.from_json(order.settings)
         _entitle(settings, order, "preparing")
         sys.path[:] = order.path
-        prepared = _prepare(settings, files)
+        prepared = _prepare(settings, files, order.terms)
     except ProtocolError as exc:
         send(
             channel, Failed(f"the template does not understand its master, which may be of another version: {exc}", "")
@@ -102,8 +102,8 @@ def live(fd: int, master: int) -> Birth:
             os.close(each)
 
 
-def _prepare(settings: Settings, files: Sequence[int]) -> preparations.Prepared:
-    prepared = preparations.prepare(settings, files)
+def _prepare(settings: Settings, files: Sequence[int], terms: str) -> preparations.Prepared:
+    prepared = preparations.prepare(settings, files, terms)
     _refuse_threads(settings)
     _refuse_loops(settings)
     # The collector writes into what it looks at, and what is written to is no longer shared.

@@ -16,6 +16,7 @@ import asyncio
 import contextvars
 import io
 import logging
+import re
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -26,7 +27,7 @@ from wsgiref.util import is_hop_by_hop
 
 from .body import Body, ClientGoneError
 from .environ import environ_of
-from .threads import Threads
+from .threads import Job, Threads
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -34,6 +35,13 @@ logger = logging.getLogger("uvicorn.error")
 HIGH_WATER: Final = 65536
 
 _READ_AHEAD: Final = 16384
+
+#: No body follows, whatever the application says.
+_BODILESS: Final = frozenset({204, 304})
+
+#: What a header's name consists of (RFC 9110), and what its value must not have.
+_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -50,7 +58,7 @@ class Bridge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await _Exchange(self.app, receive, send).run(scope, self.threads)
+            await _Exchange(self.app, scope, receive, send, self.threads).run()
         elif scope["type"] == "lifespan":
             # WSGI knows none: whoever asks for it with `--lifespan on` is not to fail for that.
             while (await receive())["type"] != "lifespan.shutdown":
@@ -61,11 +69,14 @@ class Bridge:
 class _Exchange:
     """One request and its response.  What the thread and the loop share is `_parts`, `_waiting` and some flags."""
 
-    def __init__(self, app: Callable[..., Any], receive: Receive, send: Send) -> None:
+    def __init__(self, app: Callable[..., Any], scope: Scope, receive: Receive, send: Send, threads: Threads) -> None:
         self._app = app
+        self._scope = scope
         self._send = send
+        self._threads = threads
+        self._job: Job | None = None
         self._loop = asyncio.get_running_loop()
-        self._body = Body(self._loop, receive)
+        self._body = Body(self._loop, receive, threads.gets_on)
         # From the thread to the loop, and how many bytes of it the client has not taken.
         self._parts: deque[dict[str, Any]] = deque()
         self._waiting = 0
@@ -79,14 +90,16 @@ class _Exchange:
         self._head: dict[str, Any] | None = None
         self._begun = self._complete = False
         self._length: int | None = None
+        self._bodiless = False
 
     # -- on the loop ----------------------------------------------------------------------------------------------
 
-    async def run(self, scope: Scope, threads: Threads) -> None:
+    async def run(self) -> None:
         """Returns when the thread is done; raises what the application has raised."""
         reader = io.BufferedReader(self._body, _READ_AHEAD)
-        environ = environ_of(scope, reader, several_threads=threads.places > 1)
-        threads.begin(self._loop, partial(contextvars.copy_context().run, self._work, environ))
+        environ = environ_of(self._scope, reader, several_threads=self._threads.places > 1)
+        work = partial(contextvars.copy_context().run, self._work, environ)
+        self._job = self._threads.begin(self._loop, work)
         watch: asyncio.Task[None] | None = None
         try:
             while True:
@@ -95,6 +108,7 @@ class _Exchange:
                 while self._parts:
                     part = self._parts.popleft()
                     await self._send(part)
+                    self._threads.gets_on()
                     if part.get("more_body"):
                         self._taken(len(part["body"]))
                         if watch is None:
@@ -129,6 +143,9 @@ class _Exchange:
         with self._room:
             self._gone = True
             self._room.notify()
+        # Work behind a complete response is nobody's request any more, and no fault.
+        if self._job is not None and not self._ended and not self._complete:
+            self._threads.give_up(self._job)
 
     # -- in the thread --------------------------------------------------------------------------------------------
 
@@ -166,16 +183,24 @@ class _Exchange:
                 exc_info = None  # it refers to this frame
         elif self._head is not None:
             raise RuntimeError("the application has called start_response twice, the second time without exc_info")
+        code = int(status.partition(" ")[0])
+        for name, value in headers:
+            # The server would refuse the head when it is too late to tell the application, or the client.
+            if not _NAME.fullmatch(name) or _CONTROL.search(value):
+                raise ValueError(f"a header cannot be sent: {name!r}: {value!r}")
         lengths = [int(value) for name, value in headers if name.lower() == "content-length"]
-        self._length = lengths[0] if lengths else None
+        self._bodiless = self._scope["method"] == "HEAD" or code in _BODILESS
+        self._length = lengths[0] if lengths and not self._bodiless else None
         self._head = {
             "type": "http.response.start",
-            "status": int(status.partition(" ")[0]),
+            "status": code,
             "headers": [
                 (name.lower().encode("latin1"), value.strip().encode("latin1"))
                 for name, value in headers
-                # The connection is the server's; but that it should end, the application may know.
-                if not is_hop_by_hop(name) or name.lower() == "connection"
+                # The connection is the server's; but that it should end, the application may know.  A length that is
+                # not that of what follows would be waited for.
+                if name.lower() == "connection"
+                or not (is_hop_by_hop(name) or (code in _BODILESS and name.lower() == "content-length"))
             ],
         }
         return self._write
@@ -186,6 +211,10 @@ class _Exchange:
         if not data or self._complete:
             return
         self._begin()
+        if self._bodiless:
+            # The client would take it for the next response.
+            self._finish()
+            return
         if self._length is not None:
             # More than was promised would be read as the next response.
             data = data[: self._length]

@@ -789,6 +789,23 @@ class TestHungWorkers:
             assert driver.looks(4.0, but=1) == []
             driver.roster.heard(1, 0, driver.now)
 
+    def test_one_whose_loop_turns_and_whose_threads_are_stuck(self) -> None:
+        driver = running(1, Limits(timeout=4.0))
+        told: list[object] = []
+        for _ in range(6):
+            assert not told
+            # Of its loop there is news: whoever asks for that hears it.
+            driver.roster.heard(1, 0, driver.now, stuck=True)
+            assert driver.roster.responsive(1.0, driver.now)
+            told = driver.looks(1.0, but=1)
+        assert told == [Abort(1, "nothing has come of its threads for 4 s")]
+
+    def test_one_whose_threads_get_on_in_between(self) -> None:
+        driver = running(1, Limits(timeout=4.0))
+        for turn in range(20):
+            driver.roster.heard(1, 0, driver.now, stuck=turn % 4 != 0)
+            assert driver.looks(1.0, but=1) == []
+
     def test_off(self) -> None:
         driver = running(1, Limits(timeout=0.0))
         assert driver.looks(1000.0, but=1) == []

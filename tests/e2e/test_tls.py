@@ -264,6 +264,52 @@ def test_a_reload_uses_what_is_there(serve: Serve, authority: Authority, tmp_pat
     eventually(lambda: name_of(server, authority.trusting()) == "elsewhere", "another file is read")
 
 
+def let_in(server: Server, context: ssl.SSLContext, session: ssl.SSLSession | None) -> ssl.SSLSession | None:
+    """The session with which a request was served; None if its client was not let in."""
+    try:
+        with Client(server.address, tls=context, session=session) as client:
+            assert isinstance(client.socket, ssl.SSLSocket)
+            assert client.ask("GET", "/", "Connection: close").status == 200
+            return client.socket.session
+    except (ssl.SSLError, ConnectionError, EOFError):
+        return None
+
+
+@pytest.mark.parametrize("preload", [False, True], ids=["alone", "preload"])
+def test_no_session_lets_in_who_would_not_be_let_in_now(
+    serve: Serve, authority: Authority, pair: Pair, tmp_path: Path, preload: bool
+) -> None:
+    """Whoever resumes a session is not asked for a certificate, so it must not be one of when nobody was asked, nor of
+    one that an authority has signed which is trusted no more."""
+    config, trusted = tmp_path / "clusterserve.toml", tmp_path / "trusted.pem"
+
+    def demands(certificates: int) -> None:
+        config.write_text(
+            f"ssl_certfile = '{pair.certificate}'\nssl_keyfile = '{pair.key}'\n"
+            f"ssl_ca_certs = '{trusted}'\nssl_cert_reqs = {certificates}\n"
+        )
+
+    shutil.copy(authority.file, trusted)
+    demands(0)
+    server = serve("--config", str(config), *(["--preload"] if preload else []))
+    anybody, known = authority.trusting(), authority.trusting(authority.issue("known"))
+    session = let_in(server, anybody, None)
+    assert session is not None
+    demands(2)
+    server.signal(signal.SIGHUP)
+    server.wait_for(r"The application has ended in worker 1 ")
+    assert let_in(server, anybody, None) is None
+    assert let_in(server, anybody, session) is None
+    session = let_in(server, known, None)
+    assert session is not None
+    (tmp_path / "new").mkdir()
+    strangers = Authority(tmp_path / "new")
+    shutil.copy(strangers.file, trusted)
+    server.wait_for("The certificate has changed")
+    eventually(lambda: let_in(server, known, None) is None, "the worker has heard of it")
+    assert let_in(server, known, session) is None
+
+
 # ── workers that leave ──────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -164,6 +164,22 @@ def test_no_request_waits_behind_an_occupied_thread_while_another_is_free(narrow
         assert {holder.response().json()["id"]} == {1, 2} - served
 
 
+# ── hung ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_only_thread_that_hangs_costs_its_worker_and_nobody_else(serve: Serve, tmp_path: Path) -> None:
+    """As with gunicorn's sync worker; the request that waits behind it is for the next worker."""
+    server = serve("-k", "sync", "--timeout", "2", app=APP, workers=1, env={"GATES": str(tmp_path)})
+    with held(server, tmp_path, "one") as client, server.connect() as waiting:
+        waiting.send(request("GET", "/whoami"))
+        server.wait_for(r"Worker 1 \(slot 0, pid \d+\) is hung: nothing has come of its threads for 2 s")
+        assert client.response().status == 504
+        # Where it hung.
+        server.wait_for(r'flasky\.py", line \d+ in hold')
+        assert waiting.response().json()["id"] == 2
+    assert len(server.found("is hung")) == 1
+
+
 # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

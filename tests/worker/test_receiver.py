@@ -169,7 +169,7 @@ class TestAcknowledgement:
         master.offer(*connections)
         await master.answered(*connections)
         assert [acknowledged[number][number] for number in range(3)] == [False, False, False]
-        assert [handed.answers for handed in connections] == [[Kind.ACK]] * 3
+        assert [handed.answers for handed in connections] == [[Kind.ACK | Kind.TAKEN]] * 3
 
     async def test_made_and_over_at_once(self, loop: Loop, master: Master, recorders: Recorders) -> None:
         master.serve(recorders.on(made=lambda protocol: protocol.transport.abort()), first=False)
@@ -697,7 +697,7 @@ class TestTLS:
         await handed.ends()
         assert recorders.only.lost == [None]
         assert recorders.only.transport.get_extra_info("sslcontext") is server_context
-        assert handed.answers == [Kind.ACK, Kind.CLOSED]
+        assert handed.answers == [Kind.ACK, Kind.TAKEN, Kind.CLOSED]
 
     async def test_a_client_that_dribbles_does_not_hold_the_acknowledgement(
         self, loop: Loop, master: Master, recorders: Recorders, server_context: ssl.SSLContext

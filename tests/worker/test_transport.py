@@ -641,6 +641,8 @@ class TestPauseReading:
 
     async def test_within_connection_made_of_a_real_one(self, loop: Loop, master: Master, recorders: Recorders) -> None:
         master.serve(recorders.on(made=lambda protocol: protocol.transport.pause_reading()), first=False)
+        # It closes its copy when it hears that this is taken.
+        master.deafen()
         handed = master.hand()
         protocol = await recorders.made()
         await turns(2)

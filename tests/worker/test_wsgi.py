@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -212,6 +214,38 @@ async def test_a_response_without_a_body(loop: Loop) -> None:
     call = Call(app, "HEAD")
     await call.task
     assert (call.body, call.complete, call.headers) == (b"", True, [(b"content-length", b"0")])
+
+
+@pytest.mark.parametrize(("method", "status"), [("HEAD", "200 OK"), ("GET", "204 No Content"), ("GET", "304 Same")])
+async def test_what_has_no_body_is_sent_none(loop: Loop, method: str, status: str) -> None:
+    """Whatever the application says: a client would take it for its next response, or wait for it."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response(status, [("Content-Length", "9"), ("ETag", "x")])
+        return [] if status.startswith("304") else [b"some", b"thing"]
+
+    call = Call(app, method)
+    await call.task
+    assert (call.body, call.complete) == (b"", True)
+    # To HEAD the length tells what GET would get; elsewhere the server would wait for so much.
+    lengths = [value for name, value in call.headers if name == b"content-length"]
+    assert lengths == ([b"9"] if method == "HEAD" else [])
+
+
+@pytest.mark.parametrize(
+    "header", [("X-A", "b\r\nSet-Cookie: c"), ("X-A", "b\n"), ("X A", "b"), ("X-A:", "b"), ("", "b"), ("X-A", "b\0")]
+)
+async def test_a_header_that_would_not_be_one_is_told_to_whoever_sets_it(loop: Loop, header: tuple[str, str]) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        with pytest.raises(ValueError, match="a header cannot be sent: "):
+            ok(start_response, header)
+        start_response("500 Sorry", [("X-Tab", "a\tb"), ("X-Latin", "\xe9")])
+        return [b"told"]
+
+    call = Call(app)
+    await call.task
+    assert (call.status, call.body) == (500, b"told")
+    assert call.headers == [(b"x-tab", b"a\tb"), (b"x-latin", b"\xe9")]
 
 
 async def test_the_old_way_to_write(loop: Loop) -> None:
@@ -446,6 +480,118 @@ async def test_the_lifespan_is_as_long_as_it_is_wanted(loop: Loop) -> None:
 
     await Bridge(lambda environ, start: None, Threads(1))({"type": "lifespan"}, receive, send)
     assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+async def test_an_only_thread_of_which_nothing_comes_is_stuck(loop: Loop) -> None:
+    go_on = threading.Event()
+
+    def app(environ: Any, start_response: Any) -> Any:
+        body = environ["wsgi.input"].read(1)
+        go_on.wait()
+        ok(start_response)
+        yield body
+        go_on.clear()
+        go_on.wait()
+
+    call = Call(app, "POST", Threads(1))
+    threads = call.threads
+    assert not threads.stuck()
+    await until(lambda: threads.busy == 1, "it runs")
+    assert not threads.stuck()
+    assert threads.stuck()
+    # Who waits for it is no sign of life.
+    waiting = Call(lambda environ, start_response: (ok(start_response), [b""])[1], threads=threads)
+    await until(lambda: threads.busy == 2, "another waits")
+    assert threads.stuck()
+    call.says(b"x")
+    # A piece of the body.
+    await until(lambda: not threads.stuck(), "something has come of it")
+    await until(threads.stuck, "and then nothing")
+    go_on.set()
+    await until(lambda: call.body == b"x", "a piece of the response")
+    assert not threads.stuck()
+    await until(threads.stuck, "nothing again")
+    go_on.set()
+    await call.task
+    await waiting.task
+    await until(lambda: threads.busy == 0, "it is done")
+    # Nobody wants anything of it.
+    assert not any(threads.stuck() for _ in range(3))
+
+
+async def test_several_are_stuck_when_nobody_waits_for_any(loop: Loop) -> None:
+    gate = threading.Event()
+
+    def app(environ: Any, start_response: Any) -> Any:
+        gate.wait()
+        ok(start_response)
+        return [b"late"]
+
+    threads = Threads(2)
+    calls = [Call(app, threads=threads) for _ in range(3)]
+    await until(lambda: threads.busy == 3, "they run, and one waits")
+    # However long it takes: somebody waits for it.
+    assert not any(threads.stuck() for _ in range(3))
+    calls[0].task.cancel()
+    await turns(3)
+    assert (threads.lost, threads.stuck()) == (1, False)
+    calls[1].task.cancel()
+    await turns(3)
+    assert (threads.lost, threads.stuck()) == (2, True)
+    gate.set()
+    await until(lambda: threads.busy == 0, "all are done")
+    assert (threads.lost, threads.stuck()) == (0, False)
+    await calls[2].task
+    assert calls[2].body == b"late"
+
+
+async def test_work_behind_a_complete_response_is_no_thread_lost(loop: Loop) -> None:
+    gate = threading.Event()
+
+    def app(environ: Any, start_response: Any) -> Any:
+        ok(start_response, ("Content-Length", "2"))
+        yield b"a"
+        yield b"b"
+        gate.wait()
+
+    call = Call(app, threads=Threads(2))
+    await until(lambda: call.complete, "it is complete")
+    # As uvicorn has it from then on.
+    call.leaves()
+    await turns(5)
+    assert call.threads.lost == 0
+    gate.set()
+    await call.task
+
+
+async def test_nothing_of_a_request_is_left_to_the_collector(loop: Loop) -> None:
+    """What it had may be large, and the collector comes by rarely."""
+
+    class Large:
+        pass
+
+    left: list[weakref.ref[Large]] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        environ["large"] = large = Large()
+        left.append(weakref.ref(large))
+        environ["wsgi.input"].read()
+        ok(start_response)
+        return [b"done"]
+
+    threads = Threads(1)
+    gc.disable()
+    try:
+        for _ in range(3):
+            call = Call(app, "POST", threads)
+            call.says(b"abc")
+            await call.task
+            await until(lambda: threads.busy == 0, "its thread is free")
+        del call
+        await turns(3)
+        assert [each() for each in left] == [None] * 3
+    finally:
+        gc.enable()
 
 
 async def test_no_more_threads_than_there_are_places(loop: Loop) -> None:
