@@ -12,7 +12,7 @@ import os
 import socket
 
 from .. import faults
-from ..channel.message import Riders
+from ..channel.descriptors import Riders
 from ..core.connection import IllegalStep
 from ..core.envelope import Envelope
 from ..core.events import CameOnline, Disconnected, Exited, Messaged, StartedListening
