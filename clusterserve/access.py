@@ -28,7 +28,8 @@ class AccessRecord(logging.LogRecord):
     """One request that is over.  Its arguments are those of uvicorn's records, its message is the template's line."""
 
     def __init__(self, exchange: Exchange, line: Line | None) -> None:
-        args = (exchange.client, exchange.method, exchange.target, exchange.protocol[5:], exchange.status)
+        method, target = exchange.method or "-", exchange.target or "-"
+        args = (exchange.client, method, target, exchange.protocol[5:], exchange.status)
         super().__init__(LOGGER, logging.INFO, __file__, 0, MESSAGE, args, None)
         self.exchange = exchange
         self._line = line
@@ -39,18 +40,19 @@ class AccessRecord(logging.LogRecord):
     def fields(self) -> dict[str, Any]:
         """What the JSON log says of it besides what it says of every record."""
         exchange = self.exchange
-        queue = exchange.queue_time
+        queue, service = exchange.queue_time, exchange.service_time
+        known = bool(exchange.method)
         fields: dict[str, Any] = {
-            "request_id": exchange.request_id,
+            "request_id": exchange.request_id or None,
             "client": exchange.client or None,
-            "method": exchange.method,
-            "path": exchange.path,
-            "query": exchange.query.decode("latin-1"),
-            "protocol": exchange.protocol,
+            "method": exchange.method if known else None,
+            "path": exchange.path if known else None,
+            "query": exchange.query.decode("latin-1") if known else None,
+            "protocol": exchange.protocol if known else None,
             "status": exchange.status,
             "bytes": exchange.sent,
             "queue_time": None if queue is None else round(queue, 6),
-            "service_time": round(exchange.service_time, 6),
+            "service_time": None if service is None else round(service, 6),
             "referer": exchange.header(b"referer"),
             "user_agent": exchange.header(b"user-agent"),
         }

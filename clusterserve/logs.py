@@ -96,6 +96,22 @@ def access_logger(settings: Settings) -> logging.Logger | None:
     return ours if settings.own_access_log and ours.isEnabledFor(logging.INFO) and ours.hasHandlers() else None
 
 
+def answer_logger(settings: Settings, places: Descriptors) -> logging.Logger | None:
+    """Where the answers of the master itself are logged: where the workers' are; None if nobody wants them.
+
+    What a program's workers log is the program's business.
+    """
+    if not settings.access_log or settings.exec:
+        return None
+    if settings.log_config is not None:
+        logger = logging.getLogger(LOGGER)
+    else:
+        # Not of the process, which may be a program of somebody else's.
+        logger = logging.Logger(LOGGER, _level(settings.log_level or "info"))  # noqa: LOG001
+        logger.addHandler(_access_handler(settings, places.access))
+    return logger if logger.isEnabledFor(logging.INFO) and logger.hasHandlers() else None
+
+
 def _level(name: str) -> int:
     return TRACE if name == "trace" else int(getattr(logging, name.upper()))
 

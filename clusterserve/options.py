@@ -168,7 +168,7 @@ GROUPS: dict[str, tuple[Spec, ...]] = {
             "--timeout -t --timeout-worker-healthcheck",
             "SECONDS",
             "A worker whose event loop has not turned for this long, or whose WSGI threads are stuck for so long, "
-            "writes the stacks of its threads to stderr, and is killed and replaced; 0: never.",
+            "tells the stacks of its threads, and is killed and replaced; 0: never.",
         ),
         _value(
             "--limit-max-requests --max-requests",

@@ -70,6 +70,18 @@ def test_a_request_in_json() -> None:
     }  # fmt: skip
 
 
+def test_what_nobody_has_read_in_json() -> None:
+    """The same keys; nothing is made up."""
+    known = json.loads(JsonFormatter().format(AccessRecord(exchange(502), None)))
+    found = Exchange({"type": "http", "method": "", "path": "", "headers": [], "client": ("h", 5)}, "", None, 0.0)
+    found.status, found.service_time = 502, None
+    line = json.loads(JsonFormatter().format(AccessRecord(found, None)))
+    assert list(line) == list(known)
+    unknown = ("request_id", "method", "path", "query", "protocol", "queue_time", "service_time")
+    assert [line[key] for key in unknown] == [None] * 7
+    assert (line["client"], line["status"], line["message"]) == ("h:5", 502, 'h:5 - "- - HTTP/1.1" 502')
+
+
 def test_anything_else_in_json() -> None:
     token = request_id.set("of-the-task")
     try:

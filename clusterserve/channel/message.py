@@ -26,12 +26,9 @@ from typing import Final
 from ..core.envelope import Assembler, Envelope, cut
 from ..core.messages import Decoder, Message, decode, encode
 from ..errors import ProtocolError
-
-#: Descriptors that may ride with one message.
-MAX_DESCRIPTORS: Final = 16
+from .descriptors import MAX_DESCRIPTORS, SPACE, Arrived, Riders, copied
 
 _CHUNK: Final = 65536
-_SPACE: Final = socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
 
 #: Reads in one turn of the loop: more than the kernel keeps of a sender that is gone, and an end with one that goes on.
 _READS: Final = 64
@@ -49,44 +46,8 @@ _SCARCE: Final = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 #: Nobody tells when there is room again: it is tried after so long (seconds).
 RETRY: Final = 0.05
 
-#: What says that a descriptor cannot be copied.
-_NO_COPY: Final = frozenset({errno.EMFILE, errno.ENFILE})
-
-#: Among the descriptors that have arrived: here some were lost at our descriptor limit, all of one message.
-_LOST: Final = -1
-
 OnMessage = Callable[[Message, list[int]], None]
 OnClosed = Callable[[ProtocolError | None], None]
-
-
-class Riders:
-    """The descriptors that came with a message.  They are closed with it if nobody takes them.
-
-    `lost` more were sent, and did not arrive: this process was at its descriptor limit.
-    """
-
-    __slots__ = ("_fds", "lost")
-
-    def __init__(self, fds: list[int], lost: int = 0) -> None:
-        self._fds = fds
-        self.lost = lost
-
-    def __len__(self) -> int:
-        return len(self._fds)
-
-    def take(self) -> list[int]:
-        """They are the caller's from now on."""
-        fds, self._fds = self._fds, []
-        return fds
-
-    def close(self) -> None:
-        for fd in self.take():
-            os.close(fd)
-
-    def __del__(self) -> None:
-        self.close()
-
-
 OnEnvelope = Callable[[Envelope, Riders], None]
 
 
@@ -132,7 +93,7 @@ class MessageChannel:
         self._decoder = Decoder()
         self._assembler = Assembler()
         #: Descriptors that no frame has claimed, and those of a message of the program's that is not whole yet.
-        self._arrived: deque[int] = deque()
+        self._arrived = Arrived()
         self._riders = Riders([])
         # What waits, by the order in which it leaves: the rest of a frame, our messages, the program's.  The lock is
         # over all writing, because a program may `post` from any thread, and end right after.
@@ -172,7 +133,7 @@ class MessageChannel:
                     # The descriptors travelled with the first byte.
                     self._rest = frame[sent:]
                     return self._open
-            copies = _copies(descriptors)
+            copies = copied(descriptors)
             if len(copies) < len(descriptors):
                 # Announcing them would claim those of the next message.
                 frame = memoryview(encode(message))
@@ -239,11 +200,10 @@ class MessageChannel:
                 if handle is not None:
                     handle.cancel()
             self._sock.close()
-            for fd in (*self._arrived, *(fd for _, copies in self._waiting for fd in copies)):
-                if fd != _LOST:
-                    os.close(fd)
+            for fd in (fd for _, copies in self._waiting for fd in copies):
+                os.close(fd)
             self._riders.close()
-            self._arrived.clear()
+            self._arrived.close()
             self._waiting.clear()
             self._rest = None
             dropped = self._drop_parcels()
@@ -278,19 +238,13 @@ class MessageChannel:
     def _receive(self) -> int:
         """One read: how much there was; 0 if nothing was there."""
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(_CHUNK, _SPACE, socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, flags, _ = self._sock.recvmsg(_CHUNK, SPACE, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return 0
         except ConnectionResetError:
             self._end(None)
             return 1
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds: array.array[int] = array.array("i")
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-                self._arrived.extend(fds)
-        if flags & socket.MSG_CTRUNC:
-            self._arrived.append(_LOST)
+        self._arrived.add(ancillary, flags)
         if not data:
             self._end(None)
             return 1
@@ -300,7 +254,7 @@ class MessageChannel:
                     self._assemble(kind, body, count)
                 else:
                     message = decode(body)
-                    self._on_message(message, self._claim(count))
+                    self._on_message(message, self._arrived.claim(count))
                 if not self._open:
                     return len(data)
             if len(self._arrived) > MAX_DESCRIPTORS:
@@ -312,7 +266,7 @@ class MessageChannel:
     def _assemble(self, kind: int, body: bytes, count: int) -> None:
         """A piece of a message of the program's."""
         if self._assembler.between:
-            claimed = self._claim(count)
+            claimed = self._arrived.claim(count)
             self._riders = Riders(claimed, count - len(claimed))
         elif count:
             raise ProtocolError("descriptors in the midst of a message")
@@ -320,16 +274,6 @@ class MessageChannel:
         if envelope is not None and self._on_envelope is not None:
             riders, self._riders = self._riders, Riders([])
             self._on_envelope(envelope, riders)
-
-    def _claim(self, count: int) -> list[int]:
-        """The descriptors of a message; fewer than announced if our limit was hit, which the receiver sees."""
-        claimed: list[int] = []
-        while len(claimed) < count and self._arrived:
-            fd = self._arrived.popleft()
-            if fd == _LOST:
-                break
-            claimed.append(fd)
-        return claimed
 
     def _write(self, frame: memoryview, descriptors: list[int]) -> int:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
@@ -420,18 +364,3 @@ def _tell(finished: list[tuple[_Parcel, bool]]) -> None:
         for fd in parcel.fds:
             os.close(fd)
         parcel.done(sent)
-
-
-def _copies(descriptors: Sequence[int]) -> list[int]:
-    """Copies of them all, or none if there is no room for them."""
-    copies: list[int] = []
-    try:
-        for fd in descriptors:
-            copies.append(os.dup(fd))  # noqa: PERF401 - those that were made before it fails must be closed
-    except OSError as exc:
-        for fd in copies:
-            os.close(fd)
-        if exc.errno not in _NO_COPY:
-            raise
-        return []
-    return copies

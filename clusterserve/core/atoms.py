@@ -7,7 +7,6 @@ the client chose is made harmless: quotes are escaped as gunicorn does, and so i
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
@@ -89,21 +88,22 @@ def _user(exchange: Exchange) -> str | None:
         return None
     try:
         return base64.b64decode(credentials.strip()).decode().partition(":")[0] or None
-    except (binascii.Error, ValueError):
+    except ValueError:
         return None
 
 
 def _micro(exchange: Exchange) -> int:
-    return round(exchange.service_time * 1_000_000)
+    # Also if nobody knows it: a template may want a number.
+    return round((exchange.service_time or 0.0) * 1_000_000)
 
 
 _ATOMS: Final[Mapping[str, Getter]] = {
     "h": _host,
     "l": lambda exchange: None,
     "u": _user,
-    "r": lambda exchange: f"{exchange.method} {exchange.target} {exchange.protocol}",
-    "m": lambda exchange: exchange.method,
-    "U": lambda exchange: exchange.path,
+    "r": lambda exchange: exchange.line,
+    "m": lambda exchange: exchange.method or None,
+    "U": lambda exchange: exchange.path or None,
     "q": lambda exchange: exchange.query.decode("latin-1"),
     "H": lambda exchange: exchange.protocol,
     "s": lambda exchange: exchange.status,
@@ -111,7 +111,7 @@ _ATOMS: Final[Mapping[str, Getter]] = {
     "B": lambda exchange: exchange.sent,
     "f": lambda exchange: exchange.header(b"referer"),
     "a": lambda exchange: exchange.header(b"user-agent"),
-    "T": lambda exchange: int(exchange.service_time),
+    "T": lambda exchange: int(exchange.service_time or 0.0),
     "D": _micro,
     "M": lambda exchange: _micro(exchange) // 1000,
     "L": lambda exchange: "{}.{:06}".format(*divmod(_micro(exchange), 1_000_000)),
@@ -134,9 +134,9 @@ def _seconds(value: float | None) -> str | None:
 
 #: The variables of WSGI's environment, by their names in lower case; ours are called as WSGI calls its own.
 _VARIABLES: Final[Mapping[str, Getter]] = {
-    "request_method": lambda exchange: exchange.method,
-    "raw_uri": lambda exchange: exchange.target,
-    "path_info": lambda exchange: exchange.path.removeprefix(exchange.scope.get("root_path", "")),
+    "request_method": lambda exchange: exchange.method or None,
+    "raw_uri": lambda exchange: exchange.target or None,
+    "path_info": lambda exchange: exchange.path.removeprefix(exchange.scope.get("root_path", "")) or None,
     "script_name": lambda exchange: exchange.scope.get("root_path", ""),
     "query_string": lambda exchange: exchange.query.decode("latin-1"),
     "server_protocol": lambda exchange: exchange.protocol,
@@ -147,7 +147,7 @@ _VARIABLES: Final[Mapping[str, Getter]] = {
     "content_type": lambda exchange: exchange.header(b"content-type"),
     "content_length": lambda exchange: exchange.header(b"content-length"),
     "wsgi.url_scheme": lambda exchange: exchange.scope.get("scheme"),
-    "clusterserve.request_id": lambda exchange: exchange.request_id,
+    "clusterserve.request_id": lambda exchange: exchange.request_id or None,
     "clusterserve.queue_time": lambda exchange: _seconds(exchange.queue_time),
     "clusterserve.service_time": lambda exchange: _seconds(exchange.service_time),
     "clusterserve.close_code": lambda exchange: exchange.close_code,

@@ -115,7 +115,8 @@ class Connection:
     """
 
     __slots__ = (
-        "client", "family", "fd", "handle", "id", "listener", "port", "relics", "since", "state", "ticket", "worker",
+        "client", "family", "fd", "handle", "id", "listener", "port", "relics", "server", "server_port", "since",
+        "state", "ticket", "unknown", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -129,6 +130,11 @@ class Connection:
         self.family = family
         #: When it was accepted or last became readable, on the master's clock (seconds).
         self.since = since
+        #: What its client has connected to, as a PROXY header has told; empty: nobody has.
+        self.server = b""
+        self.server_port = 0
+        #: Its proxy may yet say whose it is.
+        self.unknown = False
         self.state = _PARKED
         self.ticket = 0
         #: Id of the worker it is offered to or borrowed by, else 0.

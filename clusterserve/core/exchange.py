@@ -49,8 +49,8 @@ class Exchange:
         self.queue_time = queue_time
         #: When the application was called, on a clock of the caller's.
         self.began = began
-        #: From there to the end of the response.
-        self.service_time = 0.0
+        #: From there to the end of the response; None: nobody knows.
+        self.service_time: float | None = 0.0
         #: Of the response; of a WebSocket 101, once it is accepted.  0: none yet.
         self.status = 0
         self.headers: Iterable[tuple[bytes, bytes]] = ()
@@ -61,8 +61,14 @@ class Exchange:
 
     @property
     def method(self) -> str:
+        """Empty: nobody knows what was asked."""
         # A WebSocket's scope has none.
         return str(self.scope.get("method", "GET"))
+
+    @property
+    def line(self) -> str | None:
+        """The first line of the request; None if nobody knows it."""
+        return f"{self.method} {self.target} {self.protocol}" if self.method else None
 
     @property
     def protocol(self) -> str:

@@ -77,6 +77,10 @@ class HandedConnection:
     client: bytes = b""
     port: int = 0
     family: int = 0
+    server: bytes = b""
+    server_port: int = 0
+    #: Its proxy may yet say whose it is: what there is of a PROXY header has not been taken off.
+    unknown: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, IPv6Network, ip_network
+from struct import Struct
 from typing import Final
 
 from .records import IPV4, IPV6, NO_ADDRESS
@@ -20,6 +21,7 @@ MAX_V1: Final = 107
 MAX_V2: Final = 4096
 
 _HEAD: Final = 16
+_PORTS: Final = Struct("!HH")
 _MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 
 
@@ -37,6 +39,9 @@ class Header:
     #: 16 bytes, IPv4 mapped into IPv6; empty without an address.
     client: bytes = b""
     port: int = 0
+    #: What the client has connected to, in the same form: the proxy's address, and what is the server's for it.
+    server: bytes = b""
+    server_port: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,13 @@ def _version1(data: bytes) -> Header | More:
     if len(words) != 6 or words[1] not in (b"TCP4", b"TCP6"):
         raise ProxyError("a line of another form")
     try:
-        client, _ = (_address(words[1], word.decode("ascii")) for word in words[2:4])
+        client, server = (_address(words[1], word.decode("ascii")) for word in words[2:4])
     except (AddressValueError, UnicodeDecodeError):
         raise ProxyError("an address that is none") from None
     ports = [int(word) if word.isdigit() and len(word) <= 5 else -1 for word in words[4:]]
     if not all(0 <= port <= 65535 for port in ports):
         raise ProxyError("a port that is none")
-    return Header(length, IPV4 if words[1] == b"TCP4" else IPV6, client, ports[0])
+    return Header(length, IPV4 if words[1] == b"TCP4" else IPV6, client, ports[0], server, ports[1])
 
 
 def _address(family: bytes, text: str) -> bytes:
@@ -99,10 +104,10 @@ def _version2(data: bytes) -> Header | More:
         return Header(length)
     if family == 3:
         return Header(length, NO_ADDRESS)
-    size = 4 if family == 1 else 16
-    client = data[_HEAD : _HEAD + size]
-    port = int.from_bytes(data[_HEAD + 2 * size : _HEAD + 2 * size + 2], "big")
-    return Header(length, IPV4, _MAPPED + client, port) if family == 1 else Header(length, IPV6, client, port)
+    size, mapped = (4, _MAPPED) if family == 1 else (16, b"")
+    client, server = (mapped + data[start : start + size] for start in (_HEAD, _HEAD + size))
+    ports = _PORTS.unpack_from(data, _HEAD + 2 * size)
+    return Header(length, IPV4 if family == 1 else IPV6, client, ports[0], server, ports[1])
 
 
 class Trust:

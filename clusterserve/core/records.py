@@ -78,13 +78,24 @@ _iter_answers = _ANSWER.iter_unpack
 MAX_MICROSECONDS: Final = 2**32 - 1
 
 
-def pack_offer(id: int, listener: int, queued: int, family: int, client: bytes, port: int, place: int = 0) -> bytes:
-    """One offer; the local address is left for a PROXY header (zero: ask the kernel).
+def pack_offer(
+    id: int,
+    listener: int,
+    queued: int,
+    family: int,
+    client: bytes,
+    port: int,
+    place: int = 0,
+    server: bytes = b"",
+    server_port: int = 0,
+) -> bytes:
+    """One offer; `server` is what a PROXY header has told of the local address (empty: ask the kernel).
 
     `queued` is since when, in microseconds on the clock that all processes share (CLOCK_MONOTONIC), of which the last
     32 bits travel: see `waited`.  `place` is where on the board the worker says how far it is with it.
     """
-    return _pack_offer(VERSION, family, 0, listener, id, queued & MAX_MICROSECONDS, port, 0, client, b"", place)
+    queued &= MAX_MICROSECONDS
+    return _pack_offer(VERSION, family, 0, listener, id, queued, port, server_port, client, server, place)
 
 
 def waited(queued: int, now: float) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..current import OF_THE_MASTER
 from ..launch import Launch, account
+from ..titles import room
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,14 @@ def interpreter(
     """
     # The same interpreter options as ours (-O, -W, -X …): what multiprocessing and the test runner of CPython use.
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    command = [sys.executable, *flags, *launch.interpreter, entry, *words]
     # A mask is inherited.  Until it can say that these mean nothing to it, a Ctrl-C in the terminal would be its death:
     # it would be told as that of a worker that failed, before or after what was meant.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_MASTER)
     try:
         return subprocess.Popen(
-            [sys.executable, *flags, *launch.interpreter, entry, *words],
+            # Words are there for who reads `ps`, and then it has no other title.
+            command if words else command + room(command),
             env=env,
             pass_fds=pass_fds,
             cwd=launch.cwd,

@@ -5,35 +5,31 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
-import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from ..checks import SettingValueError, near_match
 from ..contradictions import NEEDS_FORK
 from ..core.distributor import Statistics
-from ..core.envelope import Envelope
 from ..core.events import EVENTS, AboutWorker, BecameReady, Disconnected, Event, Exited, Forked, Messaged, arguments
 from ..current import current_worker
 from ..debugport import DEFAULT, exact_port, require_debugpy
 from ..debugport import debug_port as check_debug_port
 from ..defaults import check_policy
-from ..emitter import Emitter, H, Handler
-from ..errors import ClusterError, ProtocolError, SettingsError
+from ..emitter import Emitter, H
+from ..errors import ClusterError, SettingsError
 from ..launch import LAUNCH_CHECKS, environment, main_script
 from ..messenger import broadcast
 from ..pending import Pending
 from ..settings import OF_THE_PROCESS, Settings
 from .engine import Engine
 from .home import Home
-from .streams import Streams
+from .orders import ProgramOrders
 from .thread import EngineThread
 from .worker import WORKER_EVENTS, Worker
 from .workers import Workers
-
-T = TypeVar("T")
 
 CLUSTER_EVENTS: Final = ("setup", "message", *EVENTS)
 
@@ -73,10 +69,10 @@ class Cluster(Emitter):
             if settings.get(name) is not None:
                 raise SettingsError(f"{name} is for run() and the command line: this process is the program's own")
         self._settings = Settings.create(app=app, **settings)
-        self._workers = Workers(self)
-        self._request_handler: Handler | None = None
         self._place: Home | None = None
         self._thread = EngineThread(self._emitted)
+        self._orders = ProgramOrders(self._thread, self.emit)
+        self._workers = Workers(self._orders)
         self._started: Pending[None] = Pending()
         #: Those of `setup` calls before there was anybody to tell.
         self._early: list[Settings] = []
@@ -150,7 +146,7 @@ class Cluster(Emitter):
 
     def _begin(self, loop: asyncio.AbstractEventLoop | None) -> None:
         self._fill_defaults()
-        home = self._place = Home(loop)
+        home = self._place = self._orders.home = Home(loop)
         home.start()
         self.settle(home.loop)
         self._workers.home = home.loop
@@ -235,7 +231,7 @@ class Cluster(Emitter):
 
         The cluster can `fork` again then; a cluster that respawns is scaled to none.
         """
-        return self._change(Engine.disconnect_all)
+        return self._orders.order(Engine.disconnect_all)
 
     def start_debugging(self, debug_port: str | int | None = None) -> Pending[dict[int, str]]:
         """Let debuggers (debugpy) attach to every worker, those to come included.
@@ -253,7 +249,7 @@ class Cluster(Emitter):
         self._settings = dataclasses.replace(self._settings, debug_port=port)
         if not self._thread.is_started:
             return Pending.of({})
-        return self._change(lambda engine: engine.start_debugging(port))
+        return self._orders.order(lambda engine: engine.start_debugging(port))
 
     def log_stacks(self) -> None:
         """Log the stacks of every worker's threads and tasks, as SIGPWR does for the command line.
@@ -269,7 +265,7 @@ class Cluster(Emitter):
         logging follow.  Done when no line goes to the old files any more; a worker that holds its event loop takes as
         long as it does that.  Fails with `ClusterError` if a file cannot be opened, or the cluster does not run.
         """
-        return self._change(Engine.reopen_logs)
+        return self._orders.order(Engine.reopen_logs)
 
     @property
     def debug_addresses(self) -> dict[int, str]:
@@ -284,50 +280,14 @@ class Cluster(Emitter):
         """
         if workers < 1:
             raise SettingsError(f"a cluster has at least 1 worker, not {workers}")
-        self._change_and_wait(lambda engine: engine.scale(workers))
+        self._orders.obeyed(lambda engine: engine.scale(workers))
 
     def reload(self) -> None:
         """Replace every worker by a fresh one, one at a time, and return when it is done.
 
         Raises `BootError` if a replacement cannot start: the old workers go on then.
         """
-        self._change_and_wait(Engine.reload)
-
-    def _change_and_wait(self, order: Callable[[Engine], asyncio.Future[None]]) -> None:
-        # On the home loop no event can be waited for.
-        here = self._place is not None and self._place.is_here
-        self._change(order, at_home=not here).result()
-
-    def _change(self, order: Callable[[Engine], asyncio.Future[T]], *, at_home: bool = True) -> Pending[T]:
-        """`at_home`: done when the handlers have heard of everything that belongs to it."""
-        done: Pending[T] = Pending()
-
-        def settle(error: BaseException | None, change: asyncio.Future[T] | None = None) -> None:
-            if done.done():
-                return
-            if error is not None:
-                done.set_exception(error)
-            elif change is not None:
-                done.set_result(change.result())
-
-        def over(error: BaseException | None, change: asyncio.Future[T] | None = None) -> None:
-            if at_home and self._place is not None:
-                self._place.post(settle, error, change)
-            else:
-                settle(error, change)
-
-        def obey(engine: Engine) -> None:
-            try:
-                order(engine).add_done_callback(lambda change: over(change.exception(), change))
-            except ClusterError as exc:
-                over(exc)
-
-        if self._thread.post(obey):
-            # The loop may end without having come to it.
-            self._thread.ended.add_done_callback(lambda ended: over(ClusterError("the cluster does not run")))
-        else:
-            over(ClusterError("the cluster does not run"))
-        return done
+        self._orders.obeyed(Engine.reload)
 
     # -- messages -------------------------------------------------------------------------------------------------
 
@@ -347,46 +307,8 @@ class Cluster(Emitter):
             return self.on_request
         if not callable(handler):
             raise TypeError(f"a handler of requests is a function, not {handler!r}")
-        self._request_handler = handler
+        self._orders.request_handler = handler
         return handler
-
-    @property
-    def request_handler(self) -> Handler | None:
-        """For `Worker`: who answers requests."""
-        return self._request_handler
-
-    def post_to(self, worker: int, envelope: Envelope, descriptors: list[int], done: Callable[[bool], None]) -> None:
-        """For `Worker`."""
-        engine = self._thread.engine
-        if engine is not None:
-            engine.outbox.post(worker, envelope, descriptors, done)
-            return
-        for fd in descriptors:
-            os.close(fd)
-        done(False)
-
-    def misbehaved(self, worker: int, error: ProtocolError) -> None:
-        """For `Worker`."""
-        self._thread.post(lambda engine: engine.misbehaved(worker, error))
-
-    # -- what a `Worker` orders -----------------------------------------------------------------------------------
-
-    def disconnect_worker(self, worker: int) -> None:
-        """For `Worker`."""
-        self._thread.post(lambda engine: engine.disconnect(worker))
-
-    def destroy_worker(self, worker: int, number: int) -> None:
-        """For `Worker`."""
-        self._thread.post(lambda engine: engine.destroy(worker, number))
-
-    def signal_worker(self, worker: int, number: int) -> None:
-        """For `Worker`."""
-        self._thread.post(lambda engine: engine.send_signal(worker, number))
-
-    def streams_of(self, worker: int) -> Streams | None:
-        """For `Workers`, on the engine's thread."""
-        engine = self._thread.engine
-        return None if engine is None else engine.seats[worker].process.streams
 
     # -- telling --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from .. import faults
-from ..channel.message import MessageChannel, Riders
+from ..channel.descriptors import Riders
+from ..channel.message import MessageChannel
 from ..channel.tally import Places
 from ..core.envelope import Envelope
 from ..core.events import Event, Exited, Forked, StartedDraining, WasKilled, WentWrong, WorkerName

@@ -81,8 +81,6 @@ class Dispatcher:
         self._on_fault = on_fault
         self._on_idle = on_idle
         self._introductions = introductions
-        #: Parked, and not known whose they are.
-        self._unknown: set[int] = set()
         self._epoll = select.epoll()
         self._listeners: dict[int, Listener] = {}
         self._parks: dict[int, bool] = {}
@@ -93,6 +91,9 @@ class Dispatcher:
         self._pids: dict[int, int] = {}
         self._starvation = Starvation()
         self._lookout = Lookout(loop, distributor, self._read_answers, self._starves, self._close, self._distribute)
+        #: Called with each answer of ours before it is sent, and how long it was waited for a worker in vain (seconds;
+        #: None: a worker has read the request).
+        self.on_answer: Callable[[Connection, bytes, float | None], None] = lambda connection, response, waited: None
         self._ids = 0
         self._accepting = True
         self._retiring = self._final = False
@@ -155,7 +156,7 @@ class Dispatcher:
                 connection = Connection(self._ids, new, listener.key, b"", 0, NO_ADDRESS, now)
             if self._introductions is not None and self._introductions.expects(connection):
                 distributor.accepted(connection, waiting=False)
-                self._unknown.add(new)
+                connection.unknown = True
                 self._meet(self._introductions, connection)
                 continue
             distributor.accepted(connection, waiting=not parks)
@@ -193,7 +194,9 @@ class Dispatcher:
         for c in connections:
             if c.fd < board.places:
                 board.marks[c.fd] = UNTOUCHED
-            records.append(pack_offer(c.id, c.listener, int((shift + c.since) * 1e6), c.family, c.client, c.port, c.fd))
+            since = int((shift + c.since) * 1e6)
+            offer = pack_offer(c.id, c.listener, since, c.family, c.client, c.port, c.fd, c.server, c.server_port)
+            records.append(offer)
         if not self._ends[worker.id].offer(records, array.array("i", [c.fd for c in connections])):
             self._close(self.distributor.undelivered(worker, [c.id for c in connections], now))
             # Another may be ready for them.
@@ -282,7 +285,7 @@ class Dispatcher:
             if fd not in self._parked:
                 self._park(connection, _UNKNOWN)
             return
-        self._unknown.discard(fd)
+        connection.unknown = False
         self._leave_park(connection)
         handle = self.distributor.handles.get(connection.listener)
         if not known:
@@ -307,7 +310,6 @@ class Dispatcher:
                     exc.strerror,
                     _COMPLAINT_PAUSE,
                 )
-            self._unknown.discard(connection.fd)
             _end(self.distributor.hung_up(connection.id))
         else:
             self._parked[connection.fd] = connection
@@ -315,7 +317,7 @@ class Dispatcher:
     def _end_idle(self, connections: Sequence[Connection]) -> None:
         """Close these parked connections, but none whose client has asked for more: the epoll will tell of it."""
         for connection in connections:
-            if connection.fd in self._unknown and self._introductions is not None:
+            if connection.unknown and self._introductions is not None:
                 # A part of its header is no question.
                 self._meet(self._introductions, connection, last=True)
             if self._parked.get(connection.fd) is connection and not _has_data(connection.fd):
@@ -328,19 +330,25 @@ class Dispatcher:
         for connection in connections:
             handle = self.distributor.handles.get(connection.listener)
             if handle is not None and handle.client_speaks_first:
-                told = UNAVAILABLE if handle.plain_http else b""
-                answer(self._loop, connection.fd, told, self._lingering)
+                waited = max(0.0, self._loop.time() - connection.since)
+                self._answer(connection, UNAVAILABLE if handle.plain_http else b"", waited)
             else:
                 _end(connection)
 
+    def _answer(self, connection: Connection, response: bytes, waited: float | None) -> None:
+        if response:
+            self.on_answer(connection, response, waited)
+        answer(self._loop, connection.fd, response, self._lingering)
+
     def _unpark(self, fd: int, event: int, now: float) -> None:
-        if fd in self._unknown and self._introductions is not None:
-            self._meet(self._introductions, self._parked[fd], last=bool(event & ~select.EPOLLIN))
-            return
-        connection = self._parked.pop(fd, None)
+        connection = self._parked.get(fd)
         if connection is None:
             # Closed by an event before it in the same batch.
             return
+        if connection.unknown and self._introductions is not None:
+            self._meet(self._introductions, connection, last=bool(event & ~select.EPOLLIN))
+            return
+        del self._parked[fd]
         # A worker gets its own copy, which would keep the entry alive behind our back.
         self._epoll.unregister(fd)
         there = _peeked(fd) if event & (select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP) else True
@@ -460,8 +468,13 @@ class Dispatcher:
             return
         self._ids += 1
         connection = Connection(self._ids, fd, key, handed.client, handed.port, handed.family)
+        connection.server, connection.server_port = handed.server, handed.server_port
         inherit(self.distributor, connection, handed.waits, handed.since, now)
-        if handed.waits is Waits.WORKER:
+        if handed.unknown and self._introductions is not None:
+            connection.unknown = True
+            self._meet(self._introductions, connection)
+            self._distribute(now)
+        elif handed.waits is Waits.WORKER:
             self._distribute(now)
         else:
             self._park(connection)
@@ -536,7 +549,7 @@ class Dispatcher:
             # is for the client to read all the same, so that is no reset either.
             read = fate is Fate.READ and handle is not None and handle.plain_http
             told = GATEWAY_TIMEOUT if hung else BAD_GATEWAY
-            answer(self._loop, connection.fd, told if read else b"", self._lingering)
+            self._answer(connection, told if read else b"", None)
         self._close(self.distributor.requeue(untouched))
         self._lookout.remove(worker)
         self._epoll.unregister(end.fileno())
@@ -554,7 +567,6 @@ class Dispatcher:
         """The listener is gone for good: close what still waits for it."""
         left = self.distributor.remove_handle(key)
         for connection in left:
-            self._unknown.discard(connection.fd)
             self._leave_park(connection)
         self._close(left)
 

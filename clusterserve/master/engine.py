@@ -36,6 +36,7 @@ from ..errors import BootError, ClusterError, DesertedError, ProtocolError
 from ..launch import owner
 from ..log_files import LogFiles
 from ..settings import Settings
+from .answered import AnswerLog
 from .certificates import Certificates
 from .changes import Changes
 from .crew import Crew, Environment
@@ -159,6 +160,9 @@ class Engine:
         """
         try:
             self._files.open()
+            answer_log = AnswerLog.of(self.settings, self._files.places)
+            if answer_log is not None:
+                self._dispatcher.on_answer = answer_log.answered
             self._certificates.start()
             self._terms = self._certificates.terms
             opened = self.handles.open_pinned(self.settings.binds, self.settings.backlog)

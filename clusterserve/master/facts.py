@@ -12,7 +12,7 @@ import os
 import socket
 
 from .. import faults
-from ..channel.message import Riders
+from ..channel.descriptors import Riders
 from ..core.connection import IllegalStep
 from ..core.envelope import Envelope
 from ..core.events import CameOnline, Disconnected, Exited, Messaged, StartedListening
@@ -198,6 +198,7 @@ class Facts:
             self._stacks.gone(worker)
             self._reopening.gone(worker)
             if seat.stacks >= 0:
+                self._stacks.crashed("Worker {} (slot {}, pid {})".format(*seat.who), seat.stacks)
                 os.close(seat.stacks)
             self._crew.dead(worker)
             self._debuggers.settle(worker)

@@ -20,16 +20,16 @@ _STATES = {BecameReady: "serving", StartedReload: "reloading", StartedShutdown: 
 
 
 class House:
-    """What there is to say while it lasts; `entitle` renews the title."""
+    """What there is to say while it lasts; `entitle(state)` renews the title."""
 
     def __init__(self, entitle: Callable[[str], None], file: PidFile | None) -> None:
-        self._entitle = entitle
+        self.entitle = entitle
         self._file = file
 
     def __call__(self, event: Event) -> None:
         """To be told of events, on any thread."""
         if type(event) in _STATES:
-            self._entitle(_STATES[type(event)])
+            self.entitle(_STATES[type(event)])
 
     @property
     def pid_file(self) -> str:

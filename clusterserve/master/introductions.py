@@ -54,6 +54,7 @@ class Introductions:
         if header is not None and header.family is not None:
             connection.family = PROXIED | header.family
             connection.client, connection.port = header.client, header.port
+            connection.server, connection.server_port = header.server, header.server_port
         return True
 
     def _header(self, sock: socket.socket) -> Header | More | None:

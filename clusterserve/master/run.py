@@ -153,7 +153,10 @@ async def _serve(
         await upgrade.over()
         if upgrade.yielded:
             logger.info("Process %d has left everything to process %d", os.getpid(), upgrade.pid)
-            return upgrade.exit_code if parent is None else await parent.wait()
+            if parent is None:
+                return upgrade.exit_code
+            house.entitle("replaced, passing signals on")
+            return await parent.wait()
         failure = error or (None if succession is None else succession.failure)
         if failure is not None:
             raise failure

@@ -3,6 +3,8 @@
 Each worker is signalled, upon which it writes the stacks of its threads into a file in memory, and asked by a message
 for those of its tasks.  Nobody says that the first is complete: a handler in C wrote it, maybe while the loop stands
 still.  So the file is looked at until it stays as it is and the answer has come, or the time is over.
+
+In the same file are the stacks of one that has crashed, or was hung and got SIGABRT.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ _MOST: Final = 1 << 20
 
 #: One record of the log is one write, and no longer than a pipe takes in one piece: other processes write there too.
 _WRITE: Final = 3500
+
+
+#: How faulthandler begins for a fatal signal.
+_FATAL: Final = b"Fatal Python error"
 
 
 @dataclass
@@ -84,6 +90,13 @@ class StackCollector:
         if worker in self._asked:
             self._tell(worker)
 
+    def crashed(self, who: str, fd: int) -> None:
+        """One that has exited, called `who`, may have left its stacks in its file `fd`: log them."""
+        text = os.pread(fd, _MOST, 0)
+        begun = text.rfind(_FATAL)
+        if begun >= 0:
+            _log(who, "its stacks at the end", text[begun:].decode(errors="replace").splitlines(), logging.ERROR)
+
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -106,6 +119,8 @@ class StackCollector:
     def _tell(self, worker: int) -> None:
         asked = self._asked.pop(worker)
         threads = os.pread(asked.fd, _MOST, 0).decode(errors="replace").rstrip()
+        # What comes later is no part of what is asked for next.
+        os.ftruncate(asked.fd, 0)
         os.close(asked.fd)
         answer = asked.answer
         if not threads and answer is None:
@@ -116,7 +131,8 @@ class StackCollector:
         else:
             tasks = answer.tasks or "It has no tasks."
             threads = _named(threads, answer.threads)
-        _log(asked.who, f"{threads or 'It has not told its threads.'}\n{tasks}".splitlines())
+        told = f"{threads or 'It has not told its threads.'}\n{tasks}"
+        _log(asked.who, "stacks of its threads and tasks", told.splitlines(), logging.WARNING)
 
 
 def _named(threads: str, names: dict[str, object]) -> str:
@@ -129,13 +145,13 @@ def _named(threads: str, names: dict[str, object]) -> str:
     return re.sub(r"^(Thread|Current thread) 0x([0-9a-f]{16})\b", name, threads, flags=re.MULTILINE)
 
 
-def _log(who: str, lines: list[str]) -> None:
+def _log(who: str, what: str, lines: list[str], level: int) -> None:
     part: list[str] = []
-    size, what = 0, "stacks of its threads and tasks"
+    size = 0
     for line in lines:
         if part and size + len(line) > _WRITE:
-            logger.warning("%s, %s:\n%s", who, what, "\n".join(part))
+            logger.log(level, "%s, %s:\n%s", who, what, "\n".join(part))
             part, size, what = [], 0, "continued"
         part.append(line)
         size += len(line) + 1
-    logger.warning("%s, %s:\n%s", who, what, "\n".join(part))
+    logger.log(level, "%s, %s:\n%s", who, what, "\n".join(part))

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..channel.message import MAX_DESCRIPTORS, MessageChannel
+from ..channel.descriptors import MAX_DESCRIPTORS
+from ..channel.message import MessageChannel
 from ..core.messages import Born, Failed, Fork, Message, Prepare, Prepared, Unborn
 from ..core.reconcile import Abort, Drain, Kill
 from ..core.roster import Member, Roster

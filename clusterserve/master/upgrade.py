@@ -211,11 +211,7 @@ class Upgrade:
         assert self.channel is not None
         for start in range(0, len(bequests), MAX_RIDERS):
             some = bequests[start : start + MAX_RIDERS]
-            handed = tuple(
-                HandedConnection(each.listener, waits, since, each.client, each.port, each.family)
-                for each, waits, since in some
-            )
-            self.channel.send(Passed(handed), [each.fd for each, _, _ in some])
+            self.channel.send(Passed(tuple(map(handed, some))), [each.fd for each, _, _ in some])
 
     # -- its end --------------------------------------------------------------------------------------------------
 
@@ -281,3 +277,10 @@ class Upgrade:
         gone = self._loop.create_future()
         self._gone.append(gone)
         await gone
+
+
+def handed(bequest: Bequest) -> HandedConnection:
+    """What the new master is told of it; its descriptor rides along."""
+    each, waits, since = bequest
+    told = (each.client, each.port, each.family, each.server, each.server_port, each.unknown)
+    return HandedConnection(each.listener, waits, since, *told)

@@ -22,7 +22,8 @@ from typing import Any, Final, NamedTuple
 
 from ..channel.board import Board
 from ..channel.connection import WorkerEnd
-from ..channel.message import MessageChannel, Riders
+from ..channel.descriptors import Riders
+from ..channel.message import MessageChannel
 from ..channel.tally import Tally
 from ..core.address import Address
 from ..core.envelope import Envelope

@@ -23,7 +23,7 @@ from ..settings import Settings
 from . import debugging
 from .link import MASTER_GONE, Link
 from .stacks import answer_signal
-from .startup import BOOT_FAILURE, begin, die_with, exactly, send
+from .startup import BOOT_FAILURE, begin, die_with, exactly, send, tell_faults
 
 if TYPE_CHECKING:
     from .preparations import Prepared
@@ -68,6 +68,8 @@ def _work(descriptors: Sequence[int], prepared: Prepared | None) -> int:
     told = answer_signal()
     if boot.launch.get("exec"):
         return _run(boot, channel, link, worker, told)
+    # The master logs them, wherever that is.
+    tell_faults(told)
     if boot.path and (prepared is None or prepared.app is None):
         # One that was imported has its path as it wants it.
         sys.path[:] = boot.path

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from ..channel.message import Riders
+from ..channel.descriptors import Riders
 from ..core.address import Address
 from ..core.envelope import Envelope
 from ..currentworker import CurrentWorker

@@ -19,7 +19,7 @@ from functools import partial
 from types import FrameType
 from typing import Final
 
-from ..channel.message import Riders
+from ..channel.descriptors import Riders
 from ..core.address import Address
 from ..core.envelope import Envelope
 from ..core.messages import Beat

@@ -17,6 +17,7 @@ transport is the loop's own and cannot give back: everything is uvicorn's then.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,6 +30,8 @@ from ..core.head import NO_LIMITS, HeadLimits
 from .limits import limited_h11, limited_httptools, with_limits
 from .receiver import HEAD_LOOKS
 from .transport import HandedTransport
+
+logger = logging.getLogger("uvicorn.error")
 
 #: How long a client that has closed its side waits for its response to begin (seconds): it may be gone altogether,
 #: which looks the same.
@@ -118,6 +121,7 @@ def _borrower(base: Any) -> Any:
                 # The first look came after it began, by up to a quarter: a head is never ended early.
                 if self._looks == HEAD_LOOKS:
                     if begun:
+                        logger.warning("The head of a request took too long to come, answered 408")
                         self.transport.write(REQUEST_TIMEOUT)
                     self.transport.close()
 

@@ -45,10 +45,11 @@ MOST_KEPT: Final = 512
 HEAD_LOOKS: Final = 4
 
 
-def _told(family: int, client: bytes, port: int) -> tuple[str, int]:
+def _told(family: int, address: bytes, port: int) -> tuple[str, int]:
+    """An address of a PROXY header."""
     if family == PROXIED | IPV4:
-        return Told((socket.inet_ntop(socket.AF_INET, client[12:]), port))
-    return Told((socket.inet_ntop(socket.AF_INET6, client), port) if family == PROXIED | IPV6 else ())
+        return Told((socket.inet_ntop(socket.AF_INET, address[12:]), port))
+    return Told((socket.inet_ntop(socket.AF_INET6, address), port) if family == PROXIED | IPV6 else ())
 
 
 class Receiver:
@@ -226,7 +227,7 @@ class Receiver:
             return False
         self.begin_turn(weighed=True)
         arrived, number = len(fds), -1
-        for _, family, flag, key, id, queued, port, _, client, _, place in offers:
+        for _, family, flag, key, id, queued, port, server_port, client, local, place in offers:
             if flag:
                 self._noted(flag, id)
                 continue
@@ -239,14 +240,16 @@ class Receiver:
                 if number < arrived:
                     os.close(fds[number])
                 continue
-            peername = None
+            peername, sockname = None, server.sockname
             if family == IPV4:
                 peername = (socket.inet_ntop(socket.AF_INET, client[12:]), port)
             elif family == IPV6:
                 peername = (socket.inet_ntop(socket.AF_INET6, client), port)
             elif family:
                 peername = _told(family, client, port)
-            self._take(server, id, fds[number], peername, min(place, self._board.places), queued)
+                if any(local):
+                    sockname = _told(family, local, server_port)
+            self._take(server, id, fds[number], peername, sockname, min(place, self._board.places), queued)
             self._batch += 1
         self.end_batch()
         return True
@@ -266,7 +269,14 @@ class Receiver:
             transport.lost()
 
     def _take(
-        self, server: Entrance, id: int, fd: int, peername: tuple[str, int] | None, place: int, queued: int
+        self,
+        server: Entrance,
+        id: int,
+        fd: int,
+        peername: tuple[str, int] | None,
+        sockname: tuple[str, int] | str | None,
+        place: int,
+        queued: int,
     ) -> None:
         os.set_blocking(fd, False)
         data: bytes | None = None
@@ -313,9 +323,7 @@ class Receiver:
         else:
             self.answers.making.add(id)
         try:
-            transport = HandedTransport(
-                self, id, fd, server.protocol_factory(), peername, server.sockname, place, watch
-            )
+            transport = HandedTransport(self, id, fd, server.protocol_factory(), peername, sockname, place, watch)
         except Exception as exc:  # noqa: BLE001 - the user's factory; as a loop does, and this client alone pays
             self.fault(exc, "protocol factory")
             os.close(fd)

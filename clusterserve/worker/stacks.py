@@ -1,8 +1,9 @@
 """What this worker does at this moment: its threads, told from C on SIGPWR, and the tasks of its event loop.
 
 A thread's stack must be told by a worker that holds its loop, or the interpreter itself.  So faulthandler writes them
-from the signal's handler, to a file in memory that the master has too.  Tasks are told by the loop that runs them, when
-the master asks for them with a message: a loop that stands has none that could be looked at safely.
+from the signal's handler, to a file in memory that the master has too; and so it does when a worker crashes.  Tasks are
+told by the loop that runs them, when the master asks for them with a message: a loop that stands has none that could be
+looked at safely.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import faulthandler
 import os
 import signal
 import socket
+import sys
 from types import FrameType
 from typing import Final
 
@@ -32,10 +33,21 @@ def begin(master: int) -> None:
         signal.signal(number, heed_the_master)
     # The master has held them back until now.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_MASTER)
-    if not faulthandler.is_enabled():
-        # The master's SIGABRT finds a worker that no longer runs any Python: its stacks are written in C, from the
-        # signal handler, to the descriptor and not to what the application may put in the place of sys.stderr.
-        faulthandler.enable(2, all_threads=True)
+    tell_faults(2)
+
+
+def tell_faults(fd: int) -> None:
+    """Write the stacks of all threads there when this process crashes, unless PYTHONFAULTHANDLER has them on stderr.
+
+    The master's SIGABRT finds a worker that no longer runs any Python: they are written in C, from the signal's
+    handler, to the descriptor and not to what the application may put in the place of sys.stderr.
+    """
+    if not _wanted_by_others():
+        faulthandler.enable(fd, all_threads=True)
+
+
+def _wanted_by_others() -> bool:
+    return sys.flags.dev_mode or "faulthandler" in sys._xoptions or bool(os.environ.get("PYTHONFAULTHANDLER"))
 
 
 def die_with(master: int) -> None:

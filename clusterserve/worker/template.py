@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from ..channel.message import MAX_DESCRIPTORS
+from ..channel.descriptors import MAX_DESCRIPTORS
 from ..core.messages import HEADER_SIZE, Born, Decoder, Failed, Fork, Message, Prepare, Prepared, Unborn, decode
 from ..current import SLOT_VARIABLE
 from ..errors import BootError, ProtocolError

@@ -16,7 +16,7 @@ from .real import become_real, wire
 
 
 class Told(tuple[str, int]):
-    """A client's address that does not belong to the socket: its proxy has told it.  Empty: it has none."""
+    """An address that does not belong to the socket: a proxy has told it.  Empty: there is none."""
 
     __slots__ = ()
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from clusterserve.channel.message import MAX_DESCRIPTORS, MessageChannel, Riders
+from clusterserve.channel.descriptors import MAX_DESCRIPTORS, Riders
+from clusterserve.channel.message import MessageChannel
 from clusterserve.core.envelope import CHUNK, MAX_USER_BODY, Envelope, Kind, cut
 from clusterserve.core.messages import HEADER_SIZE, Drain, Message, Online, encode
 from clusterserve.errors import ProtocolError

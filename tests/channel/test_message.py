@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from clusterserve.channel.message import MAX_DESCRIPTORS, RETRY, MessageChannel
+from clusterserve.channel.descriptors import MAX_DESCRIPTORS
+from clusterserve.channel.message import RETRY, MessageChannel
 from clusterserve.core.messages import (
     HEADER_SIZE,
     MAX_BODY,

@@ -6,6 +6,7 @@ import pytest
 
 from clusterserve.core.atoms import Template, Who, harmless
 from clusterserve.core.exchange import Exchange, request_id
+from clusterserve.core.glance import glance
 
 WHO = Who(3, 2, 4711)
 TIME = "[10/Oct/2000:13:55:36 -0700]"
@@ -91,6 +92,21 @@ def test_what_is_not_there() -> None:
     found.sent, found.queue_time = 0, None
     template = Template("%(h)s %(u)s %(b)s %(B)s %(f)s %(a)s %({server_name}e)s %({clusterserve.queue_time}e)s", WHO)
     assert template.filled(found, TIME) == "- - - 0 - - - -"
+
+
+@pytest.mark.parametrize("credentials", [b"Basic YWR", b"Basic /w==", b"Basic \xff", b"Bearer YWRtaW46", b"Basic", b""])
+def test_credentials_that_are_none(credentials: bytes) -> None:
+    assert Template("%(u)s", WHO).filled(exchange(headers=[(b"authorization", credentials)]), TIME) == "-"
+
+
+def test_of_what_nobody_has_read() -> None:
+    """Only who has asked is known; a template that wants numbers gets some."""
+    found = Exchange({**glance(b""), "client": ("192.0.2.7", 5000)}, "", None, 100.0)
+    found.status, found.service_time = 502, None
+    atoms = "%(h)s %(r)s %(m)s %(U)s %({RAW_URI}e)s %({PATH_INFO}e)s %({REQUEST_METHOD}e)s %(s)s %(D)d %(T)d %(L)s"
+    named = "%({clusterserve.request_id}e)s %({clusterserve.service_time}e)s"
+    filled = Template(f"{atoms} {named}", WHO).filled(found, TIME)
+    assert filled == "192.0.2.7 - - - - - - 502 0 0 0.000000 - -"
 
 
 @pytest.mark.parametrize("text", ["%(h", "%(h)", "%(h)q", "%s", "100%", "% d", "%(h)d", "%(z)d"])

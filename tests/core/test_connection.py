@@ -84,7 +84,8 @@ def test_a_new_connection_is_parked_and_nobody_has_it() -> None:
     connection = Connection(1, 5, 2)
     assert everything(connection) == {
         "id": 1, "fd": 5, "listener": 2, "client": b"", "port": 0, "family": 0, "since": 0.0,
-        "state": State.PARKED, "ticket": 0, "worker": 0, "handle": -1, "relics": 0,
+        "state": State.PARKED, "ticket": 0, "worker": 0, "handle": -1, "relics": 0, "server": b"", "server_port": 0,
+        "unknown": False,
     }  # fmt: skip
 
 

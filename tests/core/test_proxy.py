@@ -28,19 +28,21 @@ def version2(family: int, addresses: bytes, command: int = 1) -> bytes:
 def headers(draw: st.DrawFn) -> tuple[bytes, Header]:
     """A header as a proxy sends it, and what it says."""
     kind = draw(st.sampled_from(["1.4", "1.6", "1.?", "2.4", "2.6", "2.unix", "2.local", "2.?"]))
-    port, tail = draw(ports), draw(st.binary(max_size=40))
-    client4, client6 = draw(v4), draw(v6)
+    port, door, tail = draw(ports), draw(ports), draw(st.binary(max_size=40))
+    client4, client6, server4, server6 = draw(v4), draw(v6), draw(v4), draw(v6)
+    told4 = (IPV4, MAPPED + client4.packed, port, MAPPED + server4.packed, door)
+    told6 = (IPV6, client6.packed, port, server6.packed, door)
     raw, said = {
-        "1.4": (f"PROXY TCP4 {client4} 10.0.0.1 {port} 80\r\n".encode(), (IPV4, MAPPED + client4.packed, port)),
-        "1.6": (f"PROXY TCP6 {client6} ::1 {port} 80\r\n".encode(), (IPV6, client6.packed, port)),
+        "1.4": (f"PROXY TCP4 {client4} {server4} {port} {door}\r\n".encode(), told4),
+        "1.6": (f"PROXY TCP6 {client6} {server6} {port} {door}\r\n".encode(), told6),
         "1.?": (b"PROXY UNKNOWN what ever follows\r\n", (None, b"", 0)),
         "2.4": (
-            version2(0x11, client4.packed + b"\n\0\0\1" + struct.pack("!HH", port, 80) + tail),
-            (IPV4, MAPPED + client4.packed, port),
+            version2(0x11, client4.packed + server4.packed + struct.pack("!HH", port, door) + tail),
+            told4,
         ),
         "2.6": (
-            version2(0x21, client6.packed + b"\0" * 16 + struct.pack("!HH", port, 80) + tail),
-            (IPV6, client6.packed, port),
+            version2(0x21, client6.packed + server6.packed + struct.pack("!HH", port, door) + tail),
+            told6,
         ),
         "2.unix": (version2(0x31, b"/x".ljust(108, b"\0") * 2 + tail), (NO_ADDRESS, b"", 0)),
         "2.local": (version2(0x11, b"\1" * 12 + tail, command=0), (None, b"", 0)),
@@ -138,6 +140,13 @@ class TestTrust:
     def test_a_wrong_one(self) -> None:
         with pytest.raises(ValueError, match="does not appear"):
             Trust("localhost")
+
+    def test_what_is_remembered_has_an_end(self) -> None:
+        trust = Trust("10.0.0.0/8")
+        for _ in range(2):
+            assert [MAPPED + IPv4Address(f"{first}.0.{number >> 8}.{number & 255}").packed in trust
+                    for first in (10, 11) for number in range(1500)] == [True] * 1500 + [False] * 1500  # fmt: skip
+        assert len(trust._known) <= 1024
 
     @given(clients=st.lists(v4, max_size=30))
     def test_what_was_found_out_is_remembered_rightly(self, clients: list[IPv4Address]) -> None:

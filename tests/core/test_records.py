@@ -51,6 +51,11 @@ def test_offers_come_back_as_they_were_packed_in_their_order(
     ]
 
 
+def test_an_offer_with_the_address_that_its_client_has_connected_to() -> None:
+    (offer,) = unpack_offers(pack_offer(1, 2, 3, IPV4, bytes(16), 4, 5, b"\1" * 16, 443))
+    assert offer == (VERSION, IPV4, 0, 2, 1, 3, 4, 443, bytes(16), b"\1" * 16, 5)
+
+
 @given(ANSWERS)
 @QUICK
 def test_answers_come_back_as_they_were_packed_in_their_order(answers: list[tuple[int, int, int]]) -> None:

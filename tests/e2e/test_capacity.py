@@ -22,6 +22,7 @@ def test_what_is_above_a_workers_connections_waits_in_the_master(serve: Serve, d
             assert client.head().status == 200
         # Nobody takes it for as long as it may wait.
         assert server.get("/").status == 503
+        server.wait_for('"GET / HTTP/1.1" 503 Service Unavailable')
         with server.connect() as waits:
             waits.send(request("GET", "/"))
             clients[0].close()

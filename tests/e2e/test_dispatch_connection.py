@@ -55,6 +55,7 @@ def test_a_request_that_drips(serve: Serve, http: str, loop: str) -> None:
             assert client.response().status == 408
             assert client.rest() == b""
         assert time.monotonic() - begun >= 1.0, "ended early"
+        server.wait_for("WARNING: +The head of a request took too long to come, answered 408", count=2)
         # Neither who is idle nor who waits for an answer is slow.
         assert idle.ask("GET", "/").status == 200
         assert busy.response().status == 200

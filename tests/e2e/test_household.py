@@ -64,29 +64,29 @@ def test_what_the_application_prints_goes_where_it_is_told(serve: Serve) -> None
     assert {line.stream for line in server.lines if '"GET' in line.text} == {"out"}
 
 
+#: Longer than what workers' command lines have room for, if nothing is done about it.
+NAME = "the shop at the end of the street, where everything is sold that anybody may ever want to buy"
+
+
 def entitled(server: Server, does: str) -> int:
-    """How many workers have this title, as far as it is shown: a command line makes room for it, and may be short."""
-    count = 0
-    for worker in server.workers:
-        title = f"clusterserve: worker {worker.id} (slot {worker.slot}) [shop] {does}"
-        shown = proc.command(worker.pid)
-        count += len(shown) >= 50 and (shown.startswith(title) or title.startswith(shown))
-    return count
+    """How many workers have a title that ends so."""
+    titles = [f"clusterserve: worker {worker.id} (slot {worker.slot}) [{NAME}] {does}" for worker in server.workers]
+    return sum(proc.command(worker.pid) == title for worker, title in zip(server.workers, titles, strict=True))
 
 
 @pytest.mark.needs_module("setproctitle")
 def test_titles_say_who_it_is_and_what_it_does(serve: Serve) -> None:
-    server = serve("--name", "shop", workers=2)
-    eventually(lambda: proc.command(server.pid) == "clusterserve: master [shop] serving", "the master has its title")
+    server = serve("--name", NAME, workers=2)
+    eventually(lambda: proc.command(server.pid) == f"clusterserve: master [{NAME}] serving", "the master has its title")
     # By its environment it is found as before: so do these tests, and so do people.
     assert sorted(server.processes()) == sorted([server.pid, *(worker.pid for worker in server.workers)])
-    eventually(lambda: entitled(server, "listening, 0 requests") == 2, "both workers have their titles")
+    eventually(lambda: entitled(server, "listening, 0 requests, 0 connections") == 2, "both workers have their titles")
     with server.connect() as client:
         client.send(request("GET", "/sleep?ms=60000"))
         eventually(lambda: entitled(server, "listening, 1 requests, 1 connections") == 1, "the load shows")
         server.terminate()
         eventually(lambda: "stopping" in proc.command(server.pid), "the master stops")
-        eventually(lambda: entitled(server, "draining, 1 requests") == 1, "a worker drains")
+        eventually(lambda: entitled(server, "draining, 1 requests, 1 connections") == 1, "a worker drains")
         server.signal(signal.SIGQUIT)
         assert server.wait() == 131
 

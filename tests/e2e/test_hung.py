@@ -51,11 +51,13 @@ def test_a_handler_that_holds_the_loop(serve: Serve, mode: tuple[str, str]) -> N
         (told,) = server.wait_for(HUNG.format(victim, TIMEOUT))
         # Less what its last heartbeat before that may have been late.
         assert time.monotonic() - began >= float(TIMEOUT) - 1.0
-        # Which line held it.
+        # Which line held it: told where everything else is.
+        server.wait_for(rf"ERROR: +Worker {victim.id} \(slot {victim.slot}, pid {victim.pid}\), its stacks at the end:")
         server.wait_for(r'full\.py", line \d+ in hold')
         server.wait_for(rf"Worker {victim.id} \(.* was killed by SIGABRT")
         if mode[1] == "request":
             assert client.response().status == 504
+            server.wait_for(r'127.0.0.1:\d+ - "- - HTTP/1.1" 504 Gateway Timeout')
         else:
             with contextlib.suppress(ConnectionResetError):
                 assert client.rest()[:12] in (b"", b"HTTP/1.1 504")

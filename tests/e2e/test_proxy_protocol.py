@@ -39,6 +39,20 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         yield serve(*options, app=FULL, workers=2)
 
 
+def test_the_server_is_what_the_client_has_connected_to(server: Server) -> None:
+    real = ["127.0.0.1", server.address.port]
+    for header, told in (
+        (b"PROXY TCP4 203.0.113.7 192.0.2.1 4321 8443\r\n", ["192.0.2.1", 8443]),
+        (b"PROXY TCP6 2001:db8::7 2001:db8::1 4321 443\r\n", ["2001:db8::1", 443]),
+        (b"PROXY UNKNOWN\r\n", real),
+        (b"", real),
+    ):
+        with server.connect() as client:
+            client.send(header + request("GET", "/scope"))
+            assert client.response().json()["server"] == told
+            assert client.ask("GET", "/scope").json()["server"] == told
+
+
 def client_of(client: Client) -> object:
     return client.ask("GET", "/scope").json()["client"]
 

@@ -30,13 +30,13 @@ def settles(server: Server, count: int) -> None:
 @pytest.mark.parametrize("dispatch", ["connection", "request"])
 def test_under_load(serve: Serve, dispatch: str) -> None:
     server = serve("--dispatch", dispatch, app=FULL, workers=2)
-    before = len(proc.descriptors(server.pid))
+    before = len(proc.socket_inodes(server.pid))
     with under_load(server.address) as load:
         for number, count in ((signal.SIGTTIN, 3), (signal.SIGTTOU, 2), (signal.SIGTTOU, 1), (signal.SIGTTIN, 2)):
             server.signal(number)
             settles(server, count)
             load.answered(10)
-    eventually(lambda: len(proc.descriptors(server.pid)) == before, "the master has let go of every client")
+    eventually(lambda: len(proc.socket_inodes(server.pid)) == before, "the master has let go of every client")
 
 
 def test_there_is_always_one(serve: Serve) -> None:

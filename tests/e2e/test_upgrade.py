@@ -129,7 +129,11 @@ CONFIGURATIONS = {
     "a bad option": ("workers = 0", "it exited with code 2", "workers=0"),
     "an application that is not there": ("app = 'no_such:app'", "it exited with code 3", "no_such"),
     "an address that is in use": ("bind = ['127.0.0.1:{port}']", "it exited with code 1", "address already in use"),
-    "one that does not come up": ("app = 'tests.helpers.apps.hangs:app'", "it exited with code 3", "within 2 s"),
+    "one that does not come up": (
+        "app = 'tests.helpers.apps.hangs:app'\ntimeout_boot = 2",
+        "it exited with code 3",
+        "within 2 s",
+    ),
 }
 
 
@@ -140,7 +144,7 @@ def test_a_new_master_that_fails(serve: Serve, systemd: NotifySocket, tmp_path: 
     good = f"app = 'examples.asgi_app:app'\nworkers = 1\nbind = ['unix:{path}']\n"
     file.write_text(good)
     server = serve(
-        *("--config", str(file), "--pid", str(pid_file), "--timeout-boot", "2", *KEEP),
+        *("--config", str(file), "--pid", str(pid_file), *KEEP),
         app="--no-access-log",
         bind=None,
         workers=None,

@@ -28,6 +28,7 @@ from clusterserve.core.records import Kind, pack_answer, unpack_offers, waited
 from clusterserve.core.worker import Worker
 from clusterserve.errors import ProtocolError
 from clusterserve.master.dispatcher import Dispatcher
+from clusterserve.master.introductions import Introductions
 from clusterserve.master.listeners import Listener, open_listener
 from tests.helpers.waiting import DEADLINE
 
@@ -102,6 +103,8 @@ class Offer:
     family: int
     port: int
     client: bytes
+    server: bytes
+    server_port: int
     #: How long it had waited when it was received (seconds).
     waited: float
     sock: socket.socket
@@ -140,9 +143,9 @@ class FakeWorker:
         data, fds = message
         new = []
         for record, fd in zip(unpack_offers(data), fds, strict=True):
-            _, family, _, key, id, queued, port, _, client, _, place = record
+            _, family, _, key, id, queued, port, server_port, client, server, place = record
             wait = waited(queued, time.monotonic())
-            new.append(Offer(id, key, family, port, client, wait, socket.socket(fileno=fd)))
+            new.append(Offer(id, key, family, port, client, server, server_port, wait, socket.socket(fileno=fd)))
             # As a worker does whose event loop serves it: the kernel is asked when it dies.
             self.board.marks[place] = UNKNOWN
         self.batches.append(len(new))
@@ -200,14 +203,14 @@ def _with_send_buffer(own: MasterEnd, theirs: socket.socket, size: int) -> Maste
 class Rig:
     """A dispatcher on a loop, with everything around it; `close` lets go of all of it."""
 
-    def __init__(self, loop: SkewedLoop, max_pending: int = 1000) -> None:
+    def __init__(self, loop: SkewedLoop, max_pending: int = 1000, introductions: Introductions | None = None) -> None:
         self.loop = loop
         self.distributor = Distributor()
         #: (worker, error) of every fault that was reported.
         self.broken: list[tuple[int, ProtocolError]] = []
         #: How often the queue was reported empty.
         self.idle = 0
-        self.dispatcher = Dispatcher(loop, self.distributor, max_pending, self._on_fault, self._on_idle)
+        self.dispatcher = Dispatcher(loop, self.distributor, max_pending, self._on_fault, self._on_idle, introductions)
         self._stack = contextlib.ExitStack()
         self._workers: list[FakeWorker] = []
         self._keys = 0

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from clusterserve.channel.message import MessageChannel, Riders
+from clusterserve.channel.descriptors import Riders
+from clusterserve.channel.message import MessageChannel
 from clusterserve.core.envelope import Envelope, Kind
 from clusterserve.master.outbox import Outbox
 from tests.helpers.loops import until

@@ -43,6 +43,8 @@ class Remote:
     """The master's side of one worker."""
 
     def __init__(self) -> None:
+        #: What came with messages; ours to close.
+        self.descriptors: list[int] = []
         self.channel, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.channel.settimeout(DEADLINE)
         self.end: MasterEnd
@@ -64,7 +66,8 @@ class Remote:
     def next(self) -> Message | None:
         """The next message; None at the end."""
         while not self._frames:
-            data = self.channel.recv(65536)
+            data, descriptors, _, _ = socket.recv_fds(self.channel, 65536, 8)
+            self.descriptors += descriptors
             if not data:
                 return None
             self._frames += [body for body, _ in self._decoder.feed(data)]
@@ -115,6 +118,8 @@ class Remote:
         return self.messages[before:]
 
     def close(self) -> None:
+        for fd in self.descriptors:
+            os.close(fd)
         self.channel.close()
         self.theirs.close()
         self.end.close()
@@ -151,6 +156,10 @@ class Worker(Remote):
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def stacks(self) -> str:
+        """What it has told of its threads: in the file that came with its first word."""
+        return os.pread(self.descriptors[0], 1 << 20, 0).decode()
 
     def ends(self) -> tuple[int, str]:
         """Its exit code and what it has written to stderr."""

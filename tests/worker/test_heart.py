@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ APP = "tests.worker.apps:app"
 
 
 @contextlib.contextmanager
-def serving(**values: Any) -> Any:
-    with starting() as worker:
+def serving(environment: Mapping[str, str] | None = None, **values: Any) -> Any:
+    with starting(environment) as worker:
         worker.boot(settings(APP, **values))
         worker.expect(Online)
         worker.grant()
@@ -58,9 +59,20 @@ def test_it_comes_from_the_loop_and_from_no_thread() -> None:
             eventually(lambda: not says_more(worker, 1.5) or worker.expect(Beat) is None, "it falls silent")
             worker.process.send_signal(signal.SIGABRT)
             code, err = worker.ends()
+        told = worker.stacks()
     assert code == -signal.SIGABRT
-    assert "in block" in err
-    assert "Thread 0x" in err or "Current thread" in err
+    assert told.startswith("Fatal Python error: Aborted")
+    assert "in block" in told
+    assert "Thread 0x" in told or "Current thread" in told
+    # The master logs them.
+    assert "in block" not in err
+
+
+def test_who_wants_stacks_on_stderr_has_them_there() -> None:
+    with serving(environment={"PYTHONFAULTHANDLER": "1"}) as worker:
+        worker.process.send_signal(signal.SIGSEGV)
+        assert "Fatal Python error: Segmentation fault" in worker.ends()[1]
+        assert worker.stacks() == ""
 
 
 def test_it_goes_on_while_the_worker_drains() -> None:
@@ -78,6 +90,7 @@ def test_every_thread_is_shown() -> None:
     with serving(timeout=0) as worker, worker.hand(request("GET", "/threads")):
         eventually(lambda: worker.get("/count_threads") >= 2, "a second thread runs")
         worker.process.send_signal(signal.SIGABRT)
-        _, err = worker.ends()
-    assert "in in_a_thread" in err
-    assert "Current thread" in err
+        worker.ends()
+        told = worker.stacks()
+    assert "in in_a_thread" in told
+    assert "Current thread" in told
