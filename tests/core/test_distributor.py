@@ -1225,6 +1225,8 @@ class Shell(RuleBasedStateMachine):
     def serve_everything(self) -> bool:
         """Read and end all there is; whether there was anything."""
         before = self.now, dict(self.places)
+        # Who was stuck is ready again, and is to be given what waits.
+        released = any(worker.stuck for worker in self.distributor.workers.values())
         self.distributor.lateness.overlook()
         for id, process in self.processes.items():
             self.hears(id, process.unread)
@@ -1236,7 +1238,7 @@ class Shell(RuleBasedStateMachine):
                 self.say(id, connection, Kind.CLOSED)
         while self.distributor.parking.connections:
             self.a_parked_one(0)
-        return before != (self.now, self.places)
+        return released or before != (self.now, self.places)
 
     def say(self, worker: int, id: int, kind: int) -> None:
         connection = self.connections[id]
