@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import itertools
 import socket
 
@@ -30,13 +30,25 @@ def bind(host: str, port: int, v6only: bool) -> socket.socket:
     return sock
 
 
-@pytest.mark.parametrize(("first", "second"), [*itertools.product(PLACES, PLACES)])
-def test_the_kernel_sees_it_in_the_same_way(first: tuple[str, bool], second: tuple[str, bool]) -> None:
+def both(first: tuple[str, bool], second: tuple[str, bool]) -> tuple[bool, bool]:
+    """Whether a port that is bound to the first is said to be free at the second, and whether it is."""
     with bind(first[0], 0, first[1]) as one:
         port = one.getsockname()[1]
         clashes = Endpoint("tcp", first[0], port, first[1]).clashes(Endpoint("tcp", second[0], port, second[1]))
-        with pytest.raises(OSError, match="in use") if clashes else contextlib.nullcontext():
+        try:
             bind(second[0], port, second[1]).close()
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE:
+                raise
+            return not clashes, False
+        return not clashes, True
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.product(PLACES, PLACES)])
+def test_the_kernel_sees_it_in_the_same_way(first: tuple[str, bool], second: tuple[str, bool]) -> None:
+    # That port may be somebody else's at the second: then another one shows it.
+    found = next((answer for _ in range(20) if (answer := both(first, second)) != (True, False)), (True, False))
+    assert found in {(True, True), (False, False)}
 
 
 def test_who_serves_whom() -> None:

@@ -70,8 +70,10 @@ NAME = "the shop at the end of the street, where everything is sold that anybody
 
 def entitled(server: Server, does: str) -> int:
     """How many workers have a title that ends so."""
-    titles = [f"clusterserve: worker {worker.id} (slot {worker.slot}) [{NAME}] {does}" for worker in server.workers]
-    return sum(proc.command(worker.pid) == title for worker, title in zip(server.workers, titles, strict=True))
+    return sum(
+        proc.command(worker.pid) == f"clusterserve: worker {worker.id} (slot {worker.slot}) [{NAME}] {does}"
+        for worker in server.workers
+    )
 
 
 @pytest.mark.needs_module("setproctitle")
