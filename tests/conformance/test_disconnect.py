@@ -546,7 +546,7 @@ def restarts(count: int, **more: Any) -> None:
 
 @pytest.mark.timeout(4 * DEADLINE)
 def test_D19_a_rolling_restart_under_load_loses_nothing() -> None:
-    restarts(30)
+    restarts(16)
 
 
 @pytest.mark.timeout(2 * DEADLINE)

@@ -89,7 +89,7 @@ def test_everything_goes_on(serve: Serve, systemd: NotifySocket, tmp_path: Path,
 def test_nobody_fails_under_load(serve: Serve, dispatch: str) -> None:
     server = serve("--dispatch", dispatch, *KEEP, app=FULL, workers=2)
     with under_load(server.address, clients=2) as load:
-        for _ in range(3):
+        for _ in range(2):
             server.upgrade()
             load.answered(20)
 
