@@ -23,20 +23,19 @@ from .handle import Handle
 from .lateness import PATIENCE, Lateness
 from .parking import KEEP_ALIVE, Parking
 from .policies import Policy
-from .records import FREE, FULL, Kind
+from .records import ACK as _ACK
+from .records import CLOSED as _CLOSED
+from .records import DROPPED as _DROPPED
+from .records import FREE, FULL
+from .records import KEPT as _KEPT
+from .records import REFUSED as _REFUSED
+from .records import RETURNED as _RETURNED
+from .records import SILENT as _SILENT
+from .records import TAKEN as _TAKEN
 from .worker import EXPENSIVE, Worker
 
 #: A worker that refused a connection is left alone this long, so that a connection nobody can take does not spin.
 REFUSED_PAUSE: Final = 0.1
-
-_ACK: Final = int(Kind.ACK)
-_CLOSED: Final = int(Kind.CLOSED)
-_RETURNED: Final = int(Kind.RETURNED)
-_TAKEN: Final = int(Kind.TAKEN)
-_REFUSED: Final = int(Kind.REFUSED)
-_KEPT: Final = int(Kind.KEPT)
-_DROPPED: Final = int(Kind.DROPPED)
-_SILENT: Final = int(Kind.SILENT)
 
 #: All that can be said of a connection that is being served, and of one that was offered.
 _ENDINGS: Final = frozenset(ack | ending for ack in (0, _ACK) for ending in (_CLOSED, _RETURNED, _TAKEN))

@@ -45,6 +45,8 @@ def check(settings: Settings) -> None:
             interface="asgi3",
             http=settings.http,
             ws=settings.ws,
+            # Else it reads WEB_CONCURRENCY, which may be blank.
+            workers=1,
             lifespan=settings.lifespan,  # type: ignore[arg-type]
             log_config=None,
         )

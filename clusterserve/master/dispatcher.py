@@ -25,7 +25,7 @@ from ..core.bequest import Bequest, bequeath, inherit
 from ..core.connection import Connection, State
 from ..core.distributor import Distributor
 from ..core.handover import HandedConnection, Waits
-from ..core.records import IPV4, IPV6, NO_ADDRESS, Kind, pack_offer, unpack_answers
+from ..core.records import IPV4, IPV6, KEPT, NO_ADDRESS, pack_offer, unpack_answers
 from ..core.worker import EXPENSIVE, Worker
 from ..errors import ProtocolError
 from .answers import BAD_GATEWAY, GATEWAY_TIMEOUT, UNAVAILABLE, answer
@@ -51,8 +51,6 @@ _OVERSLEPT: Final = 0.005
 #: So many idle connections are closed at a time to make room for new ones.
 _SHED: Final = 16
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-_KEPT: Final = int(Kind.KEPT)
 
 _MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 _PARKED: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
@@ -211,7 +209,7 @@ class Dispatcher:
             for _, kind, _, held, handle, id in unpack_answers(data):
                 connection = answer(worker, kind, id, held, now, handle)
                 if connection is None:
-                    if kind & _KEPT:
+                    if kind & KEPT:
                         self._lookout.start()
                 elif connection.state is State.PARKED:
                     self._park(connection)

@@ -11,20 +11,11 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from ..channel.connection import MAX_ANSWERS, WorkerEnd
-from ..core.records import Kind, pack_answer
+from ..core.records import ACK, CLOSED, DROPPED, KEPT, TAKEN, pack_answer
 
 if TYPE_CHECKING:
     from .lazy import LazyTransport
 
-# For the hot path: until Python 3.12, reading a member from its class costs ten times as much as a global.
-ACK: Final = int(Kind.ACK)
-CLOSED: Final = int(Kind.CLOSED)
-RETURNED: Final = int(Kind.RETURNED)
-REFUSED: Final = int(Kind.REFUSED)
-KEPT: Final = int(Kind.KEPT)
-TAKEN: Final = int(Kind.TAKEN)
-DROPPED: Final = int(Kind.DROPPED)
-SILENT: Final = int(Kind.SILENT)
 
 #: What waits for its own turn: that a connection without a first word was begun with.
 _BEGUN: Final = frozenset({ACK, ACK | TAKEN})

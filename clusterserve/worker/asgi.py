@@ -122,13 +122,11 @@ def preload(settings: Settings, log: WorkerFiles) -> Any:
 
 def import_protocols(settings: Settings) -> None:
     """Import the protocols that are uvicorn's, for every worker that will be forked from this process."""
-    named = {name: getattr(settings, name) for name in ("http", "ws")}
     # Another's may be the application's own, which each generation imports anew.  And if one is missing, the worker
     # will say so.
+    known = [name for name in ("http", "ws") if ":" not in getattr(settings, name)]
     with contextlib.suppress(ImportError):
-        uvicorn.Config(
-            _nobody, interface="asgi3", log_config=None, **{k: v for k, v in named.items() if ":" not in v}
-        ).load()
+        uvicorn.Config(_nobody, interface="asgi3", **_passed(settings, *known)).load()
 
 
 async def _nobody(scope: Any, receive: Any, send: Any) -> None:
@@ -312,6 +310,8 @@ def _log(
 def _passed(settings: Settings, *names: str) -> dict[str, Any]:
     """These settings, for uvicorn's Config, which is to set the levels of its loggers, and to leave the rest to us."""
     options: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    # Without `workers` it reads WEB_CONCURRENCY, which may be blank.
+    options["workers"] = 1
     return {**options, "log_config": None, "access_log": settings.access_log and not settings.own_access_log}
 
 
@@ -328,7 +328,7 @@ def _config(
             raise BootError(f"--http2 needs a newer uvicorn than {uvicorn.__version__}, which has none")
         options["http2"] = True
     # What makes the application of what was imported is ours.
-    config = uvicorn.Config(settings.app, headers=list(settings.headers), workers=1, factory=True, **options)
+    config = uvicorn.Config(settings.app, headers=list(settings.headers), factory=True, **options)
     loop_class = cluster_loop(_loop_class(settings.loop), link)
 
     def factory() -> asyncio.AbstractEventLoop:

@@ -21,9 +21,23 @@ from .. import faults
 from ..channel.board import IDLE, READING, UNTOUCHED, Board
 from ..channel.connection import WorkerEnd
 from ..core.cost import Cost
-from ..core.records import FREE, FULL, IPV4, IPV6, PROXIED, Flag, unpack_offers
+from ..core.records import (
+    ACK,
+    CLOSED,
+    FREE,
+    FULL,
+    IPV4,
+    IPV6,
+    PROXIED,
+    REFUSED,
+    RETURNED,
+    SILENT,
+    TAKEN,
+    Flag,
+    unpack_offers,
+)
 from ..errors import ProtocolError
-from .answers import ACK, CLOSED, REFUSED, RETURNED, SILENT, TAKEN, Answers
+from .answers import Answers
 from .lazy import CHUNK, LazyTransport
 from .stopwatch import Stopwatch
 from .threads import Threads

@@ -40,7 +40,8 @@ def test_the_report_is_a_file_that_gives_the_same_report(tmp_path: Path) -> None
 
 
 def test_a_good_configuration(tmp_path: Path) -> None:
-    done = run(EXAMPLE, "--check-config", "--policy", "tests.helpers.policies:Newest", "--hooks", "tests.helpers.hooks")
+    good = (EXAMPLE, "--check-config", "--policy", "tests.helpers.policies:Newest", "--hooks", "tests.helpers.hooks")
+    done = run(*good, env={"WEB_CONCURRENCY": ""})
     assert (done.code, done.err) == (0, "")
     assert done.out == f"The configuration is good: {EXAMPLE} can be served\n"
 

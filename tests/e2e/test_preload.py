@@ -130,7 +130,8 @@ def code(tmp_path: Path) -> Code:
 
 class TestReload:
     def test_new_code_is_in_a_new_template_and_nothing_is_lost(self, serve: Serve) -> None:
-        server = serve("--preload", app=FULL, workers=2)
+        # A blank variable is as good as none, for uvicorn in the template too.
+        server = serve("--preload", app=FULL, workers=2, env={"WEB_CONCURRENCY": ""})
         with under_load(server.address) as load:
             for turn in range(2):
                 before = template(server)

@@ -25,7 +25,7 @@ from clusterserve.currentworker import CurrentWorker
 from clusterserve.errors import BootError
 from clusterserve.settings import Settings
 from clusterserve.tracebacks import of_application
-from clusterserve.worker.asgi import CHATTER, _BootLog, _Drainer, _loop_class, serve
+from clusterserve.worker.asgi import CHATTER, _BootLog, _Drainer, _loop_class, import_protocols, serve
 from clusterserve.worker.draining import CANCELLED, Draining
 from clusterserve.worker.link import Link
 from clusterserve.worker.membership import Membership
@@ -430,3 +430,8 @@ class TestTraceback:
         text = of_application(caught.value.with_traceback(caught.tb.tb_next))
         assert text.startswith("Traceback (most recent call last):\n")
         assert text.endswith("Trouble\n")
+
+
+def test_a_blank_number_of_workers_is_none_for_whoever_imports_the_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEB_CONCURRENCY", "")
+    import_protocols(settings(APP))
