@@ -51,7 +51,7 @@ class MasterEnd:
         theirs.setblocking(False)
         # Notes that could not be sent, or came back with a recall.  Nothing overtakes them: an offer behind a LOST may
         # be of the same connection.
-        self._owed: list[bytes] = []
+        self.owed: list[bytes] = []
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when answers have come."""
@@ -63,7 +63,7 @@ class MasterEnd:
         All or nothing: a message is atomic.  Offers to a worker whose end is closed count as sent: its death brings
         them back.
         """
-        if self._owed and not self.remind():
+        if self.owed and not self.remind():
             return False
         try:
             self._own.sendmsg(records, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
@@ -77,28 +77,23 @@ class MasterEnd:
 
     def note(self, flag: Flag, ids: Sequence[int]) -> None:
         """Tell the worker of connections that it keeps; what cannot be sent now waits for `remind`."""
-        self._owed += [pack_note(flag, id) for id in ids]
+        self.owed += [pack_note(flag, id) for id in ids]
         self.remind()
 
     def remind(self) -> bool:
         """Send the notes that wait; False if some still do."""
-        while self._owed:
+        while self.owed:
             try:
-                self._own.send(b"".join(self._owed[:MAX_BATCH]))
+                self._own.send(b"".join(self.owed[:MAX_BATCH]))
             except OSError as exc:
                 if exc.errno in _GONE:
-                    self._owed.clear()
+                    self.owed.clear()
                     return True
                 if exc.errno not in _FULL:
                     raise
                 return False
-            del self._owed[:MAX_BATCH]
+            del self.owed[:MAX_BATCH]
         return True
-
-    @property
-    def owes(self) -> bool:
-        """Whether notes wait to be sent."""
-        return bool(self._owed)
 
     def answers(self) -> bytes:
         """The records of one message; empty when there is none (now, or ever again)."""
@@ -127,7 +122,7 @@ class MasterEnd:
                 else:
                     ids.append(record[4])
         if notes:
-            self._owed[:0] = notes
+            self.owed[:0] = notes
             self.remind()
         return ids
 

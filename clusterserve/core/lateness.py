@@ -6,7 +6,7 @@ connections (`looked`).  It is written to the workers' own records; only the she
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Final
 
 from .connection import Connection
@@ -117,18 +117,35 @@ class Lateness:
     @property
     def watched(self) -> bool:
         """Whether there is anything to look for: connections that workers keep, or a worker that was stuck."""
-        return any(worker.kept or worker.stuck for worker in self._workers.values())
+        for worker in self._workers.values():  # noqa: SIM110 - a thousand times a second, and a generator costs most of it
+            if worker.kept or worker.stuck:
+                return True
+        return False
 
-    def looked(self, worker: Worker, turns: int, unclaimed: bool, running: int) -> bool:
-        """What the worker's board shows: how often its loop has begun or ended a turn, and the requests in progress.
+    def looked(self, boards: Iterable[tuple[Worker, int, bool, int]]) -> list[Worker]:
+        """What the workers' boards show, all at once: marks who is stuck, and returns those.
 
-        `unclaimed`: the next request of some connection that it keeps lies there.  Marks it as stuck if nothing has
-        moved since the last look, and it is in the midst of a turn, or requests have been waiting since; returns
-        whether they should be taken back, because somebody else is ready for them.
+        Of each worker how often its loop has begun or ended a turn; whether the next request of some connection that it
+        keeps lies unclaimed; and how many requests it has in progress on those.  A worker is stuck if nothing has moved
+        since the last look, and it is in the midst of a turn, or requests have been waiting since.
         """
-        still = turns == worker.turns and (bool(turns & 1) or (unclaimed and worker.unclaimed))
-        worker.turns, worker.unclaimed, worker.running, worker.stuck = turns, unclaimed, running, still
-        return still and unclaimed and self._replaceable(worker, worker.kept)
+        stuck = []
+        for worker, turns, unclaimed, running in boards:
+            if turns != worker.turns:
+                worker.turns = turns
+                worker.stuck = False
+            elif turns & 1 or (unclaimed and worker.unclaimed):
+                worker.stuck = True
+                stuck.append(worker)
+            else:
+                worker.stuck = False
+            worker.unclaimed = unclaimed
+            worker.running = running
+        return stuck
+
+    def late_with_kept(self, stuck: Iterable[Worker]) -> list[Worker]:
+        """Those of the stuck whose unclaimed requests should be taken back: somebody else is ready for them."""
+        return [worker for worker in stuck if worker.unclaimed and self._replaceable(worker, worker.kept)]
 
     def overlook(self) -> None:
         """The shell stops looking for a while: what was seen last says nothing about what it will see next."""

@@ -43,6 +43,11 @@ class Post:
     starves: bool = False
     asked: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.counters = self.board.counters
+        #: The descriptor of `kept`.
+        self.number = self.kept.fileno()
+
 
 class Lookout:
     """Looks, claims, and tells the workers.  Owns what is in its posts but their `end`.
@@ -71,6 +76,8 @@ class Lookout:
         self._poll = select.poll()
         self._timer: asyncio.TimerHandle | None = None
         self._alert_until = 0.0
+        # At the last look.
+        self._stuck: list[Worker] = []
 
     def add(self, worker: Worker, end: MasterEnd, board: Board, kept: select.epoll) -> None:
         """Look at this worker too."""
@@ -99,34 +106,39 @@ class Lookout:
             self._timer.cancel()
 
     def _look(self) -> None:
+        # A thousand times a second, for every worker: what is not needed for those that move is left for the others.
         now = self._loop.time()
+        lateness, posts = self._distributor.lateness, self._posts
         unclaimed = {fd for fd, _ in self._poll.poll(0)}
-        changed = False
-        for post in self._posts.values():
-            worker, counters = post.worker, post.board.counters
-            before = worker.stuck
-            late = self._distributor.lateness.looked(worker, counters[0], post.kept.fileno() in unclaimed, counters[1])
-            if worker.stuck and self._waits_for_a_processor(post, now):
-                worker.stuck = False
-            elif late:
-                self._take_back(post, now)
-            if worker.stuck:
-                self._alert_until = now + ALERT
-            changed |= late or before != worker.stuck
-            if post.end.owes:
-                post.end.remind()
-        if changed:
+        boards = [
+            (post.worker, post.counters[0], post.number in unclaimed, post.counters[1]) for post in posts.values()
+        ]
+        stuck = [worker for worker in lateness.looked(boards) if not self._waits_for_a_processor(worker, now)]
+        late = lateness.late_with_kept(stuck) if stuck else stuck
+        for worker in late:
+            self._take_back(posts[worker.id], now)
+        if stuck:
+            self._alert_until = now + ALERT
+        if late or stuck != self._stuck:
+            self._stuck = stuck
             self._distribute(now)
+        owing = False
+        for post in posts.values():
+            if post.end.owed:
+                owing = not post.end.remind() or owing
         # Who cannot be told of its losses yet holds copies of connections that are others' by now.
-        if self._distributor.lateness.watched or any(post.end.owes for post in self._posts.values()):
+        if owing or lateness.watched:
             self._timer = self._loop.call_later(LOOK if now < self._alert_until else CALM_LOOK, self._look)
         else:
             self._timer = None
 
-    def _waits_for_a_processor(self, post: Post, now: float) -> bool:
+    def _waits_for_a_processor(self, worker: Worker, now: float) -> bool:
+        """One that only waits for its turn to run is not stuck."""
+        post = self._posts[worker.id]
         if now - post.asked >= BELIEF:
             post.asked = now
-            post.starves = self._starves(post.worker.id, now)
+            post.starves = self._starves(worker.id, now)
+        worker.stuck = not post.starves
         return post.starves
 
     def _take_back(self, post: Post, now: float) -> None:

@@ -917,6 +917,7 @@ SLOTS = 3
 NAMES = st.sampled_from(["rr", "rr with patience", "least", "hash"])
 #: Which of several, modulo how many there are.
 ONE = st.integers(0, 11)
+BOOL = st.booleans()
 PAUSES = [0.0, 0.001, 0.004, PATIENCE, 0.03, RETRY, 1.0]
 DELAYS = st.sampled_from(PAUSES)
 
@@ -1136,20 +1137,35 @@ class Shell(RuleBasedStateMachine):
                 assert self.distributor.answer(self.distributor.workers[worker], Kind.DROPPED, id, 0, self.now) is None
                 self.lost.remove((worker, id))
 
-    @rule(turns=st.lists(st.integers(0, 3), min_size=1), unclaimed=st.booleans(), pause=st.booleans())
-    def look(self, turns: list[int], unclaimed: bool, pause: bool) -> None:
+    @rule(
+        turns=st.lists(st.integers(0, 3), min_size=1),
+        unclaimed=st.booleans(),
+        pause=st.booleans(),
+        starve=st.booleans(),
+    )
+    def look(self, turns: list[int], unclaimed: bool, pause: bool, starve: bool) -> None:
         """At the boards: who stands still loses its requests, if somebody else is ready for them."""
         if pause:
             self.distributor.lateness.overlook()
-        for number, worker in enumerate(tuple(self.distributor.workers.values())):
-            before = worker.turns
-            back = self.distributor.lateness.looked(worker, one_of(turns, number), unclaimed, 1)
-            assert not (worker.stuck and before != worker.turns)
-            if back:
-                assert worker.stuck
-                assert not worker.ready
-                assert worker.kept
-                assert any(other.ready for other in self.distributor.workers.values())
+        lateness, workers = self.distributor.lateness, tuple(self.distributor.workers.values())
+        before = {worker.id: (worker.turns, worker.unclaimed) for worker in workers}
+        boards = [(worker, one_of(turns, number), unclaimed, 1) for number, worker in enumerate(workers)]
+        stuck = lateness.looked(boards)
+        assert stuck == [worker for worker in workers if worker.stuck]
+        for worker, now, _, _ in boards:
+            still = before[worker.id][0] == now
+            assert worker.stuck == (still and (now % 2 == 1 or (unclaimed and before[worker.id][1])))
+        if starve:
+            # Who waits for a processor is not stuck.
+            for worker in stuck:
+                worker.stuck = False
+            stuck = []
+        for worker in lateness.late_with_kept(stuck):
+            assert worker.stuck
+            assert unclaimed
+            assert not worker.ready
+            assert worker.kept
+            assert any(other.ready for other in workers)
         assert self.distributor.lateness.watched == any(
             worker.stuck or worker.kept for worker in self.distributor.workers.values()
         )
@@ -1395,7 +1411,7 @@ class Walk:
             (4, True, lambda: shell.a_parked_one(one(), chance.random() < 0.8)),
             (3, True, lambda: shell.take_back(one(), self.some(1), coin())),
             (3, True, lambda: shell.drop(one(), chance.choice([None, Kind.RETURNED, Kind.CLOSED]))),
-            (4, True, lambda: shell.look([chance.randrange(4) for _ in range(3)], coin(), coin())),
+            (4, True, lambda: shell.look([chance.randrange(4) for _ in range(3)], coin(), coin(), coin())),
             (8, True, lambda: shell.turn(chance.choice(PAUSES), coin(), chance.choice([None, None, one()]), 1)),
             (1, True, lambda: shell.expire(self.some())),
             (0.3, True, shell.settle),
