@@ -12,6 +12,7 @@ all bytes, so that no line comes into the midst of another.  The kernel ends the
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -178,12 +179,13 @@ class LogFiles:
 
     def _opened(self) -> list[int]:
         fds: list[int] = []
+        before_this = iter(self._fds)
         # The process's own comes later, and the log is there first.
         before = None if self._umask is None else os.umask(self._umask)
         try:
             for setting, path in self._paths:
                 if path != "-":
-                    fds.append(self._open(setting, path))
+                    fds.append(self._open(setting, path, next(before_this, -1)))
         except SettingsError:
             _close(fds)
             raise
@@ -192,17 +194,28 @@ class LogFiles:
                 os.umask(before)
         return fds
 
-    def _open(self, setting: str, path: str) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+    def _open(self, setting: str, path: str, old: int) -> int:
+        """`old` is what is open under this name so far; -1 for nothing, and then a pipe waits for whoever reads it."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        again = old >= 0
+        if again:
+            # Somebody serves meanwhile, who cannot wait for a reader.
+            flags |= os.O_NONBLOCK
+        made = True
         try:
+            if again and _is_pipe(path, old):
+                # Who reads it may be away for now.
+                return os.dup(old)
             try:
-                fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+                fd = os.open(path, flags | os.O_EXCL, 0o666)
             except FileExistsError:
                 # Also a link that leads nowhere yet.
-                return os.open(path, flags | os.O_CREAT, 0o666)
+                fd, made = os.open(path, flags, 0o666), False
         except OSError as exc:
-            raise SettingsError(f"{setting} {path!r} cannot be opened: {exc.strerror}") from None
-        if os.geteuid() == 0 and self._owner != (-1, -1):
+            why = "nobody reads from it" if again and exc.errno == errno.ENXIO else exc.strerror
+            raise SettingsError(f"{setting} {path!r} cannot be opened: {why}") from None
+        os.set_blocking(fd, True)
+        if made and os.geteuid() == 0 and self._owner != (-1, -1):
             # Of whoever runs the application, as gunicorn has it; a file system without owners has none.  Never one
             # that was there: it may be /dev/null, or what a link in a directory of that user's leads to.
             with contextlib.suppress(OSError):
@@ -282,6 +295,15 @@ def redirect(error: int) -> None:
         os.dup2(error, fd)
 
 
+def _is_pipe(path: str, fd: int | None = None) -> bool:
+    """Whether that is a named pipe, and what is open as `fd`: it cannot be opened as long as nobody reads."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return stat.S_ISFIFO(found.st_mode) and (fd is None or os.path.samestat(found, os.fstat(fd)))
+
+
 def _close(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)
@@ -290,7 +312,7 @@ def _close(fds: Sequence[int]) -> None:
 def reopen_handlers() -> None:
     """Have every `FileHandler` of Python's logging open its file again, as a `--log-config` may have made some.
 
-    One that would empty the file (mode "w") is left alone.
+    One that would empty the file (mode "w") is left alone, and so is a named pipe: somebody would have to read it.
     """
     known = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     handlers = {handler for logger in known if isinstance(logger, logging.Logger) for handler in logger.handlers}
@@ -298,7 +320,7 @@ def reopen_handlers() -> None:
         if isinstance(handler, logging.FileHandler) and handler.mode.startswith("a"):
             handler.acquire()
             try:
-                if handler.stream is not None:
+                if handler.stream is not None and not _is_pipe(handler.baseFilename):
                     stream, handler.stream = handler.stream, None
                     stream.close()
                     # `emit` opens it.

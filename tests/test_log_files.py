@@ -208,6 +208,56 @@ def test_nothing_is_left_open_if_one_cannot_be(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.timeout(20)
+def test_a_named_pipe_without_a_reader_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files = LogFiles(str(tmp_path / "pipe"), str(tmp_path / "e"))
+    files.open()
+    pipe, error = files.descriptors
+    os.close(reader)
+    (tmp_path / "e").rename(tmp_path / "e.1")
+    # The same pipe: it is open, and is no reason for the other file to stay.
+    files.reopen()
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    os.write(pipe, b"a line\n")
+    assert os.read(reader, 100) == b"a line\n"
+    assert os.path.samestat(os.fstat(error), os.stat(tmp_path / "e"))
+    # Another one: all stays as it is, until somebody reads.
+    (tmp_path / "pipe").unlink()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "e").unlink()
+    with pytest.raises(SettingsError, match=r"^access_logfile '.*/pipe' cannot be opened: nobody reads from it$"):
+        files.reopen()
+    assert os.fstat(error).st_nlink == 0
+    other = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.reopen()
+    assert all(map(os.get_blocking, files.descriptors))
+    os.write(pipe, b"another\n")
+    assert os.read(other, 100) == b"another\n"
+    files.close()
+    os.close(reader)
+    os.close(other)
+
+
+@pytest.mark.timeout(20)
+def test_a_handler_of_pythons_own_on_a_named_pipe_stays_there(tmp_path: Path) -> None:
+    logger = logging.getLogger("test_log_files.pipe")
+    logger.propagate = False
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    handler = logging.FileHandler(tmp_path / "pipe")
+    logger.handlers[:] = [handler]
+    os.close(reader)
+    reopen_handlers()
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    logger.error("a line")
+    assert os.read(reader, 100) == b"a line\n"
+    handler.close()
+    logger.handlers.clear()
+    os.close(reader)
+
+
 def test_the_umask_that_the_process_will_have(tmp_path: Path) -> None:
     files = LogFiles(str(tmp_path / "a"), "-", umask=0o027)
     before = os.umask(0o022)
