@@ -145,7 +145,8 @@ def _user(setting: str, value: object) -> int:
 
         try:
             return pwd.getpwnam(value).pw_uid
-        except KeyError:
+        except (KeyError, ValueError):
+            # The latter for what cannot be a name.
             raise SettingValueError(setting, value, "there is no such user") from None
     return whole(0, _MAX_ID)(setting, value)
 
@@ -156,7 +157,7 @@ def _group(setting: str, value: object) -> int:
 
         try:
             return grp.getgrnam(value).gr_gid
-        except KeyError:
+        except (KeyError, ValueError):
             raise SettingValueError(setting, value, "there is no such group") from None
     return whole(0, _MAX_ID)(setting, value)
 

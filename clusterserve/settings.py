@@ -393,6 +393,8 @@ def _app(value: object) -> tuple[str, bool]:
         module, advice = of_path(where)
         reason = f"a module has a name, and no path: did you mean '{module}:{attribute}'{advice}?"
         raise SettingValueError("app", value, reason)
+    if where.startswith("."):
+        raise SettingValueError("app", value, "a module is named in full, and does not begin with a dot")
     name = attribute.removesuffix("()")
     factory, bracket, _ = attribute.partition("(")
     if bracket and is_import(f"{where}:{factory}") and name == attribute:

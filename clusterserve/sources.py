@@ -271,7 +271,12 @@ def _refuse_strange_variables() -> None:
 
 def _variables(given: Given) -> dict[str, str]:
     """What `--env` sets, from NAME=VALUE texts or pairs."""
-    pairs = [item.split("=", 1) if isinstance(item, str) else list(item) for item in given.value]
+    if not isinstance(given.value, list | tuple):
+        raise given.refused(SettingValueError("env", given.value, "a variable is NAME=VALUE"))
+    pairs = [
+        item.split("=", 1) if isinstance(item, str) else list(item) if isinstance(item, list | tuple) else [item]
+        for item in given.value
+    ]
     for pair in pairs:
         name = str(pair[0])
         if len(pair) != 2 or not name or not isinstance(pair[1], str) or "=" in name or "\0" in name + pair[1]:

@@ -92,6 +92,10 @@ def test_an_app_without_a_colon_gets_a_suggestion(app: str, hint: str) -> None:
     assert refused(app=app) == f"app={app!r}: an app is MODULE:ATTRIBUTE; did you mean '{hint}:app'?"
 
 
+def test_an_app_of_no_package() -> None:
+    assert refused(app=".x:app") == "app='.x:app': a module is named in full, and does not begin with a dot"
+
+
 @pytest.mark.parametrize("app", [":", "a:", ":b", "a:b:c", "a b:c", "a:b c", "a:()", "a:b\n"])
 def test_an_app_that_cannot_be_imported_by_its_looks(app: str) -> None:
     assert "an app is MODULE:ATTRIBUTE, or MODULE:FACTORY()" in refused(app=app)

@@ -161,6 +161,10 @@ def test_values_have_their_own_types(text: str, name: str, value: object) -> Non
         ('env_file = "nowhere"', "env_file=nowhere: there is no such file"),
         ('env = ["A"]', "env=A: a variable is NAME=VALUE"),
         ("[env]\nA = 1", "env=A=1: a variable is NAME=VALUE"),
+        ("env = [1]", "env=1: a variable is NAME=VALUE"),
+        ("env = 1", "env=1: a variable is NAME=VALUE"),
+        ('user = "a\\u0000"', "user='a\\x00': there is no such user"),
+        ('group = "a\\u0000"', "group='a\\x00': there is no such group"),
     ],
 )  # fmt: skip
 def test_a_bad_file_costs_one_line(text: str, message: str, refused: Refused) -> None:

@@ -21,6 +21,9 @@ from .dataclass import dataclass
 #: The longest body of a frame of ours, in bytes.  The longest real one is a traceback.
 MAX_BODY: Final = 1 << 20
 
+#: What is told of a text of the application's (characters, in JSON up to 12 bytes each).
+_LONGEST: Final = 40_000
+
 #: The longest body of a frame of the program's: a piece of a message, and its number.
 MAX_USER_FRAME: Final = (1 << 16) + 8
 
@@ -126,6 +129,11 @@ class Failed:
 
     reason: str
     traceback: str
+
+    @classmethod
+    def of(cls, reason: str, traceback: str) -> Failed:
+        """With so much of these texts, which are the application's, as a message holds."""
+        return cls(_cut(reason), _cut(traceback))
 
 
 @dataclass(frozen=True)
@@ -270,6 +278,15 @@ _JSON_TYPES: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
     {"int": int, "float": (int, float), "str": str, "bool": bool, "dict[str, Any]": dict,
      "list[Any] | str": (list, str), "str | int": (str, int)}
 )  # fmt: skip
+
+
+def _cut(text: str) -> str:
+    """Its beginning and its end."""
+    left_out = len(text) - _LONGEST
+    if left_out <= 0:
+        return text
+    half = _LONGEST // 2
+    return f"{text[:half]}\n... {left_out} characters are left out ...\n{text[-half:]}"
 
 
 def encode(message: Message, descriptors: int = 0) -> bytes:

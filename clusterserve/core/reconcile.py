@@ -243,13 +243,13 @@ def _kill(roster: Roster) -> _Due:
             due = member.disconnected + limits.disconnected
             if member.drained is not None and roster.programs:
                 # It has handlers for this moment, which have what is left of its grace.
-                due = max(due, member.drained + (limits.quick if member.quick else limits.graceful))
+                due = max(due, member.drained + limits.leaving(quick=member.quick))
             yield due, Kill(member.id, "it closed its channel but did not exit")
         elif member.drained is not None:
-            grace = limits.quick if member.quick else limits.graceful
+            grace = limits.leaving(quick=member.quick)
             yield member.drained + grace, Kill(member.id, f"it did not finish within {grace:g} s")
         elif member.terminated is not None:
-            yield member.terminated + limits.graceful, Kill(member.id, "it does not act on SIGTERM")
+            yield member.terminated + limits.leaving(quick=False), Kill(member.id, "it does not act on SIGTERM")
         elif member.listening is None and limits.boot and not member.debugged:
             what = "come up" if roster.programs else "listen"
             yield member.spawned + limits.boot, Kill(member.id, f"it did not {what} within {limits.boot:g} s")

@@ -40,6 +40,14 @@ class Limits:
     #: Exit codes with which a worker says that it is not to be restarted.
     final: frozenset[int] = frozenset()
 
+    def leaving(self, *, quick: bool) -> float:
+        """How long a worker has from its order to go until it is killed.
+
+        A grace of 0 cuts the requests at once, as a quick order does; what comes after them, the application's own
+        shutdown, has as long as then.
+        """
+        return self.quick if quick or not self.graceful else self.graceful
+
 
 @dataclass
 class Member:

@@ -128,8 +128,11 @@ class Ending:
     def _stop_workers(self) -> None:
         if self._reconciler.target.stop.value < self._reconciler.stopping.value:
             self._reconciler.target = dataclasses.replace(self._reconciler.target, stop=self._reconciler.stopping)
-            left = max(0.0, self._deadline - self._loop.time())
-            self._roster.limits = dataclasses.replace(self._roster.limits, graceful=left)
+            limits = self._roster.limits
+            # The queue may have taken all the time there was: who ends quickly would have as much.
+            least = min(limits.quick, self._crew.settings.timeout_graceful_shutdown)
+            left = max(least, self._deadline - self._loop.time())
+            self._roster.limits = dataclasses.replace(limits, graceful=left)
             self._reconciler.reconcile()
             self._dispatcher.expect_no_workers()
 

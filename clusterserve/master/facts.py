@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 
 from .. import faults
 from ..channel.descriptors import Riders
@@ -85,6 +86,9 @@ class Facts:
             seat.stacks = descriptors.pop(0)
         for fd in descriptors:
             os.close(fd)
+        if isinstance(message, Online) and seat.stacks >= 0 and not stat.S_ISREG(os.fstat(seat.stacks).st_mode):
+            # Emptying it, or reading from it, would fail, or wait.
+            raise ProtocolError("where its stacks are to be is no file")
         if isinstance(message, Listen):
             self._listen(worker, message)
         elif isinstance(message, Listening):

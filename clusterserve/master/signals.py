@@ -112,6 +112,9 @@ class Signals:
 
     def reload(self) -> None:
         """Read the configuration again, and replace the workers."""
+        if self._engine.stopping:
+            logger.warning("SIGHUP: nothing is reloaded, this master is stopping")
+            return
         if self._reread is not None:
             try:
                 found = compare(self._engine.settings, self._reread())

@@ -72,7 +72,9 @@ class StackCollector:
         except OSError as exc:
             logger.warning("%s: its stacks cannot be read: %s", who, exc)
             return
-        os.ftruncate(copy, 0)
+        if not _emptied(who, copy):
+            os.close(copy)
+            return
         self._asked[worker] = _Asked(who, copy, self._loop.time() + PATIENCE)
         kill(signal.SIGPWR)
         send(ShowStacks())
@@ -92,7 +94,7 @@ class StackCollector:
 
     def crashed(self, who: str, fd: int) -> None:
         """One that has exited, called `who`, may have left its stacks in its file `fd`: log them."""
-        text = os.pread(fd, _MOST, 0)
+        text = _read(who, fd)
         begun = text.rfind(_FATAL)
         if begun >= 0:
             _log(who, "its stacks at the end", text[begun:].decode(errors="replace").splitlines(), logging.ERROR)
@@ -118,9 +120,9 @@ class StackCollector:
 
     def _tell(self, worker: int) -> None:
         asked = self._asked.pop(worker)
-        threads = os.pread(asked.fd, _MOST, 0).decode(errors="replace").rstrip()
+        threads = _read(asked.who, asked.fd).decode(errors="replace").rstrip()
         # What comes later is no part of what is asked for next.
-        os.ftruncate(asked.fd, 0)
+        _emptied(asked.who, asked.fd)
         os.close(asked.fd)
         answer = asked.answer
         if not threads and answer is None:
@@ -133,6 +135,25 @@ class StackCollector:
             threads = _named(threads, answer.threads)
         told = f"{threads or 'It has not told its threads.'}\n{tasks}"
         _log(asked.who, "stacks of its threads and tasks", told.splitlines(), logging.WARNING)
+
+
+def _emptied(who: str, fd: int) -> bool:
+    """Empty the file; whether that could be, which is a matter of how the worker has opened it."""
+    try:
+        os.ftruncate(fd, 0)
+    except OSError as exc:
+        logger.warning("%s: the file of its stacks cannot be emptied: %s", who, exc)
+        return False
+    return True
+
+
+def _read(who: str, fd: int) -> bytes:
+    """What the file holds; nothing if it cannot be read, which the log says."""
+    try:
+        return os.pread(fd, _MOST, 0)
+    except OSError as exc:
+        logger.warning("%s: its stacks cannot be read: %s", who, exc)
+        return b""
 
 
 def _named(threads: str, names: dict[str, object]) -> str:

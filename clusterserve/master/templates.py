@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Iterable
 from dataclasses import field
 from functools import partial
+from typing import Final
 
 from ..channel.descriptors import MAX_DESCRIPTORS
 from ..channel.message import MessageChannel
@@ -33,6 +34,9 @@ from .process import ENTRY, Ends, WorkerProcess
 from .subreaper import SUBREAPER
 
 logger = logging.getLogger("clusterserve")
+
+#: What one that has closed its channel has to end by itself (seconds).
+_LAST_MOMENT: Final = 1.0
 
 #: Told of a worker that was ordered: its process, or why there is none, and what it has been told meanwhile.
 OnFork = Callable[[WorkerProcess | OSError, list[Drain | Abort | Kill]], None]
@@ -61,6 +65,8 @@ class _Place:
     orders: dict[int, _Order] = field(default_factory=dict)
     #: What it said of why it failed.
     failed: Failed | None = None
+    #: It has closed its channel, and is killed then.
+    end: asyncio.TimerHandle | None = None
 
     @property
     def who(self) -> tuple[int, int]:
@@ -281,13 +287,17 @@ class Templates:
         place = self._places[id]
         if error is not None:
             logger.error("Template %d (pid %d) is killed, it broke the protocol: %s", *place.who, error)
-        # It ends by itself, and how it does is not changed by this any more; unless it is not what it should be.
-        place.child.send_signal(signal.SIGKILL)
+            place.child.send_signal(signal.SIGKILL)
+            return
+        # It ends by itself, which takes a moment: how it does is what the log will say.
+        place.end = self._loop.call_later(_LAST_MOMENT, place.child.send_signal, signal.SIGKILL)
 
     def _exited(self, id: int, ended: Exit) -> None:
         place = self._places[id]
         place.channel.drain()
         place.channel.close()
+        if place.end is not None:
+            place.end.cancel()
         del self._places[id]
         if place.template.dismissed is None:
             self._mourn(place, ended)

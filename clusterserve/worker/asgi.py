@@ -113,7 +113,8 @@ def preload(settings: Settings, log: WorkerFiles) -> Any:
         raise BootError(f"The protocol of --http or --ws is missing. {exc}") from None
     except SystemExit as exc:
         raise _refused(settings, boot, exc) from None
-    except Exception as exc:
+    except BaseException as exc:
+        # Also what is no error: a CancelledError, of a loop that is none of ours.
         raise _could_not_load(settings.app, boot, exc) from exc
     finally:
         logger.removeFilter(boot)
@@ -145,6 +146,10 @@ def _imported(settings: Settings, boot: _BootLog) -> Any:
         raise BootError(f"Error loading ASGI app. {reason}") from None
     except ImportFromStringError as exc:
         raise BootError(f"Error loading ASGI app. {exc}") from None
+    except (Exception, SystemExit):
+        raise
+    except BaseException as exc:  # noqa: BLE001 - whoever calls us would take it for its own: a CancelledError, for one
+        raise _could_not_load(settings.app, boot, exc) from None
 
 
 def serve(
@@ -268,7 +273,7 @@ def _names(app: str, module: str | None) -> bool:
     return module is not None and (name == module or name.startswith(f"{module}."))
 
 
-def _could_not_load(app: str, boot: _BootLog, exc: Exception) -> BootError:
+def _could_not_load(app: str, boot: _BootLog, exc: BaseException) -> BootError:
     return BootError(f"the application {app!r} could not be loaded", boot.text() + of_application(exc))
 
 

@@ -111,7 +111,7 @@ def _serve(
         credentials = Credentials.from_json(boot.tls) if boot.tls else None
         serve(Settings.from_json(boot.settings), link, worker, prepared, files, credentials)
     except BootError as exc:
-        send(channel, Failed(exc.args[0], exc.traceback))
+        send(channel, Failed.of(exc.args[0], exc.traceback))
         return BOOT_FAILURE
     return 0
 
@@ -124,7 +124,7 @@ def _run(boot: Boot, channel: socket.socket, link: Link, worker: CurrentWorker, 
     try:
         module = MainModule(boot.launch["exec"], boot.launch["args"])
     except BootError as exc:
-        send(channel, Failed(exc.args[0], exc.traceback))
+        send(channel, Failed.of(exc.args[0], exc.traceback))
         return BOOT_FAILURE
     send(channel, Online(os.getpid()), told)
     with _watched(boot, channel, worker):

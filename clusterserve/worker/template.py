@@ -83,7 +83,7 @@ def live(fd: int, master: int) -> Birth:
         )
         os._exit(BOOT_FAILURE)
     except BootError as exc:
-        send(channel, Failed(exc.args[0], exc.traceback))
+        send(channel, Failed.of(exc.args[0], exc.traceback))
         _flush()
         os._exit(BOOT_FAILURE)
     _entitle(settings, order, "ready")

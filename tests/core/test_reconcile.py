@@ -943,6 +943,15 @@ class TestStop:
         assert driver.happens(1, EXITED) == []
         assert driver.verdict is Verdict.STOPPED
 
+    @pytest.mark.parametrize("graceful", [0.0, 0.5])
+    def test_no_grace_is_as_quick_and_no_quicker(self, graceful: float) -> None:
+        """The application's own shutdown takes a moment."""
+        driver = running(1, Limits(graceful=graceful, quick=2.0))
+        assert driver.wants(stop=Stop.GRACEFUL) == [Drain(1, False, False, False)]
+        within = graceful or 2.0
+        assert driver.deadline == 1010.0 + within
+        assert driver.at(1010.0 + within) == [Kill(1, f"it did not finish within {within:g} s")]
+
     def test_quick_is_the_end_of_it(self) -> None:
         driver = running(1)
         driver.wants(stop=Stop.QUICK)

@@ -46,6 +46,8 @@ def test_it_serves_on_and_says_no(serve: Serve, tmp_path: Path) -> None:
         assert (answer.status, answer.json()["draining"]) == (503, False)
         # Once more is no hurry.
         server.terminate()
+        server.signal(signal.SIGHUP)
+        server.wait_for("SIGHUP: nothing is reloaded, this master is stopping")
         assert server.wait() == 0
     assert time.monotonic() - began >= 3
     systemd.close()

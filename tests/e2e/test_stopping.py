@@ -297,11 +297,14 @@ def test_a_second_term_changes_nothing(serve: Serve) -> None:
     assert server.wait(SOON) == 0
 
 
-def test_quit_is_quick_and_still_ends_the_lifespans(serve: Serve) -> None:
-    server = serve(workers=2, noise=True)
+@pytest.mark.parametrize(("number", "grace", "code"), [(signal.SIGQUIT, "30", 131), (signal.SIGTERM, "0", 0)])
+def test_quit_and_no_grace_are_quick_and_still_end_the_lifespans(
+    serve: Serve, number: signal.Signals, grace: str, code: int
+) -> None:
+    server = serve("--timeout-graceful-shutdown", grace, workers=2, noise=True)
     with half_said(server):
-        server.signal(signal.SIGQUIT)
-        assert server.wait(SOON) == 131
+        server.signal(number)
+        assert server.wait(SOON) == code
     assert server.processes() == []
     eventually(lambda: lifespans_ended(server) == 2, "both applications ended in order")
 

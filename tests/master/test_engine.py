@@ -20,7 +20,7 @@ from clusterserve.core.events import Event, Exited, Forked, Scaled, StartedListe
 from clusterserve.core.lifecycle import WorkerState
 from clusterserve.core.messages import Listening, Online, encode
 from clusterserve.core.reconcile import Stop
-from clusterserve.errors import BindError, BootError, SettingsError
+from clusterserve.errors import BindError, BootError, ProtocolError, SettingsError
 from clusterserve.master.answers import BAD_GATEWAY
 from clusterserve.master.ending import LISTENER_LINGER
 from clusterserve.master.engine import Engine
@@ -464,6 +464,27 @@ def test_what_a_worker_must_not_say_costs_that_worker(make: Make, log: Log, path
     running.until_listening(survivor, 3)
     assert {running.get()[0] for _ in range(2)} == {running.pid(survivor), running.pid(3)}
     assert sum(words in message for message in log(logging.ERROR)) == 1
+
+
+def test_stacks_that_are_no_file_cost_whoever_sends_them(make: Make, log: Log) -> None:
+    running = make(workers=2).settle()
+    ears, seat = running.engine._crew.ears, running.engine.seats[1]
+    os.close(seat.stacks)
+    seat.stacks = -1
+    pipe, other = os.pipe()
+    os.close(other)
+    # As its channel would, if it began so.
+    with pytest.raises(ProtocolError, match="no file") as lie:
+        ears.on_message(1, Online(running.pid(1)), [pipe])
+    running.engine.show_stacks()
+    assert any("Worker 1 (slot 0" in message and "cannot be emptied" in message for message in log(logging.WARNING))
+    running.loop.until(
+        lambda: any("Worker 2 (slot 1" in message for message in log(logging.WARNING)), "it tells its own"
+    )
+    running.engine.misbehaved(1, lie.value)
+    running.until_listening(2, 3)
+    running.engine.stop(Stop.GRACEFUL)
+    running.finish()
 
 
 def test_many_lies_are_told_once(make: Make, log: Log) -> None:

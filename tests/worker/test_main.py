@@ -166,6 +166,14 @@ class TestBootFailures:
         assert "tests/helpers/apps/raises.py" in lines[1]
         assert "importlib" not in failed.traceback
 
+    def test_an_import_that_raises_what_is_no_error(self) -> None:
+        """Which the template, or a loop, would take for its own; and so much of it that no message holds it."""
+        failed = self.fails("tests.helpers.apps.cancelled:app")
+        assert failed.reason == "the application 'tests.helpers.apps.cancelled:app' could not be loaded"
+        assert "CancelledError: begun " in failed.traceback
+        assert failed.traceback.endswith(" done\n")
+        assert "characters are left out" in failed.traceback
+
     def test_a_lifespan_that_fails(self) -> None:
         failed = self.fails("tests.helpers.apps.lifespans:fails_at_startup")
         assert failed.reason == "the application 'tests.helpers.apps.lifespans:fails_at_startup' could not be started"
