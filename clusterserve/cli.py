@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
         if program is not None:
             for setting, item in line.items():
                 refuse_foreign(setting, item.origin)
-        start, environment = os.getcwd(), Environment()
+        start, environment = _directory(), Environment()
         with environment.anew():
             given = gather(line, parse)
         if program is not None:
@@ -72,7 +72,8 @@ def run(argv: Sequence[str]) -> int:
         settings = settings_of(given)
 
         def reread() -> Settings:
-            here = os.getcwd()
+            # Not its name: it may have none any more.
+            here = os.open(".", os.O_PATH | os.O_DIRECTORY)
             try:
                 os.chdir(start)
                 with environment.anew():
@@ -86,11 +87,13 @@ def run(argv: Sequence[str]) -> int:
                     logging.getLogger("clusterserve").info("Variables have changed: %s", names)
                 return settings
             except OSError as error:
-                os.chdir(here)
+                os.fchdir(here)
                 raise SettingsError(f"{start}: {error.strerror}") from None
             except ClusterError:
-                os.chdir(here)
+                os.fchdir(here)
                 raise
+            finally:
+                os.close(here)
 
     except ClusterError as error:
         # Whatever was typed is quoted in these: keep it on one line, and out of the terminal's control codes.
@@ -113,6 +116,13 @@ def run(argv: Sequence[str]) -> int:
         return error.exit_code if error.told else _fail(str(error), error.exit_code)
     except KeyboardInterrupt:  # before the master listens to signals
         return 130
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise SettingsError("the working directory has been removed; start in one that exists") from None
 
 
 def check_platform(platform: str) -> None:

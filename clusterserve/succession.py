@@ -68,7 +68,11 @@ def _look() -> Claim | None:
 
 def _directory() -> str:
     """The working directory by the name it was entered with: a link that points to the current release is the link."""
-    here, named = os.getcwd(), os.environ.get("PWD", "")
+    try:
+        here, named = os.getcwd(), os.environ.get("PWD", "")
+    except FileNotFoundError:
+        # It was removed: the help can be had there, and everything else says so (cli.py).
+        return ""
     try:
         return named if os.path.isabs(named) and os.path.samestat(os.stat(named), os.stat(here)) else here
     except OSError:

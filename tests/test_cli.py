@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -796,6 +797,21 @@ def test_what_is_read_again_is_what_a_start_would_read(
     with pytest.raises(SettingsError):
         master.reread()
     assert Path.cwd() == tmp_path / "site"
+    # A release that was removed, and put there anew.
+    shutil.rmtree(tmp_path / "site")
+    with pytest.raises(SettingsError, match="there is no such directory"):
+        master.reread()
+    (tmp_path / "site").mkdir()
+    file.write_text("workers = 4\n")
+    assert master.reread().workers == 4
+    assert Path.cwd() == tmp_path / "site"
+
+
+def test_a_directory_that_was_removed(refused: Refused, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    environment.chdir(tmp_path / "site")
+    (tmp_path / "site").rmdir()
+    assert refused("a:b") == "the working directory has been removed; start in one that exists"
 
 
 # -- exec --------------------------------------------------------------------------------------------------------------

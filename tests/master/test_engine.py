@@ -22,6 +22,7 @@ from clusterserve.core.messages import Listening, Online, encode
 from clusterserve.core.reconcile import Stop
 from clusterserve.errors import BindError, BootError, SettingsError
 from clusterserve.master.answers import BAD_GATEWAY
+from clusterserve.master.dispatcher import Dispatcher
 from clusterserve.master.ending import LISTENER_LINGER
 from clusterserve.master.engine import Engine
 from clusterserve.settings import Settings
@@ -439,6 +440,66 @@ def test_nobody_to_replace_it_with(make: Make, monkeypatch: pytest.MonkeyPatch, 
     # It tries again.
     running.loop.until(lambda: running.ids, "there is a worker again")
     running.until_listening(*running.ids)
+    running.get()
+
+
+@pytest.mark.parametrize("preload", [False, True], ids=["spawned", "forked"])
+def test_the_working_directory_is_gone(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preload: bool
+) -> None:
+    """The application is elsewhere, so nothing is missing; `app_dir` is relative to what was removed."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.chdir(site)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    running = make(app_dir=".", preload=preload).settle()
+    site.rmdir()
+    for pid in {*running.engine.pids()} - {running.pid(1)}:
+        os.kill(pid, signal.SIGKILL)
+    running.kill(1)
+    running.loop.until(lambda: running.ids, "there is a worker again")
+    running.until_listening(2)
+    running.get()
+    running.engine.stop(Stop.GRACEFUL)
+    running.finish()
+
+
+def test_what_no_process_can_be_given_costs_no_other_worker(make: Make, log: Log) -> None:
+    """It is no OSError: `Cluster.fork` refuses it, and here it is past that."""
+    running = make(max_restarts=1).settle()
+    running.engine.fork((("A", "\ud800"),))
+    running.loop.until(lambda: len(log(logging.ERROR)) > 1, "it was tried again")
+    running.kill(1)
+    running.loop.until(lambda: "listening" in running.told(running.ids[0] if running.ids else 0), "it is replaced")
+    running.get()
+    assert running.told(2) == ["error", "exit"]
+    running.engine.stop(Stop.GRACEFUL)
+    running.finish()
+
+
+@pytest.mark.parametrize("preload", [False, True], ids=["spawned", "forked"])
+def test_a_worker_that_gets_no_place_is_not_left_behind(
+    make: Make, monkeypatch: pytest.MonkeyPatch, log: Log, preload: bool
+) -> None:
+    """Its process is there, and then something fails.  That nothing of it is left is the fixture's business too."""
+    running = make(preload=preload).settle()
+    there = len(proc.children(os.getpid())), len(proc.descriptors(os.getpid()))
+    failures = 0
+
+    def fails(*details: object) -> None:
+        nonlocal failures
+        failures += 1
+        # With this one: those before it have ended.
+        assert len(proc.children(os.getpid())) <= there[0]
+        assert len(proc.descriptors(os.getpid())) <= there[1]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Dispatcher, "add_worker", fails)
+        running.kill(1)
+        running.loop.until(lambda: failures == 3, "three were tried")
+    running.until_listening(5)
+    assert [running.told(id) for id in (2, 3, 4)] == [["error", "exit"]] * 3
     running.get()
 
 
