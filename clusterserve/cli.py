@@ -24,6 +24,7 @@ from clusterserve.options import COMMANDS, GROUPS, SPECS, Spec, refuse_command
 from clusterserve.settings import Settings
 from clusterserve.sources import Given, Layer, gather, settings_of, unread
 from clusterserve.succession import beginning
+from clusterserve.surroundings import Reading, Surroundings
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
@@ -71,9 +72,11 @@ def run(argv: Sequence[str]) -> int:
             return 0
         settings = settings_of(given)
 
-        def reread() -> Settings:
-            # Not its name: it may have none any more.
-            here = os.open(".", os.O_PATH | os.O_DIRECTORY)
+        def reread() -> Reading:
+            try:
+                before = Surroundings(environment)
+            except OSError as error:
+                raise SettingsError(f"the working directory: {error.strerror}") from None
             try:
                 os.chdir(start)
                 with environment.anew():
@@ -85,15 +88,13 @@ def run(argv: Sequence[str]) -> int:
                     # Their names only: values may be secrets.
                     names = ", ".join(environment.changed)
                     logging.getLogger("clusterserve").info("Variables have changed: %s", names)
-                return settings
+                return Reading(settings, before)
             except OSError as error:
-                os.fchdir(here)
+                before.restore()
                 raise SettingsError(f"{start}: {error.strerror}") from None
             except ClusterError:
-                os.fchdir(here)
+                before.restore()
                 raise
-            finally:
-                os.close(here)
 
     except ClusterError as error:
         # Whatever was typed is quoted in these: keep it on one line, and out of the terminal's control codes.

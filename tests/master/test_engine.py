@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -20,12 +21,14 @@ from clusterserve.core.events import Event, Exited, Forked, Scaled, StartedListe
 from clusterserve.core.lifecycle import WorkerState
 from clusterserve.core.messages import Listening, Online, encode
 from clusterserve.core.reconcile import Stop
+from clusterserve.environment import Environment
 from clusterserve.errors import BindError, BootError, SettingsError
 from clusterserve.master.answers import BAD_GATEWAY
 from clusterserve.master.dispatcher import Dispatcher
 from clusterserve.master.ending import LISTENER_LINGER
 from clusterserve.master.engine import Engine
 from clusterserve.settings import Settings
+from clusterserve.surroundings import Surroundings
 from tests.helpers import proc
 from tests.helpers.waiting import DEADLINE, eventually
 
@@ -501,6 +504,34 @@ def test_a_worker_that_gets_no_place_is_not_left_behind(
     running.until_listening(5)
     assert [running.told(id) for id in (2, 3, 4)] == [["error", "exit"]] * 3
     running.get()
+
+
+def test_settings_that_were_never_proved_are_nothing_to_go_back_to(make: Make, tmp_path: Path) -> None:
+    """Two changes in a row with which nothing starts: what holds again is what was before the first."""
+    running = make().settle()
+    engine, settings, here = running.engine, running.engine.settings, Path.cwd()
+    changes = []
+    for count in (2, 3):
+        before = Surroundings(Environment())
+        os.chdir(tmp_path if count == 2 else "/")
+        engine.adopt(dataclasses.replace(settings, workers=count, app="no_such_module:app"), before)
+        changes.append(engine.reload())
+    running.loop.until(lambda: all(change.done() for change in changes), "they have failed")
+    assert all(isinstance(change.exception(), BootError) for change in changes)
+    assert (engine.settings, Path.cwd()) == (settings, here)
+    running.until_listening(1)
+    # And a change with which something starts is what holds.
+    os.chdir(tmp_path)
+    good = dataclasses.replace(settings, workers=2)
+    engine.adopt(good, Surroundings(Environment()))
+    change = engine.reload()
+    running.loop.until(change.done, "it is done")
+    os.chdir(here)
+    assert engine.settings == good
+    assert [running.told(id)[-1] for id in running.ids] == ["listening", "listening"]
+    assert [event for event in running.events if isinstance(event, Scaled)] == [
+        Scaled(2, 1), Scaled(3, 2), Scaled(1, 3), Scaled(2, 1),
+    ]  # fmt: skip
 
 
 # ── hostile workers ─────────────────────────────────────────────────────────────────────────────────────────────────
