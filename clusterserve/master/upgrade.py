@@ -253,7 +253,7 @@ class Upgrade:
 
     def _failed(self, why: str) -> None:
         logger.error("Upgrade failed, %s; process %d serves on as before", why, os.getpid())
-        self._teller.ready(f"The last upgrade failed, and process {os.getpid()} serves on: {why}")
+        self._teller.ready(f"The last upgrade failed, and process {os.getpid()} stays: {why}")
 
     async def over(self) -> None:
         """Our engine has finished.  Return when no new master is left that has not taken over, and one that has knows

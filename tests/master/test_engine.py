@@ -459,6 +459,8 @@ def test_the_working_directory_is_gone(
     site.rmdir()
     for pid in {*running.engine.pids()} - {running.pid(1)}:
         os.kill(pid, signal.SIGKILL)
+        # Or the worker might be ordered of one that is dead.
+        running.loop.until(lambda pid=pid: pid not in running.engine.pids(), "its template has gone")
     running.kill(1)
     running.loop.until(lambda: running.ids, "there is a worker again")
     running.until_listening(2)
