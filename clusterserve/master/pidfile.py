@@ -33,7 +33,7 @@ class PidFile:
             self._temporary = ""
 
     def prepare(self) -> None:
-        """Know that it can be written beside that of another master, who will leave its place to us: see `take_over`."""
+        """Know that it can be written, beside that of another master, who will leave us its place: see `take_over`."""
         with self._explained():
             self._make()
         # Nothing stays until then: who is killed meanwhile could not remove it.
