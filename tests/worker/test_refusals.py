@@ -212,6 +212,12 @@ async def test_the_request_before_is_not_taken_for_it(ours: Connection, lines: L
     assert lines.said == ['127.0.0.1 "POST /early HTTP/1.1" 202 2 -', f"{UNKNOWN % 400} {BAD} -"]
 
 
+async def test_what_comes_behind_an_upgrade_to_nothing(ours: Connection, lines: Lines) -> None:
+    await ours.say(request("GET", "/early", "Connection: Upgrade", "Upgrade: nothing"), b"\x00\x01\x02")
+    assert lines.said[0] == '127.0.0.1 "GET /early HTTP/1.1" 202 2 -'
+    assert lines.said[1:] == [f"{UNKNOWN % 400} {BAD} -"]
+
+
 async def late(connection: Connection) -> None:
     await connection.say(POST, b"2\r\nok\r\n")
     for _ in range(BODY_LOOKS + 1):
