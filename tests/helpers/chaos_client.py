@@ -57,14 +57,16 @@ class Client:
                 await asyncio.wait_for(self._half_close(), BOUND)
                 return
             try:
+                idle = True
                 self._wire.idle()
+                idle = False
                 if kind != "idle" and not await asyncio.wait_for(self._ask(kind), BOUND):
                     return
             except EndedError as error:
                 what = "cut responses" if error.begun else "ends without an answer"
-                if not self._may_end(error, idle=kind == "idle"):
+                if not self._may_end(error, idle=idle):
                     raise WrongError(f"{error} ({kind}), and no worker was killed meanwhile") from None
-                met["idle ends" if kind == "idle" else what] += 1
+                met["idle ends" if idle else what] += 1
                 return
             except ResetError:
                 # Rules 5 and 6.
