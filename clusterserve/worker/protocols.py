@@ -144,6 +144,8 @@ def _borrower(base: Any) -> Any:
                 self.server_state.total_requests += 1
             else:
                 super().on_response_complete()
+                if self._leaving:
+                    self._wait_for_the_last()
                 if not self.borrowing.after_response and self._at_rest():
                     self._rest()
 
@@ -175,7 +177,7 @@ def _borrower(base: Any) -> Any:
             if self.cycle is not None and not self._answered():
                 self._make_it_the_last()
             elif self.borrowing.after_response:
-                self.loop.call_later(LAST_CALL, self._close_if_silent, self.cycle)
+                self._wait_for_the_last()
             elif self.cycle is None:
                 self.loop.call_later(FIRST_WORD, self._close_if_silent, None)
             else:
@@ -183,11 +185,24 @@ def _borrower(base: Any) -> Any:
 
         def _make_it_the_last(self) -> None:
             cycle = self.cycle
-            if cycle is not None and not cycle.response_complete:
+            if cycle is None or cycle.response_complete:
+                return
+            if not cycle.response_started:
                 cycle.keep_alive = False
-                if not cycle.response_started and CLOSE not in cycle.default_headers:
+                if CLOSE not in cycle.default_headers:
                     # The list is everybody's.
                     cycle.default_headers = [*cycle.default_headers, CLOSE]
+            elif not self.borrowing.after_response:
+                # The cluster stops, and cannot wait for more.
+                cycle.keep_alive = False
+            # Else it has not said so, and the next request may be on its way already: that is the last, if it comes.
+
+        def _wait_for_the_last(self) -> None:
+            if self._answered() or self.cycle is None:
+                self.loop.call_later(LAST_CALL, self._close_if_silent, self.cycle)
+            else:
+                # It was sent on the heels of the one before.
+                self._make_it_the_last()
 
         def _close_if_silent(self, cycle: Any) -> None:
             if self.cycle is cycle:
