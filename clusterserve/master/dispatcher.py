@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import array
 import asyncio
-import contextlib
-import errno
-import logging
 import os
 import select
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -25,37 +21,23 @@ from ..core.bequest import Bequest, bequeath, inherit
 from ..core.connection import Connection, State
 from ..core.distributor import Distributor
 from ..core.handover import HandedConnection, Waits
-from ..core.records import IPV4, IPV6, KEPT, NO_ADDRESS, pack_offer, unpack_answers
+from ..core.records import KEPT, pack_offer, unpack_answers
 from ..core.worker import EXPENSIVE, Worker
 from ..errors import ProtocolError
+from .acceptor import Acceptor
 from .answers import BAD_GATEWAY, GATEWAY_TIMEOUT, UNAVAILABLE, answer
 from .fate import Fate, fate_of
 from .listeners import Listener
 from .lookout import Lookout
+from .parked import Parked
+from .sockets import hang_up
 from .starvation import Starvation
 
 if TYPE_CHECKING:
     from .introductions import Introductions
 
-logger = logging.getLogger("clusterserve.dispatch")
-
-#: Connections accepted from one listener before the others get their turn.
-_ACCEPTS: Final = 64
-
-#: Out of descriptors or memory: accept nothing for this long (seconds).
-_EXHAUSTED_PAUSE: Final = 0.1
-#: Said no more often than this (seconds).
-_COMPLAINT_PAUSE: Final = 10.0
 #: A look that comes so late (seconds) shows that the whole machine had no time for us: nor had it for the workers.
 _OVERSLEPT: Final = 0.005
-#: So many idle connections are closed at a time to make room for new ones.
-_SHED: Final = 16
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-_MAPPED: Final = b"\0" * 10 + b"\xff\xff"
-_PARKED: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
-#: Told of each arrival, and not again and again of what was there and is not enough.
-_UNKNOWN: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 
 
 class Dispatcher:
@@ -75,33 +57,25 @@ class Dispatcher:
     ) -> None:
         self._loop = loop
         self.distributor = distributor
-        self._max_pending = 1 << 30 if faults.on("endless-queue") else max_pending
         self._on_fault = on_fault
         self._on_idle = on_idle
-        self._introductions = introductions
         self._epoll = select.epoll()
-        self._listeners: dict[int, Listener] = {}
-        self._parks: dict[int, bool] = {}
+        self._parked = Parked(self._epoll, distributor, introductions)
+        max_pending = 1 << 30 if faults.on("endless-queue") else max_pending
+        self._acceptor = Acceptor(loop, self._epoll, distributor, self._parked, max_pending, self._look_around)
         self._channels: dict[int, tuple[Worker, MasterEnd]] = {}
         self._ends: dict[int, MasterEnd] = {}
         self._threaded: list[tuple[Worker, Board]] = []
-        self._parked: dict[int, Connection] = {}
         self._pids: dict[int, int] = {}
         self._starvation = Starvation()
         self._lookout = Lookout(loop, distributor, self._read_answers, self._starves, self._close, self._distribute)
         #: Called with each answer of ours before it is sent, and how long it was waited for a worker in vain (seconds;
         #: None: a worker has read the request).
         self.on_answer: Callable[[Connection, bytes, float | None], None] = lambda connection, response, waited: None
-        self._ids = 0
-        self._accepting = True
         self._retiring = self._final = False
-        # Another master accepts what we could, until it has yielded.
-        self._held = False
         # Who gets what no worker has, of which listeners: another master.
         self._heir: Callable[[list[Bequest]], None] = lambda bequests: None
         self._bequeathed: frozenset[int] = frozenset()
-        self._pause: asyncio.TimerHandle | None = None
-        self._complain_after = 0.0
         # uvloop's handle for a time that is not ahead does not know its time, so it is kept beside.
         self._timer: asyncio.Handle | None = None
         self._due = 0.0
@@ -116,50 +90,11 @@ class Dispatcher:
             channel = self._channels.get(fd)
             if channel is not None:
                 self._answers(channel[0], channel[1], now)
-            elif fd in self._listeners:
-                self._accept(fd, now, min(_ACCEPTS, self._max_pending - self.distributor.queued))
+            elif fd in self._acceptor.listeners:
+                self._acceptor.accept(fd, now)
             else:
-                self._unpark(fd, event, now)
+                self._parked.woken(fd, event, now)
         self._distribute(now)
-
-    def _accept(self, fd: int, now: float, limit: int) -> None:
-        listener = self._listeners[fd]
-        accept = listener.sock._accept  # type: ignore[attr-defined]  # without a socket object for each
-        family, parks, distributor = listener.sock.family, self._parks[fd], self.distributor
-        for _ in range(limit):
-            try:
-                new, address = accept()
-            except BlockingIOError:
-                return
-            except OSError as exc:
-                if exc.errno in _EXHAUSTED:
-                    self._exhausted(exc)
-                    return
-                if exc.errno == errno.EINVAL:
-                    # Whoever shares an inherited socket can shut it down for all: it would be readable for ever.
-                    logger.error("Nobody listens on %s any more: it was shut down by another process", listener.address)
-                    self.remove_listener(listener)
-                    return
-                # The client's connection is already broken, or its network is: accept(2) says to treat it as EAGAIN.
-                continue
-            self._ids += 1
-            if family == socket.AF_INET:
-                connection = Connection(
-                    self._ids, new, listener.key, _MAPPED + socket.inet_aton(address[0]), address[1], IPV4, now
-                )
-            elif family == socket.AF_INET6:
-                host = socket.inet_pton(socket.AF_INET6, address[0].partition("%")[0])
-                connection = Connection(self._ids, new, listener.key, host, address[1], IPV6, now)
-            else:
-                connection = Connection(self._ids, new, listener.key, b"", 0, NO_ADDRESS, now)
-            if self._introductions is not None and self._introductions.expects(connection):
-                distributor.accepted(connection, waiting=False)
-                connection.unknown = True
-                self._meet(self._introductions, connection)
-                continue
-            distributor.accepted(connection, waiting=not parks)
-            if parks:
-                self._park(connection)
 
     def _distribute(self, now: float) -> None:
         for worker, board in self._threaded:
@@ -212,11 +147,11 @@ class Dispatcher:
                     if kind & KEPT:
                         self._lookout.start()
                 elif connection.state is State.PARKED:
-                    self._park(connection)
+                    self._parked.park(connection)
                     if self._retiring:
                         self.end_idle()
                 else:
-                    _end(connection)
+                    hang_up(connection)
         except ProtocolError as exc:
             self._on_fault(worker.id, exc)
             return False
@@ -228,12 +163,14 @@ class Dispatcher:
 
     # -- around it ------------------------------------------------------------------------------------------------
 
+    def _look_around(self) -> None:
+        self._after(self._loop.time())
+
     def _after(self, now: float) -> None:
         """What follows from how full the queue is, and when to look again."""
         self._hand_on(now)
+        self._acceptor.balance()
         queued = self.distributor.queued
-        if self._pause is None and not self._held and self._accepting != (queued < self._max_pending):
-            self._set_accepting(queued < self._max_pending)
         if queued and self._final:
             # What its worker had not touched when it died, or has refused.
             self._turn_away(self.distributor.given_up())
@@ -261,7 +198,7 @@ class Dispatcher:
         starving = {id for id in self.distributor.lateness.late(now) if overslept or self._starves(id, now)}
         for worker in self.distributor.lateness.overdue(now, starving):
             self._recall(worker, self._ends[worker.id])
-        self._end_idle(self.distributor.parking.expired(now))
+        self._parked.end_idle(self.distributor.parking.expired(now))
         self._turn_away(self.distributor.waited_too_long(now))
         self._distribute(now)
 
@@ -276,53 +213,6 @@ class Dispatcher:
             # What came back stays in its name: its death will show that nobody has touched it.
             self._on_fault(worker.id, exc)
 
-    def _meet(self, introductions: Introductions, connection: Connection, *, last: bool = False) -> None:
-        """Learn whose it is, if its proxy has said so; `last`: it has no more time for that."""
-        fd, known = connection.fd, introductions.read(connection)
-        if known is False and not last:
-            if fd not in self._parked:
-                self._park(connection, _UNKNOWN)
-            return
-        connection.unknown = False
-        self._leave_park(connection)
-        handle = self.distributor.handles.get(connection.listener)
-        if not known:
-            _end(self.distributor.hung_up(connection.id))
-        elif (handle is not None and not handle.client_speaks_first) or _has_data(fd):
-            self.distributor.readable(connection.id)
-        else:
-            self._park(connection)
-
-    def _leave_park(self, connection: Connection) -> None:
-        if self._parked.pop(connection.fd, None) is not None:
-            self._epoll.unregister(connection.fd)
-
-    def _park(self, connection: Connection, events: int = _PARKED) -> None:
-        try:
-            self._epoll.register(connection.fd, events)
-        except OSError as exc:
-            # The kernel bounds how many entries a user's epolls may have in all.
-            if self._may_complain():
-                logger.warning(
-                    "Cannot watch an idle connection, it is closed: %s (said once in %g s)",
-                    exc.strerror,
-                    _COMPLAINT_PAUSE,
-                )
-            _end(self.distributor.hung_up(connection.id))
-        else:
-            self._parked[connection.fd] = connection
-
-    def _end_idle(self, connections: Sequence[Connection]) -> None:
-        """Close these parked connections, but none whose client has asked for more: the epoll will tell of it."""
-        for connection in connections:
-            if connection.unknown and self._introductions is not None:
-                # A part of its header is no question.
-                self._meet(self._introductions, connection, last=True)
-            if self._parked.get(connection.fd) is connection and not _has_data(connection.fd):
-                del self._parked[connection.fd]
-                self._epoll.unregister(connection.fd)
-                _end(self.distributor.hung_up(connection.id))
-
     def _turn_away(self, connections: Sequence[Connection]) -> None:
         """They have waited for a worker for too long, or in vain."""
         for connection in connections:
@@ -331,92 +221,38 @@ class Dispatcher:
                 waited = max(0.0, self._loop.time() - connection.since)
                 self._answer(connection, UNAVAILABLE if handle.plain_http else b"", waited)
             else:
-                _end(connection)
+                hang_up(connection)
 
     def _answer(self, connection: Connection, response: bytes, waited: float | None) -> None:
         if response:
             self.on_answer(connection, response, waited)
         answer(self._loop, connection.fd, response, self._lingering)
 
-    def _unpark(self, fd: int, event: int, now: float) -> None:
-        connection = self._parked.get(fd)
-        if connection is None:
-            # Closed by an event before it in the same batch.
-            return
-        if connection.unknown and self._introductions is not None:
-            self._meet(self._introductions, connection, last=bool(event & ~select.EPOLLIN))
-            return
-        del self._parked[fd]
-        # A worker gets its own copy, which would keep the entry alive behind our back.
-        self._epoll.unregister(fd)
-        there = _peeked(fd) if event & (select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP) else True
-        if there is None:
-            # The event was another's, whose number this one has got since the epoll was asked.
-            self._park(connection)
-        elif not there:
-            self._close([self.distributor.hung_up(connection.id)])
-        else:
-            connection.since = now
-            self.distributor.readable(connection.id)
-
     def _close(self, connections: Sequence[Connection]) -> None:
         for connection in connections:
-            _end(connection)
-
-    def _exhausted(self, exc: OSError) -> None:
-        idle = self.distributor.parking.longest_idle(_SHED)
-        if self._may_complain():
-            what = f"closing the {len(idle)} connections idle longest" if idle else "waiting"
-            logger.warning("Cannot accept: %s; %s (said once in %g s)", exc.strerror, what, _COMPLAINT_PAUSE)
-        self._end_idle(idle)
-        if idle or self._pause is not None:
-            return
-        self._set_accepting(False)
-        self._pause = self._loop.call_later(_EXHAUSTED_PAUSE, self._resume)
-
-    def _may_complain(self) -> bool:
-        """Whether nothing of the kind was said for a while."""
-        now = self._loop.time()
-        may = now >= self._complain_after
-        if may:
-            self._complain_after = now + _COMPLAINT_PAUSE
-        return may
-
-    def _resume(self) -> None:
-        self._pause = None
-        self._after(self._loop.time())
-
-    def _set_accepting(self, accepting: bool) -> None:
-        self._accepting = accepting
-        for fd in self._listeners:
-            self._epoll.modify(fd, select.EPOLLIN if accepting else 0)
+            hang_up(connection)
 
     # -- listeners and workers ------------------------------------------------------------------------------------
 
     def add_listener(self, listener: Listener, *, client_speaks_first: bool) -> None:
-        """Accept from it from now on.  Clients that must speak first are parked until they do, if the kernel cannot."""
-        fd = listener.sock.fileno()
-        deferred = client_speaks_first and listener.defer(True)
-        self._listeners[fd] = listener
-        self._parks[fd] = client_speaks_first and not deferred
-        self._epoll.register(fd, select.EPOLLIN if self._accepting else 0)
+        """As `Acceptor.add`."""
+        self._acceptor.add(listener, client_speaks_first=client_speaks_first)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """As `Acceptor.remove`."""
+        self._acceptor.remove(listener)
 
     def accept_rest(self) -> None:
-        """Accept what the kernel has accepted: closing a listener resets the clients in its backlog."""
-        if self._held:
-            return
+        """As `Acceptor.accept_rest`."""
         now = self._loop.time()
-        for fd, listener in tuple(self._listeners.items()):
-            listener.defer(False)
-            # More than `max_pending` if need be: the kernel has let them in, and the backlog bounds them.
-            self._accept(fd, now, listener.backlog + 1)
+        self._acceptor.accept_rest(now)
         self._distribute(now)
 
     def end_idle(self) -> None:
         """The cluster stops: close every parked connection whose client has not asked for more, now and from now on."""
         self._retiring = True
         self._hand_on(self._loop.time())
-        self._end_idle(tuple(self._parked.values()))
+        self._parked.end_all()
 
     def expect_no_workers(self) -> None:
         """All workers are told to go, and none will come: who waits, or comes to wait, hears so."""
@@ -427,13 +263,12 @@ class Dispatcher:
 
     def hold(self) -> None:
         """Accept nothing before `release`."""
-        self._held = True
-        self._set_accepting(False)
+        self._acceptor.hold()
 
     def release(self) -> None:
         """Accept from now on."""
-        self._held = False
-        self._after(self._loop.time())
+        self._acceptor.release()
+        self._look_around()
 
     def bequeath(self, listeners: Iterable[int], heir: Callable[[list[Bequest]], None]) -> None:
         """What no worker has of these listeners is the heir's, now and whenever a worker gives something back.
@@ -454,8 +289,8 @@ class Dispatcher:
     def _hand_on(self, now: float) -> None:
         if self._bequeathed and (bequests := bequeath(self.distributor, self._bequeathed, now)):
             for connection, waits, _ in bequests:
-                if waits is not Waits.WORKER and self._parked.pop(connection.fd, None) is not None:
-                    self._epoll.unregister(connection.fd)
+                if waits is not Waits.WORKER:
+                    self._parked.leave(connection)
             self._heir(bequests)
 
     def inherit(self, fd: int, handed: HandedConnection, key: int) -> None:
@@ -464,26 +299,14 @@ class Dispatcher:
         if key not in self.distributor.handles:
             os.close(fd)
             return
-        self._ids += 1
-        connection = Connection(self._ids, fd, key, handed.client, handed.port, handed.family)
+        connection = Connection(self._acceptor.next_id(), fd, key, handed.client, handed.port, handed.family)
         connection.server, connection.server_port = handed.server, handed.server_port
         inherit(self.distributor, connection, handed.waits, handed.since, now)
-        if handed.unknown and self._introductions is not None:
-            connection.unknown = True
-            self._meet(self._introductions, connection)
-            self._distribute(now)
-        elif handed.waits is Waits.WORKER:
+        if (handed.unknown and self._parked.get_to_know(connection)) or handed.waits is Waits.WORKER:
             self._distribute(now)
         else:
-            self._park(connection)
+            self._parked.park(connection)
             self._after(now)
-
-    def remove_listener(self, listener: Listener) -> None:
-        """Accept nothing more from it; what was accepted stays.  The caller closes it."""
-        fd = listener.sock.fileno()
-        if self._listeners.pop(fd, None) is not None:
-            del self._parks[fd]
-            self._epoll.unregister(fd)
 
     def add_worker(
         self,
@@ -538,7 +361,7 @@ class Dispatcher:
                 untouched.append(connection)
                 continue
             if fate is Fate.IDLE and self.distributor.idle(connection, now):
-                self._park(connection)
+                self._parked.park(connection)
                 continue
             if connection.state is not State.GONE:
                 self.distributor.gone(connection)
@@ -565,7 +388,7 @@ class Dispatcher:
         """The listener is gone for good: close what still waits for it."""
         left = self.distributor.remove_handle(key)
         for connection in left:
-            self._leave_park(connection)
+            self._parked.leave(connection)
         self._close(left)
 
     def close(self) -> None:
@@ -573,40 +396,11 @@ class Dispatcher:
         self._loop.remove_reader(self._epoll.fileno())
         self._lookout.close()
         self._starvation.close()
-        for timer in (self._timer, self._pause):
-            if timer is not None:
-                timer.cancel()
+        self._acceptor.close()
+        if self._timer is not None:
+            self._timer.cancel()
         for key in tuple(self.distributor.handles):
             self.forget(key)
         for end in tuple(self._lingering):
             end()
         self._epoll.close()
-
-
-def _end(connection: Connection) -> None:
-    """Close it, though a worker that it was taken back from may still have a copy, and hold its loop for long."""
-    if connection.relics:
-        sock = socket.socket(fileno=connection.fd)
-        # The client may be gone already.
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-        sock.detach()
-    os.close(connection.fd)
-
-
-def _has_data(fd: int) -> bool:
-    return bool(_peeked(fd))
-
-
-def _peeked(fd: int) -> bool | None:
-    """Whether there is something to read (True), the client has left (False), or neither (None)."""
-    # Borrowed, not copied: that works at the descriptor limit too.
-    sock = socket.socket(fileno=fd)
-    try:
-        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-    except BlockingIOError:
-        return None
-    except OSError:
-        return False
-    finally:
-        sock.detach()

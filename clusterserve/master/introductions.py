@@ -6,20 +6,13 @@ is what they ask for.  As with gunicorn a trusted peer may also come without a h
 
 from __future__ import annotations
 
-import logging
 import socket
-import time
 from ipaddress import IPv6Address
-from typing import Final
 
 from ..core.connection import Connection
 from ..core.proxy import MAX_V2, Header, More, ProxyError, Trust, parse
 from ..core.records import PROXIED
-
-logger = logging.getLogger("clusterserve.dispatch")
-
-#: Said no more often than this (seconds).
-_COMPLAINT_PAUSE: Final = 10.0
+from .complaint import Complaint
 
 
 class Introductions:
@@ -28,7 +21,7 @@ class Introductions:
     def __init__(self, mode: str, allowed: str) -> None:
         self._mode = mode
         self._trust = Trust(allowed)
-        self._silent_until = 0.0
+        self._complaint = Complaint()
 
     def expects(self, connection: Connection) -> bool:
         """Whether its peer may say whose it is."""
@@ -70,17 +63,8 @@ class Introductions:
         return header
 
     def _complain(self, connection: Connection, error: ProxyError) -> None:
-        """But not of each of them."""
-        now = time.monotonic()
-        if now >= self._silent_until:
-            self._silent_until = now + _COMPLAINT_PAUSE
-            where = "a unix socket"
-            if connection.client:
-                address = IPv6Address(connection.client)
-                where = str(address.ipv4_mapped or address)
-            logger.warning(
-                "Closed a connection of the proxy %s, whose PROXY header is %s (said once in %g s)",
-                where,
-                error,
-                _COMPLAINT_PAUSE,
-            )
+        where = "a unix socket"
+        if connection.client:
+            address = IPv6Address(connection.client)
+            where = str(address.ipv4_mapped or address)
+        self._complaint.warn("Closed a connection of the proxy %s, whose PROXY header is %s", where, error)

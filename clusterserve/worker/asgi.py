@@ -344,7 +344,7 @@ def _config(
                 capacity=settings.worker_connections,
             )
             if application.threads is not None:
-                link.receiver.employ(application.threads)
+                link.receiver.keeping.employ(application.threads)
         return loop
 
     config.loop = factory  # type: ignore[assignment]
@@ -435,7 +435,7 @@ class _Drainer:
         if self._gives_back:
             self._link.receiver.stop_keeping()
         if not keep:
-            self._link.receiver.take_all()
+            self._link.receiver.keeping.take_all()
         if quick:
             self._link.receiver.cut()
             self._draining.cut()

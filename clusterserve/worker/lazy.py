@@ -156,11 +156,11 @@ class LazyTransport(asyncio.Transport):
         if self._abort or self._error is not None or (self._closing and not self._pieces):
             self._finish(self._error)
         elif self._watch is None or self._pieces or self._upgraded or self._eof:
-            if self._resting and self._receiver.returns_real(self._watch):
+            if self._resting and self._receiver.keeping.returns_real(self._watch):
                 # As soon as all is flushed.
                 self._returning = self._closing = True
             self.become_real()
-        elif self._resting and not self._receiver.keeps:
+        elif self._resting and not self._receiver.keeping.keeps:
             self._returning = True
             self._finish(None)
         elif self._resting and self._watch.shared:
@@ -220,7 +220,7 @@ class LazyTransport(asyncio.Transport):
             # It is on its way back to the master, and the request with it: reading it now would lose it.
             return
         receiver = self._receiver
-        if receiver.crowds and not receiver.has_room():
+        if receiver.keeping.crowds and not receiver.keeping.has_room():
             self.give_back()
             return
         self._running = True
@@ -241,7 +241,7 @@ class LazyTransport(asyncio.Transport):
         if self._phase is BUSY:
             if self._reading:
                 if self._resting:
-                    if self._receiver.crowds and not self._receiver.has_room():
+                    if self._receiver.keeping.crowds and not self._receiver.keeping.has_room():
                         # Somebody else may have a free thread, or will have one first.
                         self.give_back()
                         return
@@ -292,7 +292,7 @@ class LazyTransport(asyncio.Transport):
         """The response is complete and nothing beyond its request was read: keep the connection, or give it back."""
         watch = self._watch
         if watch is None or self._phase is PENDING or self._phase is REAL:
-            if self._receiver.returns_real(watch):
+            if self._receiver.keeping.returns_real(watch):
                 self.give_back()
         else:
             self._resting = True

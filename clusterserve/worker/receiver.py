@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Final
 from .. import faults
 from ..channel.board import IDLE, READING, UNTOUCHED, Board
 from ..channel.connection import WorkerEnd
-from ..core.cost import Cost
 from ..core.records import (
     ACK,
     CLOSED,
@@ -38,9 +37,9 @@ from ..core.records import (
 )
 from ..errors import ProtocolError
 from .answers import Answers
+from .keeping import Keeping
 from .lazy import CHUNK, LazyTransport
 from .stopwatch import Stopwatch
-from .threads import Threads
 from .transport import HandedTransport, Told
 from .watch import Watch
 
@@ -51,9 +50,6 @@ _LOST: Final = int(Flag.LOST)
 
 #: How often idle connections are looked for, and how long one stays at least (seconds).
 IDLE_LOOK: Final = 0.5
-
-#: More connections than this go back at once: what is kept costs a worker memory, and the master next to none.
-MOST_KEPT: Final = 512
 
 #: How often heads are looked at in the time one may take.
 HEAD_LOOKS: Final = 4
@@ -85,17 +81,12 @@ class Receiver:
         self.counters = board.counters
         #: Where HTTP connections wait; None for servers that are not HTTP (`borrow`).
         self.watch: Watch | None = None
-        #: Whether a connection is worth keeping for its next request, now.
-        self.keeps = False
+        #: Whether connections stay between two requests, and whether the next one has a thread.
+        self.keeping = Keeping(board.counters, self._thread_is_free)
         #: Of the connections that are kept, how many have a request in progress.
         self.running = self._shown = 0
-        #: Whether requests need a thread each, of which there are so many (`has_room`).
-        self.crowds = False
         #: Whether somebody wants to know how long connections have waited for this worker.
         self.timed = False
-        self._may_keep = self._weighs = self._keeps_at_all = False
-        self._most_kept = MOST_KEPT
-        self._cost = Cost()
         self._board = board
         self._end = end
         self._refuses = not faults.on("lost-refusals")
@@ -112,10 +103,6 @@ class Receiver:
         self._handshakes: set[int] = set()
         self._shaken: asyncio.Event | None = None
         self._on_idle: Callable[[], None] | None = None
-        # Where requests are served in threads: those of this turn that will need one.
-        self._threads: Threads | None = None
-        self._begun = 0
-        self._crowded = self._last = False
         loop.add_reader(end.fileno(), self._readable)
 
     def borrow(
@@ -128,61 +115,14 @@ class Receiver:
         Of the `capacity` connections that it may have, half at most are idle.
         """
         self.watch = Watch(self.loop, kept, self)
-        if capacity is not None:
-            self._most_kept = min(MOST_KEPT, capacity // 2)
-            keep = keep and (self._most_kept > 0 or kept is None)
-        self.keeps = self._keeps_at_all = keep
-        self._may_keep = keep and kept is not None
-        self._weighs = kept is not None
-        if self._may_keep:
+        self.keeping.start(self.watch, keep=keep, capacity=capacity)
+        if self.keeping.possible:
             self.loop.call_later(IDLE_LOOK, self._look_for_idle)
         if head_timeout:
             self.loop.call_later(head_timeout / HEAD_LOOKS, self._look_at_heads, head_timeout / HEAD_LOOKS)
 
-    def employ(self, threads: Threads) -> None:
-        """Requests are served in these threads from now on: what finds none free is left, unread, to other workers."""
-        self._threads, self.crowds = threads, True
-        self.counters[3] = threads.places
-        threads.on_begin, threads.on_end = self._occupied, self._vacated
-
-    def has_room(self) -> bool:
-        """Whether the next request has a thread, which is reserved for it until the end of this turn."""
-        if self._threads is not None and not self._last:
-            # One that was read in this turn gets its thread when its task runs, right before the turn ends.
-            if self._threads.busy + self._begun >= self._threads.places:
-                return False
-            self._begun += 1
-        return True
-
-    def take_all(self) -> None:
-        """Nobody is left who could take what finds no thread: it waits for one here."""
-        self._last = True
-
-    def returns_real(self, watch: Watch | None) -> bool:
-        """Whether a connection that has become the loop's goes back after its response: it cannot wait in `watch`.
-
-        Where requests need a thread it does so always: the loop would read the next one, whether there is one or not.
-        """
-        return watch is None or watch.shared or not self.keeps or self._threads is not None
-
-    def _occupied(self) -> None:
-        assert self._threads is not None
-        self.counters[2] = self._threads.busy
-        self._begun = max(0, self._begun - 1)
-        if self._threads.busy >= self._threads.places:
-            # Whoever waits in the master's queue must not see the threads go to those that are kept, again and again.
-            self._crowded, self.keeps = True, False
-
-    def _vacated(self, seconds: float) -> None:
-        assert self._threads is not None
-        self.counters[2] = self._threads.busy
-        if self._threads.busy == self._threads.places - 1:
-            self.answers.say(0, FREE)
-        self._crowded = self._crowded and self._threads.busy * 2 >= self._threads.places
-        self.keeps = self._keeps_at_all
-        if self._weighs and self.watch is not None:
-            self._weigh(self.watch, seconds, 1)
-        self.keeps = self.keeps and not self._crowded
+    def _thread_is_free(self) -> None:
+        self.answers.say(0, FREE)
 
     def _look_at_heads(self, pause: float) -> None:
         for transport in tuple(self.kept.values()):
@@ -196,7 +136,7 @@ class Receiver:
 
         Those that nobody could take back belong to their protocols, which `shutdown` tells.
         """
-        self._may_keep = self.keeps = self._keeps_at_all = False
+        self.keeping.stop()
         for transport in tuple(self.kept.values()):
             transport.give_back_if_kept()
 
@@ -215,7 +155,7 @@ class Receiver:
     def _look_for_idle(self) -> None:
         for transport in tuple(self.kept.values()):
             transport.grow_old()
-        if self._may_keep:
+        if self.keeping.possible:
             self.loop.call_later(IDLE_LOOK, self._look_for_idle)
 
     # -- offers in ------------------------------------------------------------------------------------------------
@@ -296,7 +236,7 @@ class Receiver:
         data: bytes | None = None
         watch = None
         if server.client_speaks_first:
-            if self.crowds and not self.has_room():
+            if self.keeping.crowds and not self.keeping.has_room():
                 os.close(fd)
                 self.answers.fresh[id] = FULL
                 return
@@ -432,25 +372,17 @@ class Receiver:
             return
         self._open = self._turning = self._postponed = self._later_batch = False
         lazy, self._lazy = self._lazy, []
-        self._begun = 0
-        each = 0.0
-        if self._requests:
-            each = self._stopwatch.spent / self._requests
-            if self._weighs and self.watch is not None and self._threads is None:
-                self._weigh(self.watch, self._stopwatch.spent, self._requests)
+        held, requests = self._stopwatch.spent, self._requests
+        self.keeping.turned(held, requests)
+        if requests:
             self._stopwatch.spent, self._requests = 0.0, 0
         for transport in lazy:
             transport.settle()
         if self.running != self._shown:
             self._shown = self.counters[1] = self.running
         if self.answers.fresh or self.answers.soon:
-            self.answers.turned(int(each * 1e6))
+            self.answers.turned(int(held / requests * 1e6) if requests else 0)
         self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF
-
-    def _weigh(self, watch: Watch, held: float, requests: int) -> None:
-        self._cost.took(held, requests)
-        self.keeps = self._may_keep and self._cost.cheap and len(watch) < self._most_kept
-        watch.claims = self._cost.batch
 
     # -- what becomes of them -------------------------------------------------------------------------------------
 

@@ -58,6 +58,8 @@ def notes(tmp_path: Path) -> Notes:
 def test_a_whole_life(serve: Serve, notes: Notes) -> None:
     server = serve("--hooks", HOOKS, app=FULL, workers=2, env=notes.env, noise=True)
     notes.wait_for("ready")
+    # The garbage collector leaves alone what is there from the beginning: this process is the master's alone.
+    assert [note.details for note in notes.all if note.name == "ready"] == [[True]]
     workers = {worker.id: [worker.id, worker.slot, worker.pid] for worker in server.workers}
     for id, named in workers.items():
         assert notes.names(id) == ["fork", "online", "listening"]
@@ -146,6 +148,8 @@ def test_in_a_program(notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
     assert notes.names()[-1] == "stopped"
     assert notes.names(2) == ["fork", "online", "listening", "draining", "disconnect", "exit"]
     assert {note.where[0] for note in notes.all} == {os.getpid()}
+    # What the program has made is the garbage collector's as before.
+    assert [note.details for note in notes.all if note.name == "ready"] == [[False]]
     with (
         pytest.raises(SettingsError, match=r"^the hooks 'no_such_module' cannot be imported"),
         Cluster(EXAMPLE, workers=1, bind="127.0.0.1:0", hooks="no_such_module"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import threading
@@ -50,7 +51,7 @@ def on_exit(worker: WorkerName, code: int | None, signal: int | None) -> None:
 
 
 def on_ready() -> None:
-    _note("ready")
+    _note("ready", None, gc.get_freeze_count() > 0)
 
 
 def on_reload() -> None:

@@ -218,8 +218,9 @@ def test_what_became_of_the_last_one_of_that_number_is_not_this_ones_end(
     """As it comes when one that hangs up is closed for want of descriptors, and its number is the next client's."""
     client = rig.connect(listener, b"one")
     give_back(rig, worker)
-    (number,) = rig.dispatcher._parked
-    rig.dispatcher._unpark(number, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP, rig.loop.time())
+    parked = rig.dispatcher._parked
+    (number,) = parked._connections
+    parked.woken(number, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP, rig.loop.time())
     rig.loop.turn(10)
     assert rig.distributor.statistics().parked == 1
     client.sendall(b"two")
@@ -285,15 +286,15 @@ def test_the_kernel_watches_no_more(
 
     client, other = rig.connect(listener, b"one"), rig.connect(listener, b"one")
     offers = worker.receive(2)
-    epoll = rig.dispatcher._epoll
-    rig.dispatcher._epoll = Full(epoll)  # type: ignore[assignment]
+    epoll = rig.dispatcher._parked._epoll
+    rig.dispatcher._parked._epoll = Full(epoll)  # type: ignore[assignment]
     for offer in offers:
         assert offer.sock.recv(100)
         offer.sock.close()
         worker.answer(GIVEN_BACK, offer.id)
     rig.loop.until(lambda: readable(client) and readable(other), "both have ended")
     assert client.recv(1) == other.recv(1) == b""
-    rig.dispatcher._epoll = epoll
+    rig.dispatcher._parked._epoll = epoll
     assert rig.distributor.statistics().parked == 0
     (record,) = caplog.records
     assert "No space left on device" in record.getMessage()

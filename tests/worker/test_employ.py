@@ -63,7 +63,7 @@ def echo(master: Master, recorders: Recorders) -> Recorders:
 def private(master: Master, threads: Threads) -> None:
     """`--dispatch connection`."""
     master.receiver.borrow(None, keep=True, head_timeout=0.0)
-    master.receiver.employ(threads)
+    master.receiver.keeping.employ(threads)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def shared(master: Master, threads: Threads) -> Iterator[select.epoll]:
     """`--dispatch auto`."""
     theirs = select.epoll()
     master.receiver.borrow(select.epoll.fromfd(os.dup(theirs.fileno())), keep=True, head_timeout=0.0)
-    master.receiver.employ(threads)
+    master.receiver.keeping.employ(threads)
     yield theirs
     theirs.close()
 
@@ -111,7 +111,7 @@ async def test_an_offer_that_finds_no_thread_goes_back_unread(master: Master, ga
 @pytest.mark.usefixtures("shared")
 async def test_but_not_when_nobody_else_is_left(master: Master, gate: Gate, echo: Recorders) -> None:
     gate.begin()
-    master.receiver.take_all()
+    master.receiver.keeping.take_all()
     handed = master.hand(b"one")
     assert await handed.reads(3) == b"ONE"
     await gate.end()
@@ -172,11 +172,11 @@ async def test_one_whose_threads_are_all_occupied_keeps_nothing(master: Master, 
     echo.on(data=hold)
     handed = master.hand(b"one")
     await until(lambda: held, "it is being served")
-    assert not master.receiver.keeps
+    assert not master.receiver.keeping.keeps
     respond(held[0], b"one")
     await until(lambda: handed.returned, "it is given back")
     await gate.end()
-    assert master.receiver.keeps
+    assert master.receiver.keeping.keeps
 
 
 @pytest.mark.usefixtures("private")
@@ -195,7 +195,7 @@ async def test_what_counts_is_the_time_in_the_thread(master: Master, gate: Gate,
         # Longer than what is worth keeping, as a request of an expensive application.
         await asyncio.sleep(0.002)
         await gate.end()
-    assert not master.receiver.keeps
+    assert not master.receiver.keeping.keeps
 
 
 @pytest.mark.usefixtures("shared")
@@ -203,4 +203,4 @@ async def test_one_that_leaves_keeps_nothing_more(master: Master, gate: Gate) ->
     master.receiver.stop_keeping()
     gate.begin()
     await gate.end()
-    assert not master.receiver.keeps
+    assert not master.receiver.keeping.keeps

@@ -236,7 +236,7 @@ class TestShared:
         handed = master.hand(b"long")
         await master.answered(handed)
         master.deafen()
-        master.receiver.keeps = keeps
+        master.receiver.keeping.keeps = keeps
         seen: list[bool] = []
         transport = echo.only.transport
         transport.write(b"LONG.")
