@@ -83,6 +83,7 @@ def _size(chance: random.Random) -> int:
 class Introduction:
     """What a proxy says of its client first, and whom the application is to see then."""
 
+    version: int
     parts: list[bytes]
     origin: str
 
@@ -93,12 +94,13 @@ def introduction(chance: random.Random) -> Introduction:
         f"10.{chance.randrange(256)}.{chance.randrange(256)}.{chance.randrange(256)}",
         chance.randrange(65536),
     )
-    if chance.random() < 0.5:
+    version = chance.choice([1, 2])
+    if version == 1:
         data = f"PROXY TCP4 {client} 192.0.2.1 {port} 443\r\n".encode()
     else:
         addresses = socket.inet_aton(client) + socket.inet_aton("192.0.2.1") + port.to_bytes(2, "big") + b"\x01\xbb"
         data = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + addresses
-    return Introduction(pieces(chance, data, chance.choice([1, 1, 2, 4])), f"{client}:{port}")
+    return Introduction(version, pieces(chance, data, chance.choice([1, 1, 2, 4])), f"{client}:{port}")
 
 
 @final
@@ -127,9 +129,8 @@ class Wire:
             if address.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.get_running_loop().sock_connect(sock, address.sockaddr)
-            wire = cls(sock, origin=None if proxied is None else proxied.origin, tls=tls)
-            if proxied is None and address.family != socket.AF_UNIX:
-                wire._origin = "{}:{}".format(*sock.getsockname())
+            own = None if address.family == socket.AF_UNIX else "{}:{}".format(*sock.getsockname())
+            wire = cls(sock, origin=own if proxied is None else proxied.origin, tls=tls)
             for part in proxied.parts if proxied is not None else ():
                 await wire._send(part)
                 await asyncio.sleep(0.001)
