@@ -20,6 +20,7 @@ class Load:
     connections: int
     threads: int
     new_connections: bool
+    path: str = "/"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Result:
     per_second: float
     own_cpu_seconds: float
     elapsed_seconds: float
+    #: Milliseconds; of closed-loop requests, which wait for each other.
+    p50: float
+    p99: float
     errors: tuple[str, ...]
 
 
@@ -45,7 +49,8 @@ def version() -> str:
 def run(port: int, load: Load) -> Result:
     header = ["--header", "Connection: close"] if load.new_connections else []
     command = ["wrk", "--threads", str(load.threads), "--connections", str(load.connections)]
-    command += ["--duration", f"{load.seconds}s", "--timeout", "10s", *header, f"http://127.0.0.1:{port}/"]
+    command += ["--duration", f"{load.seconds}s", "--timeout", "10s", *header, "--latency"]
+    command.append(f"http://127.0.0.1:{port}{load.path}")
     started, before = time.monotonic(), _children_cpu()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=load.seconds + GRACE_SECONDS)
     elapsed, used = time.monotonic() - started, _children_cpu() - before
@@ -53,7 +58,20 @@ def run(port: int, load: Load) -> Result:
     rate = re.search(r"Requests/sec:\s+([\d.]+)", done.stdout)
     if done.returncode or counted is None or rate is None:
         raise ServerFailedError(f"wrk measured nothing: {(done.stderr or done.stdout).strip()}")
-    return Result(int(counted[1]), float(rate[1]), used, elapsed, _errors(done.stdout))
+    return Result(
+        int(counted[1]),
+        float(rate[1]),
+        used,
+        elapsed,
+        _latency(done.stdout, 50),
+        _latency(done.stdout, 99),
+        _errors(done.stdout),
+    )
+
+
+def _latency(output: str, percent: int) -> float:
+    found = re.search(rf"^ *{percent}% +([\d.]+)(us|ms|s)$", output, re.MULTILINE)
+    return float(found[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[found[2]] if found else float("nan")
 
 
 def _errors(output: str) -> tuple[str, ...]:

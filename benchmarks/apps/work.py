@@ -1,7 +1,7 @@
 """Applications whose requests take as long as the client says: `/work?ms=MILLISECONDS`.
 
-`block` holds the event loop that long without using the processor, `awaiting` first awaits and then uses the processor
-that long, `post` reads the request's body and then is `block`.
+`block` holds the event loop that long without using the processor, `burning` uses the processor that long, `awaiting`
+first awaits and then uses the processor, `post` reads the request's body and then is `block`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ def application(serve: Application) -> Application:
 @application
 async def block(scope: Scope, receive: Receive, send: Send) -> None:
     hold(seconds(scope))
+
+
+@application
+async def burning(scope: Scope, receive: Receive, send: Send) -> None:
+    burn(seconds(scope))
 
 
 @application
