@@ -224,6 +224,11 @@ class Settings(Launch):
         return (self.preload or self.tls or self.reload) and self.respawn and not self.exec
 
     @property
+    def timeout_start(self) -> float:
+        """How long the first workers may take until they listen, everything included (seconds)."""
+        return self.timeout_boot * (2 if self.templated else 1)
+
+    @property
     def own_access_log(self) -> bool:
         """Whether the lines of the access log say more than uvicorn knows when it writes its own."""
         return self.access_log and (self.log_format == "json" or self.access_logformat is not None)

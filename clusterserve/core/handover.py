@@ -95,7 +95,7 @@ class Estate:
 
 @dataclass(frozen=True)
 class Hello:
-    """New to old: understood.  `patience` is how long its workers may take until they listen (seconds)."""
+    """New to old: understood.  `patience` is how long its start may take, until all workers listen (seconds)."""
 
     patience: float
 

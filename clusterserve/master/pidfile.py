@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 
@@ -81,12 +82,32 @@ class PidFile:
                 return
             except FileExistsError:
                 pass
-            with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as old:
+            if self._replaced_link(temporary):
+                return
+            with contextlib.suppress(FileNotFoundError), open(self.path, "rb", opener=_opener) as old:
+                if not stat.S_ISREG(os.fstat(old.fileno()).st_mode):
+                    raise ClusterError(f"the pid file {self.path} is no regular file; choose another one")
                 # Whoever replaces it holds its lock, so only one of several does.
                 self._claim(old.fileno(), old.read(32))
                 if os.path.samestat(os.stat(self.path), os.fstat(old.fileno())):
                     os.rename(temporary, self.path)
                     return
+
+    def _replaced_link(self, temporary: str) -> bool:
+        """Put `temporary` in the place of a link that leads nowhere, if there is one; any other link is replaced too,
+        when what it leads to is claimed."""
+        if os.path.exists(self.path) or not os.path.islink(self.path):
+            return False
+        directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # There is no file whose lock would say which of several replaces it.
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            found = not os.path.exists(self.path) and os.path.islink(self.path)
+            if found:
+                os.rename(temporary, self.path)
+        finally:
+            os.close(directory)
+        return found
 
     def _claim(self, fd: int, content: bytes) -> None:
         pid = int(content) if content.strip().isdigit() else 0
@@ -104,6 +125,11 @@ class PidFile:
     def _close(self) -> None:
         os.close(self._fd)
         self._fd = -1
+
+
+def _opener(path: str, flags: int) -> int:
+    # A pipe has nobody at its other end, for whom this would wait.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _started(pid: int) -> float:

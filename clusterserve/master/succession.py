@@ -60,7 +60,7 @@ class Succession:
 
     def start(self) -> None:
         """The engine has started: say when it is ready."""
-        self._channel.send(Hello(self._engine.settings.timeout_boot))
+        self._channel.send(Hello(self._engine.settings.timeout_start))
         self._engine.settled.add_done_callback(self._settled)
 
     @property

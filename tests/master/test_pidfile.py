@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,40 @@ def test_a_second_master_is_refused(path: Path) -> None:
     assert path.read_text() == OURS
     assert list(path.parent.iterdir()) == [path]
     file.remove()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "stale", "master.pid"])
+def test_a_link_is_replaced_wherever_it_leads(path: Path, target: str) -> None:
+    (path.parent / "stale").write_text(f"{2**22}\n")
+    path.symlink_to(target)
+    file = PidFile(str(path))
+    file.write()
+    assert (path.is_symlink(), path.read_text()) == (False, OURS)
+    with pytest.raises(ClusterError, match="in use"):
+        PidFile(str(path)).write()
+    file.remove()
+    assert [each.name for each in path.parent.iterdir()] == ["stale"]
+
+
+def test_one_of_several_replaces_a_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+    with ThreadPoolExecutor(8) as threads:
+        files = [PidFile(str(path)) for _ in range(8)]
+        errors = [each.exception(30) for each in [threads.submit(file.write) for file in files]]
+    assert len([error for error in errors if error is None]) == 1
+    assert all(isinstance(error, ClusterError) for error in errors if error is not None)
+    assert list(path.parent.iterdir()) == [path]
+    for file in files:
+        file.remove()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_is_no_regular_file_stays(path: Path) -> None:
+    """/dev/null above all, for whoever is root."""
+    os.mkfifo(path)
+    with pytest.raises(ClusterError, match="is no regular file"):
+        PidFile(str(path)).write()
+    assert (path.is_fifo(), list(path.parent.iterdir())) == (True, [path])
 
 
 def ended() -> int:
