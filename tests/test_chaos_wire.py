@@ -44,7 +44,7 @@ def met(
             elif end:
                 server.shutdown(socket.SHUT_WR)
             wire = Wire(client, origin=origin)
-            status = await asyncio.wait_for(wire.answer(ASKED, last_words=last_words), DEADLINE)
+            status = await asyncio.wait_for(wire.answer(ASKED, last_words=lambda: last_words), DEADLINE)
             assert wire.closed == (b"connection" in data and status == 200)
             return status
 

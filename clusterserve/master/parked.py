@@ -109,9 +109,16 @@ class Parked:
         if self._connections.pop(connection.fd, None) is not None:
             self._epoll.unregister(connection.fd)
 
-    def end_all(self) -> None:
-        """Close them, as `end_idle` does."""
-        self.end_idle(tuple(self._connections.values()))
+    def end_all(self, now: float) -> None:
+        """Close them, as `end_idle` does; whose client has asked for more wait for a worker from now on."""
+        everyone = tuple(self._connections.values())
+        self.end_idle(everyone)
+        for connection in everyone:
+            # Those who are to be introduced have asked nothing yet.
+            if self._connections.get(connection.fd) is connection and not connection.unknown:
+                self.leave(connection)
+                connection.since = now
+                self._distributor.readable(connection.id)
 
     def end_idle(self, connections: Sequence[Connection]) -> None:
         """Close these, but none whose client has asked for more: the epoll will tell of it."""

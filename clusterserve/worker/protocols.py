@@ -46,7 +46,8 @@ REQUEST_TIMEOUT: Final = (
 #: A worker that leaves while others go on closes a TLS connection that asks nothing for so long (seconds).
 LAST_CALL: Final = 5.0
 
-#: When the whole cluster stops, one that has never asked anything: its first request may be on its way.
+#: When the whole cluster stops, one that has never asked anything: its first request may be on its way.  Likewise one
+#: that has sent something which this worker has not read.
 FIRST_WORD: Final = 0.5
 
 CLOSE: Final = (b"connection", b"close")
@@ -169,8 +170,16 @@ def _borrower(base: Any) -> Any:
                 self._say_goodbye()
             elif self.borrowing.after_response:
                 self.give_back()
+            elif self._asks_again():
+                self._leaving = True
+                self.loop.call_later(FIRST_WORD, self._close_if_silent, self.cycle)
             else:
                 super().shutdown()
+
+        def _asks_again(self) -> bool:
+            """Whether an idle connection's next request is there, though this worker, which held its loop, has not
+            come to read it."""
+            return (self.cycle is None or self._answered()) and bool(self.transport.has_unread)
 
         def _say_goodbye(self) -> None:
             self._leaving = True
@@ -178,8 +187,8 @@ def _borrower(base: Any) -> Any:
                 self._make_it_the_last()
             elif self.borrowing.after_response:
                 self._wait_for_the_last()
-            elif self.cycle is None:
-                self.loop.call_later(FIRST_WORD, self._close_if_silent, None)
+            elif self.cycle is None or self._asks_again():
+                self.loop.call_later(FIRST_WORD, self._close_if_silent, self.cycle)
             else:
                 super().shutdown()
 
@@ -199,7 +208,8 @@ def _borrower(base: Any) -> Any:
 
         def _wait_for_the_last(self) -> None:
             if self._answered() or self.cycle is None:
-                self.loop.call_later(LAST_CALL, self._close_if_silent, self.cycle)
+                if not self.transport.is_closing():
+                    self.loop.call_later(LAST_CALL, self._close_if_silent, self.cycle)
             else:
                 # It was sent on the heels of the one before.
                 self._make_it_the_last()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import socket
@@ -53,10 +54,10 @@ class Client:
             elif kind == "abort":
                 await asyncio.wait_for(self._abort(), BOUND)
                 return
-            elif kind == "half" and self._chaos.tls is None:
-                await asyncio.wait_for(self._half_close(), BOUND)
-                return
             try:
+                if kind == "half" and self._chaos.tls is None:
+                    await asyncio.wait_for(self._half_close(), BOUND)
+                    return
                 idle = True
                 self._wire.idle()
                 idle = False
@@ -88,6 +89,10 @@ class Client:
         # Rule 6.
         return self._chaos.told is not None if idle else self._chaos.late(self._asked)
 
+    def _may_be_last(self) -> bool:
+        """Rules 5 and 6."""
+        return self._chaos.tls is not None or self._chaos.told is not None
+
     async def _ask(self, kind: str) -> bool:
         """Ask and read what was asked; False when the connection is over, in order."""
         count = self._chance.randint(2, 6) if kind == "pipeline" else 1
@@ -100,9 +105,7 @@ class Client:
         try:
             for number, asked in enumerate(questions):
                 self._doing = f"{kind} {number + 1}/{count}: {asked}, {len(asked.data)} bytes"
-                status = await self._wire.answer(
-                    asked, last_words=self._chaos.tls is not None or self._chaos.told is not None
-                )
+                status = await self._wire.answer(asked, last_words=self._may_be_last)
                 if status == 503 and self._chaos.late(self._asked):
                     self._chaos.report.met["503 at the end"] += 1
                     return False
@@ -152,9 +155,12 @@ class Client:
     async def _half_close(self) -> None:
         asked = self._chaos.next_question(self._chance)
         await self._wire.send(asked.data)
-        self._wire.socket.shutdown(socket.SHUT_WR)
+        self._asked = time.monotonic()
+        # The server may have closed and left by then, which is said by what it has sent.
+        with contextlib.suppress(OSError):
+            self._wire.socket.shutdown(socket.SHUT_WR)
         try:
-            if await self._wire.answer(asked) == 200:
+            if await self._wire.answer(asked, last_words=self._may_be_last) == 200 and not self._wire.closed:
                 await self._wire.end()
             self._chaos.report.met["half-closed, answered"] += 1
         except EndedError:

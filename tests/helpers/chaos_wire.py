@@ -6,6 +6,7 @@ import asyncio
 import random
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
 
@@ -189,10 +190,10 @@ class Wire:
         if self._tls.ended:
             raise EndedError(begun=False)
 
-    async def answer(self, asked: Question, *, last_words: bool = False) -> int:
+    async def answer(self, asked: Question, *, last_words: Callable[[], bool] = lambda: False) -> int:
         """Read the answer to `asked` to its last byte; its status, 200 or what the master answers for a worker.
 
-        `last_words`: it may say that it is the last one; then it is, and `closed` is set.
+        `last_words()`: whether it may say that it is the last one; then it is, and `closed` is set.
         """
         status, headers = await self._head()
         if status in (502, 503, 504):
@@ -210,7 +211,7 @@ class Wire:
             raise WrongError(f"the application had {headers.get('x-sum')}, the client had sent {asked.sum}")
         if self._origin is not None and headers.get("x-from") not in (self._origin, self._origin.partition(":")[0]):
             raise WrongError(f"the application saw the client {headers.get('x-from')}, who is {self._origin}")
-        if "connection" in headers and not (last_words and headers["connection"] == "close"):
+        if "connection" in headers and not (last_words() and headers["connection"] == "close"):
             raise WrongError(f"a kept connection is told: {headers['connection']}")
         expected = memoryview(content(asked.ident, asked.size))
         if headers.get("transfer-encoding") == "chunked":

@@ -46,9 +46,12 @@ class Served(Application):
         await send({"type": "http.response.body", "body": b"half", "more_body": True})
         raise RuntimeError("midway")
 
-    async def slowly(self, receive: Any, send: Any) -> None:
+    async def last(self, receive: Any, send: Any) -> None:
+        await self.slowly(receive, send, (b"connection", b"close"))
+
+    async def slowly(self, receive: Any, send: Any, *more: tuple[bytes, bytes]) -> None:
         """In two pieces."""
-        headers = [(b"content-length", b"8")]
+        headers = [(b"content-length", b"8"), *more]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"half", "more_body": True})
         await self.go.wait()
@@ -395,6 +398,31 @@ class TestShutdown:
         assert await handed.rest() == b""
         assert not handed.returned
 
+    async def test_what_was_asked_before_it_is_answered(
+        self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]
+    ) -> None:
+        """1. A worker held its loop; the next request and the order to stop have come meanwhile.
+        Result: one more response, which says that it is the last.
+        """
+        handed = master.hand(GET)
+        await response(handed)
+        await turns(5)
+        handed.arrive(GET)
+        made[0].shutdown()
+        head, body = split(await handed.rest())
+        assert (b"\r\nconnection: close" in head.lower(), body) == (True, b"hello")
+
+    async def test_what_says_no_more_than_a_part_is_ended_all_the_same(
+        self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ours, "FIRST_WORD", 0.01)
+        handed = master.hand(GET)
+        await response(handed)
+        await turns(5)
+        handed.arrive(GET[:10])
+        made[0].shutdown()
+        assert await handed.rest() == b""
+
     async def test_what_is_kept_is_closed_at_keep_alive(
         self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]
     ) -> None:
@@ -404,6 +432,22 @@ class TestShutdown:
         made[0].timeout_keep_alive_handler()
         assert await handed.rest() == b""
         assert not handed.returned
+
+
+class TestLastWords:
+    async def test_what_comes_behind_them_is_nobodys(
+        self, loop: Loop, master: Master, http: uvicorn.Config, application: Served
+    ) -> None:
+        """h11 calls it an error, which must not cost the response that it comes in the midst of."""
+        handed = master.hand(request("GET", "/last"))
+        data = b""
+        while not data.endswith(b"half"):
+            data += await handed.reads(1)
+        await handed.sends(GET)
+        await until(lambda: not handed.unread(), "it is read")
+        await turns(5)
+        application.go.set()
+        assert await handed.rest() == b"half"
 
 
 class TestTls:
