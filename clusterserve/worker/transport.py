@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import fcntl
 import os
 import socket
@@ -48,8 +49,10 @@ class HandedTransport(LazyTransport):
     def has_unread(self) -> bool:
         """Whether the client has sent something that nobody has read, with TLS of whatever kind."""
         buffer = array.array("i", [0])
-        if self._phase is not CLOSED:
-            fcntl.ioctl(self._fd, termios.FIONREAD, buffer)
+        if not self.is_closing():
+            # The loop may have closed it, and tells us in its next turn.
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(self._fd, termios.FIONREAD, buffer)
         return bool(buffer[0])
 
     def serves(self, protocol: asyncio.BaseProtocol) -> bool:

@@ -51,10 +51,12 @@ class Client:
             self._doing = kind
             if kind == "idle":
                 await asyncio.sleep(self._chance.uniform(0.0, 0.4))
-            elif kind == "abort":
-                await asyncio.wait_for(self._abort(), BOUND)
-                return
+            # Until its last piece is sent, nothing is owed to a request.
+            self._asked, idle = math.inf, False
             try:
+                if kind == "abort":
+                    await asyncio.wait_for(self._abort(), BOUND)
+                    return
                 if kind == "half" and self._chaos.tls is None:
                     await asyncio.wait_for(self._half_close(), BOUND)
                     return
@@ -133,8 +135,6 @@ class Client:
         return True
 
     async def _write(self, parts: list[bytes]) -> None:
-        # Until the last piece is sent, nothing is owed to the rest.
-        self._asked = math.inf
         for number, part in enumerate(parts):
             if number:
                 await asyncio.sleep(self._chance.choice([0.0, 0.001, 0.005, 0.03]))
