@@ -746,7 +746,7 @@ class TestClosing:
         handed.arrive(b"more")
         assert transport.has_unread
         # What the loop has closed without having said so yet.
-        fd, transport._fd = transport._fd, -1
+        fd, transport._fd = transport._fd, 1 << 20
         assert not transport.has_unread
         transport._fd = fd
         transport.close()
