@@ -170,6 +170,9 @@ def _borrower(base: Any) -> Any:
                 self._say_goodbye()
             elif self.borrowing.after_response:
                 self.give_back()
+            elif self.cycle is not None and not self._answered():
+                # uvicorn would end the connection behind it all the same, without a word.
+                self._make_it_the_last()
             elif self._asks_again():
                 self._leaving = True
                 self.loop.call_later(FIRST_WORD, self._close_if_silent, self.cycle)

@@ -16,7 +16,8 @@ What a client may meet, and nothing else:
    before other requests that the client had sent on it; a connection that has asked nothing for `LAST_CALL` may end.
    A worker that was killed leaves no word of TLS, its kernel a reset of what it had not read, and there is no 502.
 6. Once the server was told to stop: a refused connection, the end of an idle one, a last response that says so, and for
-   what was asked later than that a `503`, an end or a reset.  What was asked before is answered.
+   what was asked later than that a `503`, an end or a reset.  What was asked before is answered, but for what was sent
+   on the heels of another request.
 
 In the end, master and workers hold as many descriptors of each kind as in the beginning; a server that was told to stop
 has ended with exit code 0, and left nothing.

@@ -103,7 +103,7 @@ class Client:
         parts = pieces(self._chance, data, self._chance.randint(2, 8)) if kind == "slow" else [data]
         if kind == "pipeline" and self._chance.random() < 0.5:
             parts = pieces(self._chance, data, 2)
-        writer = asyncio.ensure_future(self._write(parts))
+        writer = asyncio.ensure_future(self._write(parts, alone=count == 1))
         try:
             for number, asked in enumerate(questions):
                 self._doing = f"{kind} {number + 1}/{count}: {asked}, {len(asked.data)} bytes"
@@ -134,12 +134,14 @@ class Client:
                     raise result
         return True
 
-    async def _write(self, parts: list[bytes]) -> None:
+    async def _write(self, parts: list[bytes], *, alone: bool) -> None:
         for number, part in enumerate(parts):
             if number:
                 await asyncio.sleep(self._chance.choice([0.0, 0.001, 0.005, 0.03]))
             await self._wire.send(part)
-        self._asked = time.monotonic()
+        if alone:
+            # Rule 6.
+            self._asked = time.monotonic()
 
     async def _abort(self) -> None:
         """Leave at a bad moment, one way or the other."""

@@ -412,6 +412,16 @@ class TestShutdown:
         head, body = split(await handed.rest())
         assert (b"\r\nconnection: close" in head.lower(), body) == (True, b"hello")
 
+    async def test_what_is_in_progress_says_that_it_is_the_last(
+        self, loop: Loop, master: Master, http: uvicorn.Config, application: Served, made: list[Any]
+    ) -> None:
+        handed = master.hand(request("GET", "/wait"))
+        await master.answered(handed)
+        made[0].shutdown()
+        application.go.set()
+        head, body = split(await handed.rest())
+        assert (b"\r\nconnection: close" in head.lower(), body) == (True, b"waited")
+
     async def test_what_says_no_more_than_a_part_is_ended_all_the_same(
         self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
