@@ -10,7 +10,8 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from .core.dataclass import dataclass
 
 
 @dataclass(frozen=True)

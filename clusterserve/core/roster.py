@@ -5,8 +5,9 @@ The roster changes only by facts; `plan` (reconcile.py) reads it and says what f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from .dataclass import dataclass
 from .heartbeat import pace
 from .lifecycle import WorkerEvent, WorkerState, step
 from .templates import Templates

@@ -10,7 +10,9 @@ replaced by one of the same code, a template stays as long as its generation is 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from .dataclass import dataclass
 
 
 @dataclass(frozen=True)

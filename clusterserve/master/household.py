@@ -59,11 +59,11 @@ def household(settings: Settings, heritage: Heritage | None = None) -> Iterator[
         file = None
         if settings.pid is not None:
             file = PidFile(settings.pid)
+            undo.callback(file.remove)
             if heritage is not None and heritage.pid_file == file.path:
                 file.prepare()
             else:
                 file.write()
-            undo.callback(file.remove)
         title = titler()
         if title is None and settings.name is not None:
             logger.warning("--name changes nothing: the processes' titles need the package setproctitle")

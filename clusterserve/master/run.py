@@ -22,6 +22,7 @@ from ..logs import configure
 from ..settings import Settings
 from ..succession import Claim, claim
 from .engine import Engine
+from .first_signals import Ended, FirstSignals
 from .heritage import Heritage
 from .hooks import told_of_events
 from .household import House, household
@@ -56,6 +57,8 @@ def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[]
     configure(settings, files.places)
     try:
         return _run(settings, files, exits, reread)
+    except Ended as end:
+        return end.code
     except ClusterError as error:
         if settings.log_format == "json" or settings.error_logfile != "-":
             # For people, whoever called us says it on stderr; a file, and a machine, hear it from us.
@@ -73,6 +76,7 @@ def _run(settings: Settings, files: LogFiles, exits: bool, reread: Callable[[], 
         sys.path.insert(0, os.path.abspath(settings.app_dir))
     loop = uvloop.new_event_loop()
     with _handlers_put_back(ignore=exits):
+        first_signals = FirstSignals(own=exits)
         try:
             # Its end may take a moment: the loop still has the signals then, and makes nothing of them.
             with (
@@ -90,7 +94,9 @@ def _run(settings: Settings, files: LogFiles, exits: bool, reread: Callable[[], 
                     # A process of our own: what lives as long as it does (12 ms to look at) is not looked at again
                     # whenever the garbage collector does, while requests wait.
                     gc.freeze()
-                return loop.run_until_complete(_serve(settings, loop, emit, teller, house, reread, files, inheritance))
+                return loop.run_until_complete(
+                    _serve(settings, loop, emit, teller, house, reread, files, inheritance, first_signals)
+                )
         finally:
             # The loop leaves the default behind for every signal it has handled, which for most of them is death.
             signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
@@ -121,6 +127,7 @@ async def _serve(
     reread: Callable[[], Settings] | None,
     files: LogFiles,
     inheritance: tuple[Claim, Heritage] | None,
+    first_signals: FirstSignals,
 ) -> int:
     def told(event: Event) -> None:
         if not isinstance(event, Messaged):
@@ -144,6 +151,7 @@ async def _serve(
         if parent is not None:
             upgrade.on_yield = lambda: parent.forward(HEARD)
         signals = Signals(engine, upgrade, loop, teller.on_reloaded, reread, teller.on_refused)
+        first_signals.pass_on()
         undo.enter_context(_watching(settings, loop, engine, signals))
         engine.start()
         if succession is not None:

@@ -6,9 +6,10 @@ import logging
 import os
 import signal as signals
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import IO, Any, Final, Protocol
 
+from ..core.dataclass import dataclass
 from ..core.envelope import Envelope
 from ..core.events import (
     CameOnline,

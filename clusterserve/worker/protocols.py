@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from typing import Any, Final
 
 import h11
@@ -26,6 +25,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ..core.dataclass import dataclass
 from ..core.head import NO_LIMITS, HeadLimits
 from .limits import limited_h11, limited_httptools, with_limits
 from .receiver import HEAD_LOOKS

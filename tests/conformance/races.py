@@ -1,4 +1,4 @@
-"""`@races(3)`: this test is a race, and one run proves little.
+"""`@races()`: this test is a race, and one run proves little.
 
 It runs so many times in a row in an ordinary run (CI's too), and as often as CLUSTERSERVE_TEST_RACES says in
 `tox -e stress`, which selects these tests by their mark.
@@ -14,7 +14,7 @@ import pytest
 VARIABLE: Final = "CLUSTERSERVE_TEST_RACES"
 
 
-def races(times: int = 3) -> pytest.MarkDecorator:
+def races(times: int = 2) -> pytest.MarkDecorator:
     """The mark; conftest.py repeats what carries it.  Also for a class or, as `pytestmark`, a whole module."""
     return pytest.mark.races(times)
 

@@ -124,7 +124,7 @@ def test_D03_no_workers(scene: Scene) -> None:
     scene.run(main())
 
 
-@races(3)
+@races()
 def test_D04_within_a_disconnect_handler(scene: Scene) -> None:
     async def main() -> None:
         async with scene.cluster(LISTENS) as (cluster, told):
@@ -148,7 +148,7 @@ def test_D04_within_a_disconnect_handler(scene: Scene) -> None:
     scene.run(main())
 
 
-@races(3)
+@races()
 def test_D05_one_without_a_server_while_another_holds_the_port(scene: Scene) -> None:
     source = "if worker.id == 1:\n" + "".join(f"    {line}\n" for line in LISTENS.strip().splitlines()) + "else: "
 
@@ -170,7 +170,7 @@ def test_D05_one_without_a_server_while_another_holds_the_port(scene: Scene) -> 
 # ── one of them ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@races(3)
+@races()
 def test_D06_a_worker_that_wants_to_go_waits_for_the_master(scene: Scene) -> None:
     source = """
     worker.on("disconnect", lambda: say("disconnect", worker.is_connected()))
@@ -192,7 +192,7 @@ def test_D06_a_worker_that_wants_to_go_waits_for_the_master(scene: Scene) -> Non
     scene.run(main())
 
 
-@races(3)
+@races()
 def test_D07_the_master_lets_it_go_and_it_chooses_its_code(scene: Scene) -> None:
     source = """
     async def leave():
@@ -215,7 +215,7 @@ def test_D07_the_master_lets_it_go_and_it_chooses_its_code(scene: Scene) -> None
     scene.run(main())
 
 
-@races(3)
+@races()
 def test_D08_not_before_its_last_connection_has_ended(scene: Scene) -> None:
     async def main() -> None:
         async with scene.cluster(HOLDS) as (cluster, told):
@@ -285,7 +285,7 @@ def cut():
 """
 
 
-@races(3)
+@races()
 def test_D10_without_its_channel_a_worker_exits_at_once(scene: Scene) -> None:
     source = CUTS + "worker.on('disconnect', lambda: sys.exit(42))\nthreading.Timer(0.2, cut).start()\n" + IDLES
 
@@ -299,7 +299,7 @@ def test_D10_without_its_channel_a_worker_exits_at_once(scene: Scene) -> None:
     scene.run(main())
 
 
-@races(3)
+@races()
 def test_D11_a_worker_with_a_server_that_closes_its_channel(scene: Scene) -> None:
     source = CUTS + HOLDS.replace('say("closed", time.time())', "").replace("writer.write(line)", "cut()")
 
@@ -317,7 +317,7 @@ def test_D11_a_worker_with_a_server_that_closes_its_channel(scene: Scene) -> Non
     scene.run(main())
 
 
-@races(3)
+@races()
 def test_D12_told_many_times_at_once(scene: Scene) -> None:
     async def main() -> None:
         async with scene.cluster(LISTENS) as (cluster, told):
@@ -560,7 +560,7 @@ def test_D19_can_fail() -> None:
 # ── a worker that ends itself ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@races(3)
+@races()
 @pytest.mark.parametrize("how", ["disconnect", "destroy"])
 def test_K06_what_a_worker_asks_for_is_no_crash(scene: Scene, how: str) -> None:
     source = f"""

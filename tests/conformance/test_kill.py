@@ -158,7 +158,7 @@ asyncio.run(main())
 """
 
 
-@races(3)
+@races()
 @pytest.mark.parametrize("what", ["disconnect", "destroy"])
 def test_K06_a_worker_that_leaves_by_itself_was_told_to(scene: Scene, what: str) -> None:
     async def main() -> None:

@@ -269,7 +269,7 @@ def test_R12_listening_in_a_context_of_its_own(scene: Scene) -> None:
     scene.run(main())
 
 
-@races(3)
+@races()
 def test_R13_a_server_that_is_restarted_comes_back_to_its_port(scene: Scene) -> None:
     async def main() -> None:
         async with scene.cluster(PUPPET) as (cluster, told):

@@ -16,7 +16,7 @@ from tests.helpers import proc
 LOOPBACK = "127.0.0.1"
 
 
-@races(3)
+@races()
 def test_S01_disconnecting_a_worker_that_opens_its_server(scene: Scene) -> None:
     async def main() -> None:
         async with scene.cluster(LISTENS, policy="none") as (cluster, told):
@@ -30,7 +30,7 @@ def test_S01_disconnecting_a_worker_that_opens_its_server(scene: Scene) -> None:
     scene.run(main())
 
 
-@races(3)
+@races()
 def test_S02_one_after_the_other_as_soon_as_it_is_online(scene: Scene) -> None:
     port = free_port()
     source = LISTENS.replace("serve()", f"serve(port={port})")
@@ -53,7 +53,7 @@ def test_S02_one_after_the_other_as_soon_as_it_is_online(scene: Scene) -> None:
     scene.run(main())
 
 
-@races(3)
+@races()
 def test_S03_both_leave_while_a_client_holds_a_connection(scene: Scene) -> None:
     async def main() -> None:
         async with scene.cluster(PUPPET, policy="none") as (cluster, told):
@@ -75,7 +75,7 @@ def test_S03_both_leave_while_a_client_holds_a_connection(scene: Scene) -> None:
     scene.run(main())
 
 
-@races(3)
+@races()
 def test_S04_a_server_that_is_restarted_comes_back_to_its_port(scene: Scene) -> None:
     async def main() -> None:
         async with scene.cluster(PUPPET, policy="none") as (cluster, told):

@@ -22,11 +22,24 @@ def hello(address: Address) -> None:
     assert response.text.startswith("Hello from worker ")
 
 
-def test_host_and_port_zero_prints_the_real_port(serve: Serve) -> None:
-    server = serve(bind="127.0.0.1:0")
-    assert server.address.port != 0
-    assert len(proc.listening_inodes(server.address.port)) == 1
-    hello(server.address)
+def test_every_spelling_and_each_address_is_told_once(serve: Serve) -> None:
+    server = serve(
+        bind=["127.0.0.1:0", "127.0.0.1:0", "[::1]:0", "localhost:0", ":0", f"unix:@clusterserve-e2e-{os.getpid()}"]
+    )
+    assert len(server.found(LISTENING_ON)) == 6
+    first, second, version6, _, everywhere, abstract = server.addresses
+    for address in (first, second):
+        # The real one.
+        assert address.port != 0
+        assert len(proc.listening_inodes(address.port)) == 1
+    assert first.port != second.port
+    assert version6.family == socket.AF_INET6
+    assert abstract.family == socket.AF_UNIX
+    for address in server.addresses:
+        if address != everywhere:
+            hello(address)
+    hello(everywhere.reached_by("127.0.0.1"))
+    hello(everywhere.reached_by("127.0.0.9"))
 
 
 @pytest.fixture
@@ -38,14 +51,9 @@ def port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
-def test_a_port_that_is_given(serve: Serve, port: int) -> None:
-    server = serve(bind=f"127.0.0.1:{port}")
-    assert server.address.port == port
-    hello(server.address)
-
-
-def test_the_port_can_be_bound_again_at_once(serve: Serve, port: int) -> None:
+def test_a_port_that_is_given_can_be_bound_again_at_once(serve: Serve, port: int) -> None:
     first = serve(bind=f"127.0.0.1:{port}")
+    assert first.address.port == port
     with first.connect() as client:
         assert client.ask("GET", "/").status == 200
         # The server closes first, so that its end is the one in TIME_WAIT.
@@ -53,23 +61,6 @@ def test_the_port_can_be_bound_again_at_once(serve: Serve, port: int) -> None:
     second = serve(bind=f"127.0.0.1:{port}")
     assert second.address.port == port
     hello(second.address)
-
-
-def test_ipv6(serve: Serve) -> None:
-    server = serve(bind="[::1]:0")
-    assert server.address.family == socket.AF_INET6
-    hello(server.address)
-
-
-def test_a_host_name(serve: Serve) -> None:
-    server = serve(bind="localhost:0")
-    hello(server.address)
-
-
-def test_all_interfaces(serve: Serve) -> None:
-    server = serve(bind=":0")
-    hello(server.address.reached_by("127.0.0.1"))
-    hello(server.address.reached_by("127.0.0.9"))
 
 
 def test_a_unix_path(serve: Serve, tmp_path: Path) -> None:
@@ -84,11 +75,6 @@ def test_a_unix_path(serve: Serve, tmp_path: Path) -> None:
         assert client.get("/").status_code == 200
     assert server.stop() == 0
     assert not path.exists()
-
-
-def test_an_abstract_unix_address(serve: Serve) -> None:
-    server = serve(bind=f"unix:@clusterserve-e2e-{os.getpid()}")
-    hello(server.address)
 
 
 def test_a_stale_socket_file_is_replaced(serve: Serve, tmp_path: Path) -> None:
@@ -145,6 +131,7 @@ def test_several_kinds_at_once(serve: Serve, tmp_path: Path, policy: str) -> Non
         families = [address.family for address in server.addresses]
         assert families == [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, socket.AF_INET, socket.AF_INET]
         assert len({address.sockaddr for address in server.addresses}) == 5
+        assert len(server.found(LISTENING_ON)) == 5
         for address in server.addresses:
             for _ in range(3):
                 hello(address)
@@ -166,12 +153,6 @@ def test_uds(serve: Serve, tmp_path: Path) -> None:
     server = serve("--uds", str(tmp_path / "s"), bind=None)
     assert server.address.sockaddr == str(tmp_path / "s")
     hello(server.address)
-
-
-def test_each_address_is_told_once(serve: Serve) -> None:
-    server = serve(workers=2, bind=["127.0.0.1:0", "127.0.0.1:0"])
-    assert len(server.found(LISTENING_ON)) == 2
-    assert server.addresses[0].port != server.addresses[1].port
 
 
 @pytest.mark.needs_tool("ss")

@@ -42,11 +42,14 @@ def no_zombies(server: Server) -> None:
     )
 
 
-def test_a_crash_is_repaired(serve: Serve) -> None:
+def test_a_crash_is_told_and_repaired(serve: Serve) -> None:
     server = serve(*QUICK, *IN_TURN, workers=2)
-    victim = crash(server)
+    victim = crash(server, code=42)
+    # One line that says which worker and how it ended.
+    lines = server.wait_for(rf"(?i)Worker {victim.id} \(slot {victim.slot}, pid {victim.pid}\).*\b42\b")
     survivor = next(each for each in (1, 2) if each != victim.id)
     server.wait_for(WORKER_LISTENS, count=3)
+    assert len(lines) == 1
     successor = server.announced[2]
     assert (successor.id, successor.slot) == (3, victim.slot)
     assert successor.pid != victim.pid
@@ -57,42 +60,18 @@ def test_a_crash_is_repaired(serve: Serve) -> None:
     no_zombies(server)
 
 
-def test_a_crash_is_told(serve: Serve) -> None:
-    server = serve(*QUICK, workers=2)
-    victim = crash(server, code=42)
-    # One line that says which worker and how it ended.
-    lines = server.wait_for(rf"(?i)Worker {victim.id} \(slot {victim.slot}, pid {victim.pid}\).*\b42\b")
-    assert len(lines) == 1
-
-
-def test_kill_9_is_told(serve: Serve) -> None:
-    server = serve(*QUICK, workers=2)
-    victim = server.workers[1]
-    os.kill(victim.pid, signal.SIGKILL)
-    lines = server.wait_for(rf"(?i)Worker {victim.id} \(slot {victim.slot}, pid {victim.pid}\).*(KILL|\b9\b)")
-    assert len(lines) == 1
-    server.wait_for(WORKER_LISTENS, count=3)
-    assert server.announced[2].slot == victim.slot
-
-
-def test_ids_are_never_used_again(serve: Serve) -> None:
+def test_an_exit_code_means_nothing_special_and_ids_are_never_used_again(serve: Serve) -> None:
     server = serve(*QUICK, "--restart-backoff-max", "0.01", workers=1)
-    for number in range(1, 5):
+    for number, code in enumerate((0, 3, 4), 1):
         server.wait_for(WORKER_LISTENS, count=number)
         assert server.ask_id() == number
-        os.kill(server.announced[-1].pid, signal.SIGKILL)
+        crash(server, code)
+    server.wait_for(WORKER_LISTENS, count=4)
+    os.kill(server.announced[-1].pid, signal.SIGKILL)
     server.wait_for(WORKER_LISTENS, count=5)
     assert [each.id for each in server.announced] == [1, 2, 3, 4, 5]
     assert {each.slot for each in server.announced} == {0}
     no_zombies(server)
-
-
-@pytest.mark.parametrize("code", [0, 3, 4])
-def test_an_apps_own_exit_code_means_nothing_special(serve: Serve, code: int) -> None:
-    server = serve(*QUICK, workers=1)
-    crash(server, code)
-    server.wait_for(WORKER_LISTENS, count=2)
-    assert server.ask_id() == 2
 
 
 def test_siblings_serve_meanwhile(serve: Serve) -> None:
@@ -104,21 +83,18 @@ def test_siblings_serve_meanwhile(serve: Serve) -> None:
     assert ids == ids[:2] * 10
 
 
-def test_kept_connections_of_siblings_do_not_notice(serve: Serve) -> None:
+def test_kill_9_is_told_and_kept_connections_of_siblings_do_not_notice(serve: Serve) -> None:
     server = serve(*QUICK, *KEEP, *IN_TURN, workers=2).warm()
     with server.connect() as one, server.connect() as other:
         owners = [client.ask("GET", "/whoami").json()["id"] for client in (one, other)]
         assert sorted(owners) == [1, 2]
         victim = next(each for each in server.workers if each.id == owners[0])
         os.kill(victim.pid, signal.SIGKILL)
+        lines = server.wait_for(rf"(?i)Worker {victim.id} \(slot {victim.slot}, pid {victim.pid}\).*(KILL|\b9\b)")
         server.wait_for(WORKER_LISTENS, count=3)
+        assert len(lines) == 1
+        assert server.announced[2].slot == victim.slot
         assert other.ask("GET", "/whoami").json()["id"] == owners[1]
-
-
-def test_a_request_that_comes_while_nobody_lives_is_served_by_the_successor(serve: Serve) -> None:
-    server = serve(*QUICK, workers=1)
-    os.kill(server.workers[0].pid, signal.SIGKILL)
-    assert server.ask_id() == 2
 
 
 def test_requests_that_a_dead_worker_had_not_read_are_served(serve: Serve) -> None:
@@ -138,34 +114,31 @@ def test_requests_that_a_dead_worker_had_not_read_are_served(serve: Serve) -> No
     assert workers[0].id not in {answer.json()["id"] for answer in answers}
 
 
-def test_a_half_done_answer_is_cut_and_not_completed(serve: Serve) -> None:
+def test_what_the_only_worker_had_begun_ends_and_who_comes_then_is_served_by_its_successor(serve: Serve) -> None:
+    """An answer that is half done is cut, and not completed by somebody else; a WebSocket ends."""
     server = serve(*QUICK, workers=1)
-    with server.connect() as client:
+    with server.connect() as client, connect(server.url.replace("http://", "ws://") + "/ws") as websocket:
         client.send(request("POST", "/echo", "Content-Length: 8") + b"half")
         assert client.head().status == 200
         assert client.read(4) == b"half"
-        os.kill(server.workers[0].pid, signal.SIGKILL)
-        with contextlib.suppress(ConnectionResetError):
-            assert client.rest() == b""
-
-
-def test_a_websocket_of_a_dead_worker_ends(serve: Serve) -> None:
-    server = serve(*QUICK, workers=1)
-    with connect(server.url.replace("http://", "ws://") + "/ws") as websocket:
         websocket.send("hello")
         assert websocket.recv(DEADLINE) == "hello"
         os.kill(server.workers[0].pid, signal.SIGKILL)
+        # Nobody lives.
+        assert server.ask_id() == 2
+        with contextlib.suppress(ConnectionResetError):
+            assert client.rest() == b""
         with pytest.raises(ConnectionClosed):
             websocket.recv(DEADLINE)
 
 
 def test_all_workers_at_once(serve: Serve) -> None:
-    server = serve(*QUICK, workers=3)
+    server = serve(*QUICK, workers=2)
     for worker in server.workers:
         os.kill(worker.pid, signal.SIGKILL)
-    server.wait_for(WORKER_LISTENS, count=6)
+    server.wait_for(WORKER_LISTENS, count=4)
     server.warm()
-    assert sorted(each.slot for each in server.workers) == [0, 1, 2]
+    assert sorted(each.slot for each in server.workers) == [0, 1]
 
 
 def test_under_none_too(serve: Serve) -> None:

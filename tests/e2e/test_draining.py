@@ -27,12 +27,12 @@ def _terminate_worker(server: Server) -> None:
     os.kill(server.workers[-1].pid, signal.SIGTERM)
 
 
-#: Each makes the worker of the highest slot leave.
+#: Each makes the worker of the highest slot leave; in this order one server can meet them all.
 REASONS: dict[str, Callable[[Server], None]] = {
-    "stop": Server.terminate,
+    "worker": _terminate_worker,
     "reload": lambda server: server.signal(signal.SIGHUP),
     "scale": lambda server: server.signal(signal.SIGTTOU),
-    "worker": _terminate_worker,
+    "stop": Server.terminate,
 }
 
 
@@ -47,45 +47,55 @@ def websocket_of(server: Server, worker: Worker) -> Iterator[ClientConnection]:
                 return
 
 
-@pytest.mark.parametrize("reason", REASONS)
+def settled(server: Server, *ids: int) -> None:
+    """These workers serve, and nobody else."""
+    eventually(lambda: [worker.id for worker in server.workers] == list(ids), f"workers {ids} are left")
+
+
 @pytest.mark.parametrize(
     ("ws", "loop"), [("websockets-sansio", "uvloop"), ("websockets", "asyncio"), ("wsproto", "uvloop")]
 )
-def test_websockets_get_1012(serve: Serve, ws: str, loop: str, reason: str) -> None:
+def test_websockets_get_1012(serve: Serve, ws: str, loop: str) -> None:
     # The legacy implementation warns that it is one.
-    server = serve("--ws", ws, "--loop", loop, workers=2, noise=ws == "websockets").warm()
-    leaves = server.workers[-1]
-    with websocket_of(server, leaves) as websocket:
-        websocket.send("hello")
-        assert websocket.recv(DEADLINE) == "hello"
-        REASONS[reason](server)
-        with pytest.raises(ConnectionClosed) as caught:
-            websocket.recv(DEADLINE)
-        assert caught.value.rcvd is not None
-        assert caught.value.rcvd.code == 1012
-    eventually(lambda: leaves not in server.workers, "it has left")
+    server = serve("--ws", ws, "--loop", loop, workers=2, noise=ws == "websockets")
+    # Who serves after each.
+    left = {"worker": (1, 3), "reload": (4, 5), "scale": (4,), "stop": ()}
+    for reason, leave in REASONS.items():
+        leaves = server.warm().workers[-1]
+        with websocket_of(server, leaves) as websocket:
+            websocket.send("hello")
+            assert websocket.recv(DEADLINE) == "hello", reason
+            leave(server)
+            with pytest.raises(ConnectionClosed) as caught:
+                websocket.recv(DEADLINE)
+            assert caught.value.rcvd is not None, reason
+            assert caught.value.rcvd.code == 1012, reason
+        settled(server, *left[reason])
 
 
-@pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize(("http", "loop"), [("httptools", "uvloop"), ("h11", "asyncio")])
-def test_the_application_is_told(serve: Serve, http: str, loop: str, reason: str) -> None:
+def test_the_application_is_told(serve: Serve, http: str, loop: str) -> None:
     server = serve("--http", http, "--loop", loop, "--lifespan", "on", app=DRAINS, workers=1)
-    with server.connect() as client, connect(server.url.replace("http://", "ws://")) as websocket:
-        assert websocket.recv(DEADLINE) == "waiting"
-        client.send(request("GET", "/"))
-        assert client.head().status == 200
-        assert client.chunk() == b"waiting "
-        if reason == "scale":
-            # There is always one worker: the second one leaves, and the first must not be told.
-            server.signal(signal.SIGTTIN)
-            server.wait_for(r"Worker 2 .*listening")
-        REASONS[reason](server)
-        if reason == "scale":
-            eventually(lambda: [worker.id for worker in server.workers] == [1], "the second has left")
-            assert not server.found("The WebSocket was told")
-            server.terminate()
-        assert client.chunk() == b"told"
-        server.wait_for("The WebSocket was told")
+    told = 0
+    for reason, leave in REASONS.items():
+        with server.connect() as client, connect(server.url.replace("http://", "ws://")) as websocket:
+            assert websocket.recv(DEADLINE) == "waiting", reason
+            client.send(request("GET", "/"))
+            assert client.head().status == 200, reason
+            assert client.chunk() == b"waiting ", reason
+            if reason == "scale":
+                # There is always one worker: the second one leaves, and the first must not be told.
+                server.signal(signal.SIGTTIN)
+                server.wait_for(r"Worker 4 .*listening")
+                leave(server)
+                settled(server, 3)
+                assert len(server.found("The WebSocket was told")) == told
+                continue
+            leave(server)
+            assert client.chunk() == b"told", reason
+            told += 1
+            server.wait_for("The WebSocket was told", count=told)
+        settled(server, *{"worker": (2,), "reload": (3,), "stop": ()}[reason])
     assert not server.found("ERROR")
 
 

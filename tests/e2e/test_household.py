@@ -49,6 +49,34 @@ def test_a_start_that_fails_leaves_no_pid_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "code"),
+    [("--hooks=early", "TERM", 143), ("--hooks=early", "QUIT", 131), ("--policy=early:P", "TERM", 143)],
+)
+def test_a_stop_in_the_first_moments_leaves_no_pid_file(tmp_path: Path, option: str, name: str, code: int) -> None:
+    """Hooks and policies are others' code, and may take long; hooks are imported on a thread of their own."""
+    pid = tmp_path / "pid"
+    pid.mkdir()
+    (tmp_path / "early.py").write_text(
+        f"import os, signal, time\nprint(os.listdir({str(pid)!r}))\n"
+        f"os.kill(os.getpid(), signal.SIG{name})\ntime.sleep(100)\n"
+    )
+    done = run(EXAMPLE, "--bind", "127.0.0.1:0", option, "--app-dir", str(tmp_path), "--pid", str(pid / "x.pid"))
+    assert (done.out, done.err, done.code) == ("['x.pid']\n", "", code)
+    assert list(pid.iterdir()) == []
+
+
+def test_other_orders_in_the_first_moments_wait_for_their_time(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "early.py").write_text(
+        "import os, signal, time\nfor name in ('HUP', 'USR1'):\n"
+        "    os.kill(os.getpid(), getattr(signal, f'SIG{name}'))\n"
+        "    time.sleep(0.01)\ndef on_ready(): pass\n"
+    )
+    server = serve("--hooks", "early", workers=1, env={"PYTHONPATH": str(tmp_path)}, noise=True)
+    server.wait_for("The log's files are reopened")
+    server.wait_for("Reloading: generation 2 replaces 1")
+
+
 def test_the_umask_is_everybodys(serve: Serve) -> None:
     server = serve("--umask", "027")
     for pid in (server.pid, server.workers[0].pid):

@@ -85,7 +85,7 @@ def test_requests_in_flight_are_finished(serve: Serve, number: signal.Signals, p
 
 
 def test_later_clients_are_refused_and_not_left_hanging(serve: Serve) -> None:
-    server = serve(workers=2, bind=["127.0.0.1:0", "[::1]:0"])
+    server = serve(bind=["127.0.0.1:0", "[::1]:0"])
     with half_said(server) as client:
         server.terminate()
         wait_until_closed(server)
@@ -144,7 +144,7 @@ def test_connections_that_the_master_had_not_accepted_yet_are_served(serve: Serv
 
 
 def test_idle_and_silent_connections_do_not_hold_the_exit(serve: Serve) -> None:
-    server = serve(workers=2)
+    server = serve()
     with server.connect() as idle, server.connect() as silent, server.connect() as partial:
         partial.send(b"GET / HT")
         assert idle.ask("GET", "/").status == 200
@@ -160,7 +160,7 @@ def test_idle_and_silent_connections_do_not_hold_the_exit(serve: Serve) -> None:
 
 @pytest.mark.parametrize("policy", ["rr", "none"])
 def test_idle_and_silent_connections_of_a_unix_socket_are_closed(serve: Serve, tmp_path: Path, policy: str) -> None:
-    server = serve("--policy", policy, workers=2, bind=f"unix:{tmp_path / 's'}")
+    server = serve("--policy", policy, bind=f"unix:{tmp_path / 's'}")
     with server.connect() as silent, server.connect() as idle, server.connect() as partial:
         partial.send(b"GET / HT")
         assert idle.ask("GET", "/").status == 200
@@ -195,7 +195,7 @@ def test_a_blocked_worker_is_killed_after_the_limit_and_that_is_said(serve: Serv
 
 
 def test_a_lifespan_that_never_ends_is_cut_off_by_the_limit(serve: Serve) -> None:
-    server = serve("--timeout-graceful-shutdown", "0.5", app="tests.helpers.apps.lingers:app", workers=2, noise=True)
+    server = serve("--timeout-graceful-shutdown", "0.5", app="tests.helpers.apps.lingers:app", noise=True)
     server.terminate()
     assert server.wait(SOON) == 0
 
@@ -277,7 +277,7 @@ def test_a_server_of_which_some_workers_still_boot_serves(serve: Serve, tmp_path
 
 
 def test_a_second_int_hurries(serve: Serve) -> None:
-    server = serve(workers=2, noise=True)
+    server = serve(noise=True)
     with half_said(server):
         server.interrupt()
         wait_until_closed(server)
@@ -287,7 +287,7 @@ def test_a_second_int_hurries(serve: Serve) -> None:
 
 
 def test_a_second_term_changes_nothing(serve: Serve) -> None:
-    server = serve(workers=2)
+    server = serve()
     with half_said(server) as client:
         server.terminate()
         wait_until_closed(server)
@@ -344,14 +344,13 @@ def test_a_signal_without_a_meaning_changes_nothing(hardened: Server, number: si
     assert len(before) == 2
 
 
-def test_an_int_at_a_worker_alone_ends_nothing(serve: Serve) -> None:
+def test_an_int_at_a_worker_alone_ends_nothing(hardened: Server) -> None:
     # Ctrl-C reaches the whole process group; a worker stops when its master says so.
-    server = serve(workers=2)
-    before = server.workers
+    before = hardened.workers
     for worker in before:
         os.kill(worker.pid, signal.SIGINT)
-    assert [server.get("/").status for _ in range(4)] == [200] * 4
-    assert server.workers == before
+    assert [hardened.get("/").status for _ in range(4)] == [200] * 4
+    assert hardened.workers == before
 
 
 # ── a terminal ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -415,8 +414,10 @@ def terminal() -> Iterator[Terminal]:
 
 
 @in_a_terminal
-def test_ctrl_c(terminal: Terminal) -> None:
+def test_resizing_the_terminal_changes_nothing_and_ctrl_c_ends(terminal: Terminal) -> None:
     with Client(terminal.address) as client:
+        assert client.ask("GET", "/").status == 200
+        terminal.child.setwinsize(20, 100)
         assert client.ask("GET", "/").status == 200
         terminal.interrupt()
         assert terminal.end() == 0
@@ -448,15 +449,6 @@ def test_ctrl_c_twice(terminal: Terminal) -> None:
         terminal.interrupt()
         assert terminal.end() == 130
     assert proc.marked(terminal.mark) == []
-
-
-@in_a_terminal
-def test_resizing_the_terminal_changes_nothing(terminal: Terminal) -> None:
-    with Client(terminal.address) as client:
-        terminal.child.setwinsize(20, 100)
-        assert client.ask("GET", "/").status == 200
-    terminal.interrupt()
-    assert terminal.end() == 0
 
 
 @in_a_terminal

@@ -15,7 +15,7 @@ from tests.helpers.waiting import eventually
 _LONGEST = 200_000
 _PATTERN = pattern(_LONGEST)
 #: Between two requests of a client (seconds): enough that workers can start beside it on two cores.
-_PAUSE = 0.005
+_PAUSE = 0.015
 
 
 @final
