@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from tests.helpers import proc
-from tests.helpers.raw import request
+from tests.helpers.raw import Client, fetch, request
 from tests.helpers.server import KEEP, WORKER_LISTENS, Serve
 from tests.helpers.waiting import DEADLINE, eventually
 
@@ -20,25 +21,29 @@ HTTP = pytest.mark.parametrize(("http", "loop"), [("httptools", "uvloop"), ("h11
 
 
 @HTTP
-@pytest.mark.parametrize("bind", ["127.0.0.1:0", "unix:@clusterserve-{pid}"])
-def test_a_worker_is_killed(serve: Serve, http: str, loop: str, bind: str) -> None:
+def test_a_worker_is_killed(serve: Serve, http: str, loop: str) -> None:
     """1. Of two used connections one is idle, one is asked something.  2. Their worker is killed.  Result: the idle one
-    lives on with its successor, the other one is told, unless it had heard something already."""
-    server = serve(*MODE, *KEEP, "--http", http, "--loop", loop, bind=bind.format(pid=os.getpid()), workers=1)
-    with server.connect() as idle, server.connect() as asked, server.connect() as hears:
-        for client in (idle, asked, hears):
-            for _ in range(2):
-                assert client.ask("GET", "/whoami").json()["id"] == 1
-        asked.send(request("GET", "/sleep?ms=60000"))
-        hears.send(request("GET", "/stream?ms=60000"))
-        assert hears.head().status == 200
-        # One after the other: when the worker answers this, it has done with what came before.
-        assert server.get("/").status == 200
+    lives on with its successor, the other one is told, unless it had heard something already.  On TCP and on a unix
+    socket."""
+    binds = ["127.0.0.1:0", f"unix:@clusterserve-{os.getpid()}"]
+    server = serve(*MODE, *KEEP, "--http", http, "--loop", loop, bind=binds, workers=1)
+    with contextlib.ExitStack() as stack:
+        clients = [[stack.enter_context(Client(address)) for _ in range(3)] for address in server.addresses]
+        for idle, asked, hears in clients:
+            for client in (idle, asked, hears):
+                for _ in range(2):
+                    assert client.ask("GET", "/whoami").json()["id"] == 1
+            asked.send(request("GET", "/sleep?ms=60000"))
+            hears.send(request("GET", "/stream?ms=60000"))
+            assert hears.head().status == 200
+            # One after the other: when the worker answers this, it has done with what came before.
+            assert fetch(idle.address, "/").status == 200
         os.kill(server.workers[0].pid, signal.SIGKILL)
-        assert asked.response().status == 502
-        assert asked.rest() == b""
-        assert not hears.rest().endswith(b"0\r\n\r\n")
-        assert idle.ask("GET", "/whoami").json()["id"] == 2
+        for idle, asked, hears in clients:
+            assert asked.response().status == 502
+            assert asked.rest() == b""
+            assert not hears.rest().endswith(b"0\r\n\r\n")
+            assert idle.ask("GET", "/whoami").json()["id"] == 2
 
 
 @HTTP

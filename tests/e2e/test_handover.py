@@ -110,8 +110,7 @@ def test_clients_that_close_in_order_while_they_wait_harm_nothing(server: Server
     eventually(lambda: server.sockets() <= before, "no socket of a client that left is kept")
 
 
-def test_a_worker_that_stands_still_is_passed_over(serve: Serve) -> None:
-    server = serve(workers=2)
+def test_a_worker_that_stands_still_is_passed_over(server: Server) -> None:
     with server.stopped_workers() as [stuck, free]:
         os.kill(free.pid, signal.SIGCONT)
         assert [server.ask_id() for _ in range(20)] == [free.id] * 20
@@ -189,9 +188,8 @@ def test_more_clients_than_descriptors_are_all_served(serve: Serve) -> None:
 # ── what an application's own children get ──────────────────────────────────────────────────────────────────────────
 
 
-def test_no_descriptor_reaches_what_an_app_starts(serve: Serve) -> None:
-    server = serve(workers=1)
-    [worker] = server.workers
+def test_no_descriptor_reaches_what_an_app_starts(server: Server) -> None:
+    worker = server.workers[0]
     inheritable = [
         number
         for number in proc.descriptors(worker.pid)

@@ -119,25 +119,13 @@ def test_ids_slots_and_pids_are_what_the_output_says(rr: Server) -> None:
     assert [each.slot for each in rr.workers] == [0, 1, 2, 3]
 
 
-def test_rr_is_the_default(serve: Serve) -> None:
-    server = serve(*IN_TURN, workers=2).warm()
+def test_rr_is_the_default_and_each_worker_serves_every_address(serve: Serve) -> None:
+    server = serve(*IN_TURN, workers=2, bind=["127.0.0.1:0", "127.0.0.1:0"]).warm()
     ids = [server.ask_id() for _ in range(10)]
     assert ids == ids[:2] * 5
     assert sorted(ids[:2]) == [1, 2]
-
-
-def test_each_worker_serves_every_address(serve: Serve) -> None:
-    server = serve(*IN_TURN, workers=2, bind=["127.0.0.1:0", "127.0.0.1:0"]).warm()
     for address in server.addresses:
         assert Counter(fetch(address, "/whoami").json()["id"] for _ in range(10)) == {1: 5, 2: 5}
-
-
-@pytest.mark.parametrize("name", ["CLUSTERSERVE_POLICY", "CLUSTERSERVE_SCHED_POLICY"])
-def test_the_policy_from_the_environment(serve: Serve, name: str) -> None:
-    server = serve(workers=2, env={name: "none"})
-    listening = proc.listening_inodes(server.address.port)
-    for worker in server.workers:
-        assert listening & proc.socket_inodes(worker.pid), "under none every worker holds the listening socket"
 
 
 def test_the_option_outranks_the_environment(serve: Serve) -> None:
@@ -213,16 +201,16 @@ def test_hash_without_a_client_address_takes_turns(serve: Serve, tmp_path: Path)
 # ── none ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_none_serves_whoever_accepts(serve: Serve) -> None:
-    server = serve("--policy", "none", workers=2)
+@pytest.mark.parametrize("name", ["CLUSTERSERVE_POLICY", "CLUSTERSERVE_SCHED_POLICY"])
+def test_none_from_the_environment_serves_whoever_accepts(serve: Serve, name: str) -> None:
+    server = serve(workers=2, bind=["127.0.0.1:0", "[::1]:0"], env={name: "none"})
+    listening = proc.listening_inodes(server.address.port)
+    for worker in server.workers:
+        assert listening & proc.socket_inodes(worker.pid), "under none every worker holds the listening socket"
+    for address in server.addresses:
+        assert fetch(address, "/").status == 200
     assert {server.ask_id() for _ in range(20)} <= {1, 2}
     with server.stopped_workers() as workers:
         os.kill(workers[0].pid, signal.SIGCONT)
         # Only one of them can accept now.
         assert [server.ask_id() for _ in range(10)] == [workers[0].id] * 10
-
-
-def test_none_serves_both_addresses(serve: Serve) -> None:
-    server = serve("--policy", "none", workers=2, bind=["127.0.0.1:0", "[::1]:0"])
-    for address in server.addresses:
-        assert fetch(address, "/").status == 200

@@ -53,14 +53,16 @@ class NotifySocket:
         self._socket.close()
 
 
-@pytest.fixture(params=["path", "abstract"])
+@pytest.fixture
 def notify(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[NotifySocket, str]]:
-    address = str(tmp_path / "notify") if request.param == "path" else f"@clusterserve-{os.getpid()}-{time.time_ns()}"
+    kind = getattr(request, "param", "path")
+    address = str(tmp_path / "notify") if kind == "path" else f"@clusterserve-{os.getpid()}-{time.time_ns()}"
     ends = NotifySocket(address)
     yield ends, address
     ends.close()
 
 
+@pytest.mark.parametrize("notify", ["path", "abstract"], indirect=True)
 def test_systemd_is_told_what_happens(serve: Serve, notify: tuple[NotifySocket, str], tmp_path: Path) -> None:
     systemd, address = notify
     gate = tmp_path / "gate"
@@ -120,13 +122,9 @@ def test_systemd_is_told_of_a_reload_that_is_refused(
     assert "there is no setting 'wokers'" in ready["STATUS"]
 
 
-def test_nobody_at_the_other_end_does_no_harm(serve: Serve, tmp_path: Path) -> None:
+def test_nobody_at_the_other_end_does_no_harm_and_workers_see_nothing_of_it(serve: Serve, tmp_path: Path) -> None:
     server = serve(env={"NOTIFY_SOCKET": str(tmp_path / "nobody"), "WATCHDOG_USEC": "100000"})
     assert server.get("/").status == 200
-
-
-def test_the_workers_see_nothing_of_it(serve: Serve, notify: tuple[NotifySocket, str]) -> None:
-    server = serve(env={"NOTIFY_SOCKET": notify[1], "WATCHDOG_USEC": "60000000"})
     environment = Path(f"/proc/{server.workers[0].pid}/environ").read_bytes()
     assert b"NOTIFY_SOCKET" not in environment
     assert b"WATCHDOG" not in environment

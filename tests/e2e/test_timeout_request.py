@@ -28,32 +28,25 @@ MODES = pytest.mark.parametrize(
 
 
 @MODES
-def test_it_is_answered_504(serve: Serve, mode: tuple[str, ...]) -> None:
+def test_it_is_answered_504_and_a_response_that_has_begun_ends(serve: Serve, mode: tuple[str, ...]) -> None:
     server = serve(*mode, *KEEP, "--timeout-request", TIMEOUT, workers=1)
-    with server.connect() as client, server.connect() as other:
+    with server.connect() as client, server.connect() as begun, server.connect() as other:
         assert other.ask("GET", "/").status == 200
         # Not the first on its connection, and with a body that never ends.
         assert client.ask("GET", "/").status == 200
         client.send(request("GET", "/sleep?ms=60000", "Content-Length: 10", body=b"half"))
+        begun.send(request("GET", "/stream?ms=60000"))
+        assert begun.head().status == 200
         assert client.response().status == 504
         assert client.rest() == b""
         server.wait_for(ENDED.format("GET /sleep", "its client is told so"))
-        # Who is idle is not too slow.
-        assert other.ask("GET", "/").status == 200
-    assert not server.found("Traceback|CancelledError")
-
-
-@MODES
-def test_a_response_that_has_begun_ends(serve: Serve, mode: tuple[str, ...]) -> None:
-    server = serve(*mode, "--timeout-request", TIMEOUT, workers=1)
-    with server.connect() as client:
-        client.send(request("GET", "/stream?ms=60000"))
-        assert client.head().status == 200
         # All that was sent, and then the end, but not as of a response that is complete.
-        rest = client.rest()
+        rest = begun.rest()
         assert b"data: " in rest
         assert not rest.endswith(b"0\r\n\r\n")
         server.wait_for(ENDED.format("GET /stream", "the connection is closed"))
+        # Who is idle is not too slow.
+        assert other.ask("GET", "/").status == 200
     assert server.get("/").status == 200
     assert not server.found("Traceback|CancelledError")
 
