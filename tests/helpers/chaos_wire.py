@@ -300,11 +300,10 @@ class Wire:
         if self._tls is None:
             self._data += await self._received(begun=begun)
             return
-        if self._tls.ended:
+        more = b"" if self._tls.ended else self._tls.opened(await self._received(begun=begun))
+        if self._tls.ended and not more:
             raise EndedError(begun)
-        self._data += self._tls.opened(await self._received(begun=begun))
-        if self._tls.ended and not self._data:
-            raise EndedError(begun)
+        self._data += more
 
     async def _received(self, *, begun: bool) -> bytes:
         try:
