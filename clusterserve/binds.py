@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 from clusterserve.checks import MAX_INT, SettingValueError, whole
-
-from .core.dataclass import dataclass
 
 DEFAULT_PORT = 8000
 ANY_HOST = "0.0.0.0"

@@ -10,8 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-
-from .core.dataclass import dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,10 @@ import hashlib
 import os
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from clusterserve.checks import SettingValueError
-
-from .core.dataclass import dataclass
 
 if TYPE_CHECKING:
     from clusterserve.settings import Settings

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from clusterserve.checks import (
@@ -20,8 +20,6 @@ from clusterserve.checks import (
     writable_directory,
 )
 from clusterserve.debugport import DEFAULT, DebugPort, debug_port, require_debugpy
-
-from .core.dataclass import dataclass
 
 #: What an entry of `stdio` may be, besides a descriptor or an open file.
 STREAMS: Final = ("inherit", "pipe", "ignore", "ipc")

@@ -7,7 +7,7 @@ there (`defaults`), and what settings cannot be together is refused (`contradict
 
 from __future__ import annotations
 
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from clusterserve import contradictions, defaults
@@ -50,8 +50,6 @@ from clusterserve.checks import (
 from clusterserve.defaults import POLICIES
 from clusterserve.errors import SettingsError
 from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch, give
-
-from .core.dataclass import dataclass
 
 __all__ = ["POLICIES", "Bind", "SettingValueError", "Settings"]
 

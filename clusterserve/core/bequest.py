@@ -19,7 +19,7 @@ class Bequest(NamedTuple):
 
 
 def bequeath(distributor: Distributor, listeners: Container[int], now: float) -> list[Bequest]:
-    """Take out everything of these listeners that is queued or parked, the longest queued first."""
+    """Take out everything of these listeners that is queued or parked: what is queued first, and the longest first."""
     queued: list[Connection] = []
     for key, handle in distributor.handles.items():
         for lane in handle.lanes.values() if key in listeners else ():
@@ -28,11 +28,13 @@ def bequeath(distributor: Distributor, listeners: Container[int], now: float) ->
     distributor.queued -= len(queued)
     queued.sort(key=lambda connection: connection.ticket)
     found = [Bequest(connection, Waits.WORKER, max(0.0, now - connection.since)) for connection in queued]
-    parking = distributor.parking
+    parking, parked = distributor.parking, []
     for connection in tuple(parking.connections.values()):
         if connection.listener in listeners:
             idle, since = parking.since(connection.id, now)
-            found.append(Bequest(parking.leave(connection.id), Waits.REQUEST if idle else Waits.WORD, since))
+            parked.append(Bequest(parking.leave(connection.id), Waits.REQUEST if idle else Waits.WORD, since))
+    parked.sort(key=lambda bequest: -bequest.since)
+    found += parked
     for connection, _, _ in found:
         connection.step(Event.CLOSE)
     return found

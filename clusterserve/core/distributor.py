@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from ..errors import PolicyError, ProtocolError
 from .connection import ACK, BACK, CLOSE, KEEP, OFFER, READABLE, RETURN, TAKE, Connection, State
-from .dataclass import dataclass
 from .handle import Handle
 from .lateness import PATIENCE, Lateness
 from .parking import KEEP_ALIVE, Parking

@@ -6,9 +6,8 @@ that includes it.  Listeners are compared by what is really bound.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
-
-from .dataclass import dataclass
 
 IPV4_ANY: Final = "0.0.0.0"
 IPV6_ANY: Final = "::"

@@ -10,11 +10,11 @@ import enum
 import json
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from struct import Struct
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from ..errors import ProtocolError
-from .dataclass import dataclass
 from .messages import frame
 
 #: The longest message, in bytes as they travel.

@@ -19,12 +19,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, Final, get_args
 
 from ..errors import ProtocolError
-from .dataclass import dataclass
 
 #: The protocol that is spoken here, the only one so far.
 PROTOCOL: Final = 1

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
-
-from .dataclass import dataclass
 
 _ALL: Final = 1 << 62
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from struct import Struct
 from types import MappingProxyType
 from typing import Any, Final, get_args
 
 from ..errors import ProtocolError
-from .dataclass import dataclass
 
 #: The longest body of a frame of ours, in bytes.  The longest real one is a traceback.
 MAX_BODY: Final = 1 << 20

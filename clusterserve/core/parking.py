@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Final
 
 from .connection import Connection
@@ -25,6 +27,8 @@ class Parking:
         self.connections: dict[int, Connection] = {}
         #: When those that were served before are closed, by id, soonest first.
         self._expiries: dict[int, float] = {}
+        #: The same of those that were another master's: there may be thousands, and ours come in between.
+        self._inherited: dict[int, float] = {}
         #: The same of those that have never said anything.
         self._silent: dict[int, float] = {}
 
@@ -41,13 +45,17 @@ class Parking:
 
     def inherited(self, connection: Connection, since: float) -> None:
         """It was another master's, is idle, and has been since then."""
-        self.idle(connection, since)
-        # Who came first is due first no longer.
-        self._expiries = dict(sorted(self._expiries.items(), key=lambda item: item[1]))
+        self.connections[connection.id] = connection
+        expiry = since + self._keep_alive
+        latest = next(reversed(self._inherited.values()), expiry)
+        self._inherited[connection.id] = expiry
+        if expiry < latest:
+            # They come in the order in which they are due, unless that master has kept some back.
+            self._inherited = dict(sorted(self._inherited.items(), key=itemgetter(1)))
 
     def since(self, id: int, now: float) -> tuple[bool, float]:
         """Whether it is idle, or else has never said anything; and for how long (seconds)."""
-        connection, expiry = self.connections[id], self._expiries.get(id)
+        connection, expiry = self.connections[id], self._expiries.get(id, self._inherited.get(id))
         if expiry is not None:
             return True, max(0.0, now - expiry + self._keep_alive)
         return False, max(0.0, now - connection.since)
@@ -64,7 +72,7 @@ class Parking:
     def expired(self, now: float) -> list[Connection]:
         """Those whose time is over, each named once; they stay, for what they send may be under way to the shell."""
         ids = []
-        for deadlines in (self._expiries, self._silent):
+        for deadlines in (self._expiries, self._inherited, self._silent):
             for id, deadline in deadlines.items():
                 if deadline > now:
                     break
@@ -75,13 +83,16 @@ class Parking:
 
     def longest_idle(self, count: int) -> list[Connection]:
         """So many of those that were served before, longest idle first: who goes when room is short."""
-        return [self.connections[id] for id in itertools.islice(self._expiries, count)]
+        idle = heapq.merge(self._expiries.items(), self._inherited.items(), key=itemgetter(1))
+        return [self.connections[id] for id, _ in itertools.islice(idle, count)]
 
     def deadlines(self) -> Iterator[float]:
         """When `expired` should be asked again; nothing if never."""
         yield from itertools.islice(self._expiries.values(), 1)
+        yield from itertools.islice(self._inherited.values(), 1)
         yield from itertools.islice(self._silent.values(), 1)
 
     def _forget(self, id: int) -> None:
         self._expiries.pop(id, None)
+        self._inherited.pop(id, None)
         self._silent.pop(id, None)

@@ -6,11 +6,11 @@ and not a byte more.  The specification is HAProxy's proxy-protocol.txt.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, IPv6Network, ip_network
 from struct import Struct
 from typing import Final
 
-from .dataclass import dataclass
 from .records import IPV4, IPV6, NO_ADDRESS
 
 _V1: Final = b"PROXY "

@@ -9,9 +9,9 @@ targets.  Facts enter through the `Roster`; executing an action is a fact too (`
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum
 
-from .dataclass import dataclass
 from .lifecycle import WorkerState
 from .roster import Member, Roster, Slot
 from .templates import Step, steps

@@ -5,9 +5,8 @@ The roster changes only by facts; `plan` (reconcile.py) reads it and says what f
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 
-from .dataclass import dataclass
 from .heartbeat import pace
 from .lifecycle import WorkerEvent, WorkerState, step
 from .templates import Templates

@@ -10,9 +10,7 @@ replaced by one of the same code, a template stays as long as its generation is 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import field
-
-from .dataclass import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ is installed in a virtual environment) never counts, unless that directory is it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
-
-from .dataclass import dataclass
 
 #: uvicorn's.
 INCLUDES: Final = ("*.py",)

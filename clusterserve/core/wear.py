@@ -5,7 +5,7 @@ Once worn, always worn: a verdict that came and went would start replacements th
 
 from __future__ import annotations
 
-from .dataclass import dataclass
+from dataclasses import dataclass
 
 _MIB = 1 << 20
 

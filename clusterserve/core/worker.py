@@ -76,7 +76,9 @@ class Worker:
     @property
     def load(self) -> int:
         """Connections with a request in progress, or on their way to it."""
-        return len(self.unacked) + len(self.borrowed) + len(self.taken) - len(self.kept) + self.running
+        # What its board said may be older than what it has said of its connections.
+        kept = len(self.kept)
+        return len(self.unacked) + len(self.borrowed) + len(self.taken) - kept + min(kept, self.running)
 
     @property
     def window(self) -> int:

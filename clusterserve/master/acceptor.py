@@ -82,7 +82,7 @@ class Acceptor:
                 return
             except OSError as exc:
                 if exc.errno in _EXHAUSTED:
-                    self._exhausted(exc)
+                    self._exhausted(exc, now)
                     return
                 if exc.errno == errno.EINVAL:
                     # Whoever shares an inherited socket can shut it down for all: it would be readable for ever.
@@ -125,11 +125,11 @@ class Acceptor:
         for fd in self.listeners:
             self._epoll.modify(fd, select.EPOLLIN if accepting else 0)
 
-    def _exhausted(self, exc: OSError) -> None:
+    def _exhausted(self, exc: OSError, now: float) -> None:
         idle = self._distributor.parking.longest_idle(_SHED)
         what = f"closing the {len(idle)} connections idle longest" if idle else "waiting"
         self._complaint.warn("Cannot accept: %s; %s", exc.strerror, what)
-        self._parked.end_idle(idle)
+        self._parked.end_idle(idle, now)
         if idle or self._pause is not None:
             return
         self._set_accepting(False)

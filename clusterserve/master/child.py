@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..core.dataclass import dataclass
 from ..current import OF_THE_MASTER
 from ..launch import Launch, account
 from ..titles import room

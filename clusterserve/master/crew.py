@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -19,7 +19,6 @@ from .. import faults
 from ..channel.descriptors import Riders
 from ..channel.message import MessageChannel
 from ..channel.tally import Places
-from ..core.dataclass import dataclass
 from ..core.envelope import Envelope
 from ..core.events import Event, Exited, Forked, StartedDraining, WasKilled, WentWrong, WorkerName
 from ..core.lifecycle import WorkerEvent, WorkerState

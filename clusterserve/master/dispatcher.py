@@ -198,7 +198,7 @@ class Dispatcher:
         starving = {id for id in self.distributor.lateness.late(now) if overslept or self._starves(id, now)}
         for worker in self.distributor.lateness.overdue(now, starving):
             self._recall(worker, self._ends[worker.id])
-        self._parked.end_idle(self.distributor.parking.expired(now))
+        self._parked.end_idle(self.distributor.parking.expired(now), now)
         self._turn_away(self.distributor.waited_too_long(now))
         self._distribute(now)
 
@@ -308,7 +308,7 @@ class Dispatcher:
         connection = Connection(self._acceptor.next_id(), fd, key, handed.client, handed.port, handed.family)
         connection.server, connection.server_port = handed.server, handed.server_port
         inherit(self.distributor, connection, handed.waits, handed.since, now)
-        if (handed.unknown and self._parked.get_to_know(connection)) or handed.waits is Waits.WORKER:
+        if (handed.unknown and self._parked.get_to_know(connection, now)) or handed.waits is Waits.WORKER:
             self._distribute(now)
         else:
             self._parked.park(connection)

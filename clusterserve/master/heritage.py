@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from dataclasses import dataclass
 
 from ..binds import Bind
 from ..channel.handover import first
-from ..core.dataclass import dataclass
 from ..core.handover import Estate, HeldListener
 from ..errors import ClusterError, ProtocolError
 from ..succession import Claim

@@ -12,12 +12,11 @@ import errno
 import os
 import socket
 import stat
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .. import faults
 from ..binds import Bind
-from ..core.dataclass import dataclass
 from ..core.endpoint import Endpoint
 from ..errors import BindError
 from .opening import open_socket

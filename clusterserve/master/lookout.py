@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import select
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from ..channel.board import Board
 from ..channel.connection import MasterEnd
 from ..core.connection import Connection
-from ..core.dataclass import dataclass
 from ..core.distributor import Distributor
 from ..core.records import Flag
 from ..core.worker import Worker

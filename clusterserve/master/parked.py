@@ -37,18 +37,18 @@ class Parked:
         """It was accepted.  `silent`: the kernel has not waited for its client's first word, so that is for us."""
         if self._introductions is not None and self._introductions.expects(connection):
             self._distributor.accepted(connection, waiting=False)
-            self.get_to_know(connection)
+            self.get_to_know(connection, connection.since)
             return
         self._distributor.accepted(connection, waiting=not silent)
         if silent:
             self.park(connection)
 
-    def get_to_know(self, connection: Connection) -> bool:
+    def get_to_know(self, connection: Connection, now: float) -> bool:
         """Its proxy may say whose it is, before anybody gets it; False if nobody listens to proxies."""
         if self._introductions is None:
             return False
         connection.unknown = True
-        self._meet(self._introductions, connection)
+        self._meet(self._introductions, connection, now)
         return True
 
     def park(self, connection: Connection) -> None:
@@ -72,7 +72,7 @@ class Parked:
             # Closed by an event before it in the same batch.
             return
         if connection.unknown and self._introductions is not None:
-            self._meet(self._introductions, connection, last=bool(event & ~select.EPOLLIN))
+            self._meet(self._introductions, connection, now, last=bool(event & ~select.EPOLLIN))
             return
         del self._connections[fd]
         # A worker gets its own copy, which would keep the entry alive behind our back.
@@ -87,7 +87,7 @@ class Parked:
             connection.since = now
             self._distributor.readable(connection.id)
 
-    def _meet(self, introductions: Introductions, connection: Connection, *, last: bool = False) -> None:
+    def _meet(self, introductions: Introductions, connection: Connection, now: float, *, last: bool = False) -> None:
         """Learn whose it is, if its proxy has said so; `last`: it has no more time for that."""
         fd, known = connection.fd, introductions.read(connection)
         if known is False and not last:
@@ -100,6 +100,8 @@ class Parked:
         if not known:
             hang_up(self._distributor.hung_up(connection.id))
         elif (handle is not None and not handle.client_speaks_first) or has_data(fd):
+            # What its proxy has taken until now is not waiting for a worker.
+            connection.since = now
             self._distributor.readable(connection.id)
         else:
             self.park(connection)
@@ -112,7 +114,7 @@ class Parked:
     def end_all(self, now: float) -> None:
         """Close them, as `end_idle` does; whose client has asked for more wait for a worker from now on."""
         everyone = tuple(self._connections.values())
-        self.end_idle(everyone)
+        self.end_idle(everyone, now)
         for connection in everyone:
             # Those who are to be introduced have asked nothing yet.
             if self._connections.get(connection.fd) is connection and not connection.unknown:
@@ -120,12 +122,12 @@ class Parked:
                 connection.since = now
                 self._distributor.readable(connection.id)
 
-    def end_idle(self, connections: Sequence[Connection]) -> None:
+    def end_idle(self, connections: Sequence[Connection], now: float) -> None:
         """Close these, but none whose client has asked for more: the epoll will tell of it."""
         for connection in connections:
             if connection.unknown and self._introductions is not None:
                 # A part of its header is no question.
-                self._meet(self._introductions, connection, last=True)
+                self._meet(self._introductions, connection, now, last=True)
             if self._connections.get(connection.fd) is connection and not has_data(connection.fd):
                 self.leave(connection)
                 hang_up(self._distributor.hung_up(connection.id))

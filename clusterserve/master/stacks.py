@@ -15,9 +15,9 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
-from ..core.dataclass import dataclass
 from ..core.messages import ShowStacks, Stacks
 
 logger = logging.getLogger("clusterserve")

@@ -14,12 +14,11 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterable
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 
 from ..channel.descriptors import MAX_DESCRIPTORS
 from ..channel.message import MessageChannel
-from ..core.dataclass import dataclass
 from ..core.messages import Born, Failed, Fork, Message, Prepare, Prepared, Unborn
 from ..core.reconcile import Abort, Drain, Kill
 from ..core.roster import Member, Roster

@@ -6,10 +6,9 @@ import logging
 import os
 import signal as signals
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import IO, Any, Final, Protocol
 
-from ..core.dataclass import dataclass
 from ..core.envelope import Envelope
 from ..core.events import (
     CameOnline,

@@ -41,6 +41,9 @@ _JOINED: Final = 16384
 #: One `writev` takes at most this many pieces (IOV_MAX on Linux is 1024).
 _MAX_PIECES: Final = 512
 
+#: What both parsers send, in one piece, to a client that waits for leave to send its body.
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
 #: Whom a transport that is over has for a protocol.  They refer to each other, and thousands that wait for the garbage
 #: collector make a worker three times as large as it need be.
 GONE: Final = asyncio.BaseProtocol()
@@ -193,9 +196,7 @@ class LazyTransport(asyncio.Transport):
             watch.pause(self._fd)
             self._armed = False
         if self._known:
-            if self._running:
-                self._running = False
-                self._receiver.running -= 1
+            self._ran()
             self.arm_kept()
         else:
             # Armed when the master has been told: it must know what it may claim.
@@ -342,6 +343,9 @@ class LazyTransport(asyncio.Transport):
             assert self._watch is not None
             self._watch.forget(self._fd, self._in_kept, self._in_busy)
             self._in_kept = self._in_busy = self._armed = False
+
+    def _ran(self) -> None:
+        """No request is in progress any more, of those on connections that are kept."""
         if self._running:
             self._running = False
             self._receiver.running -= 1
@@ -350,6 +354,7 @@ class LazyTransport(asyncio.Transport):
         """Write what the kernel takes now."""
         pieces = self._pieces
         self._receiver.marks[self._place] = RESPONDING
+        interim = pieces[0] == CONTINUE and len(pieces) == 1
         try:
             if len(pieces) > 1 and self._size > _JOINED:
                 sent = os.writev(self._fd, pieces[:_MAX_PIECES])
@@ -365,6 +370,9 @@ class LazyTransport(asyncio.Transport):
         self._size -= sent
         if not self._size:
             pieces.clear()
+            if interim:
+                # No answer yet, should this worker die while the client sends the body.
+                self._receiver.marks[self._place] = READING
             return
         whole = 0
         for piece in pieces:
@@ -382,6 +390,7 @@ class LazyTransport(asyncio.Transport):
         One of a server that is not HTTP, which has no watch, was taken when its protocol got it.
         """
         if self._watch is not None:
+            self._ran()
             self._receiver.taken(self._id)
 
     def resume(self) -> None:
@@ -398,6 +407,7 @@ class LazyTransport(asyncio.Transport):
         self._phase = CLOSED
         self._closing = True
         self._leave_watch()
+        self._ran()
         os.close(self._fd)
         if self._taken_back:
             self._receiver.dropped(self._id)

@@ -15,9 +15,9 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..core.dataclass import dataclass
 from ..credentials import new_context
 from ..log_files import WorkerFiles, lifted
 from ..settings import Settings

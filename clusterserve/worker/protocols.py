@@ -5,6 +5,7 @@ contract test (tests/worker/test_borrow_contract.py).  Relied upon, of both: `on
 application's task when a response is complete, `shutdown` when the server stops, `cycle` is the newest request (None
 before the first), `cycle.response_started`, `cycle.response_complete`, `cycle.keep_alive`, `cycle.default_headers`,
 `flow` with `read_paused`, `server_state.total_requests`, `scheme` and `transport` (None before `connection_made`);
+`data_received` cancels the timer `timeout_keep_alive_task`, which calls `timeout_keep_alive_handler`;
 between two requests neither `cycle` nor `scope` nor `headers` is needed.  Of httptools': `pipeline` holds the requests
 that wait, `on_message_begin` and `on_message_complete` enclose a request.  Of h11's: `conn`.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import Any, Final
 
 import h11
@@ -25,7 +27,6 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ..core.dataclass import dataclass
 from ..core.head import NO_LIMITS, HeadLimits
 from .limits import limited_h11, limited_httptools, with_limits
 from .receiver import HEAD_LOOKS
@@ -71,6 +72,7 @@ def _borrower(base: Any) -> Any:
         cycle: Any
         scope: Any
         headers: Any
+        timeout_keep_alive_task: Any
         _late_head: object = None
         _looks = 0
         #: The next response is the last.
@@ -154,13 +156,29 @@ def _borrower(base: Any) -> Any:
             receive(self, data)
             if self._leaving:
                 self._make_it_the_last()
-            # A response may be complete before its request is: the connection goes back when the body has ended.
             cycle = self.cycle
-            if cycle is not None and cycle.response_complete:
-                if self.borrowing.after_response:
-                    self.give_back()
-                elif self._at_rest():
-                    self._rest()
+            if cycle is None or cycle.response_complete:
+                self._read_between_requests()
+
+        def _read_between_requests(self) -> None:
+            """No request waits for its response: bytes of a head, of a body that comes after it, or an empty line.
+
+            A response may be complete before its request is: the connection goes back when the body has ended.  And an
+            empty line begins no request (RFC 9112, 2.2): the connection is as idle as before.
+            """
+            if self.borrowing.after_response and self.give_back():
+                return
+            if not self.borrowing.after_response and self._at_rest():
+                self._rest()
+            elif self.cycle is None:
+                # A head has its own time; or it is HTTP no more.
+                return
+            # Receiving has cancelled uvicorn's timer, and the end of a response, which has come, starts no other.
+            transport = self.transport
+            if self.timeout_keep_alive_task is None and transport.get_protocol() is self and not transport.is_closing():
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
 
         def shutdown(self) -> None:
             # With `after_response` set, a request in flight gives its connection back at its end.

@@ -156,6 +156,8 @@ def _lost(handed: HandedTransport, error: Exception | None) -> None:
         return
     handed._phase = CLOSED
     handed._closing = True
+    handed._ran()
+    handed._receiver.show_running()
     handed._receiver.ended(handed._id, returned=handed._returning and error is None and not handed._upgraded)
     protocol, handed._protocol = handed._protocol, GONE
     if handed._made:

@@ -340,9 +340,8 @@ class Receiver:
         """All of it was given to its protocols: the turn ends behind the tasks that these have created."""
         if self._weighed:
             self._stopwatch.stop()
-        if self.running != self._shown:
-            # Before any of them can hold the loop.
-            self._shown = self.counters[1] = self.running
+        # Before any of them can hold the loop.
+        self.show_running()
         if not self._turning:
             self._turning = True
             self._requests += self._batch
@@ -354,6 +353,11 @@ class Receiver:
                 self.loop.call_soon(self._batch_done, self._batch)
         self._weighed = False
         self._batch = 0
+
+    def show_running(self) -> None:
+        """On the board."""
+        if self.running != self._shown:
+            self._shown = self.counters[1] = self.running
 
     def _batch_done(self, requests: int) -> None:
         self._stopwatch.stop()
@@ -383,8 +387,7 @@ class Receiver:
             self._stopwatch.spent, self._requests = 0.0, 0
         for transport in lazy:
             transport.settle()
-        if self.running != self._shown:
-            self._shown = self.counters[1] = self.running
+        self.show_running()
         if self.answers.fresh or self.answers.soon:
             self.answers.turned(int(held / requests * 1e6) if requests else 0)
         self.counters[0] = (self.counters[0] + 1) & 0xFFFFFFFF

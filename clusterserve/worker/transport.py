@@ -9,7 +9,6 @@ import array
 import asyncio
 import contextlib
 import fcntl
-import os
 import socket
 import termios
 from typing import Any
@@ -90,8 +89,9 @@ class HandedTransport(LazyTransport):
         if not data or self._closing or self._eof:
             return
         # What may change under us is copied, as asyncio does.
-        self._pieces.append(data if isinstance(data, bytes) else bytes(data))
-        self._size += len(data)
+        piece = data if isinstance(data, bytes) else bytes(data)
+        self._pieces.append(piece)
+        self._size += len(piece)
         if self._phase is BUSY:
             self._wake()
         if self._size > HIGH_WATER and not self._paused:
@@ -184,6 +184,10 @@ class HandedTransport(LazyTransport):
 
 def _sockname(fd: int) -> tuple[str, int] | str | None:
     """The local address of a connection to a wildcard listener, in the shape of `peername`."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    # Borrowed, not copied: that works at the descriptor limit too.
+    sock = socket.socket(fileno=fd)
+    try:
         name = sock.getsockname()
+    finally:
+        sock.detach()
     return (name[0], name[1]) if isinstance(name, tuple) else name

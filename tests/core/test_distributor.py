@@ -408,6 +408,19 @@ class TestAnswers:
             assert say(distributor, 1, Kind.CLOSED, 1) is connection
             assert distributor.workers[1].load == 0
 
+    def test_an_old_board_counts_nothing_that_is_gone(self) -> None:
+        """1. One that is kept has a request in progress, as the board says.  2. It is closed."""
+        distributor = rig(1)
+        accept(distributor, 1)
+        distribute(distributor)
+        say(distributor, 1, Kind.ACK | Kind.KEPT, 1)
+        worker = distributor.workers[1]
+        assert worker.load == 0
+        distributor.lateness.looked([(worker, 2, False, 1)])
+        assert worker.load == 1
+        say(distributor, 1, Kind.CLOSED, 1)
+        assert worker.load == 0
+
     def test_what_is_taken_counts_towards_the_capacity(self) -> None:
         distributor = rig(0)
         distributor.add_worker(1, 0, 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from clusterserve.core.connection import Connection, State
 from clusterserve.core.distributor import Distributor
-from clusterserve.core.parking import KEEP_ALIVE
+from clusterserve.core.parking import KEEP_ALIVE, Parking
 from clusterserve.core.policies import Hash, RoundRobin
 from clusterserve.core.records import Kind
 
@@ -185,3 +187,32 @@ def test_a_number_that_is_anothers_already_stays_with_it(distributor: Distributo
         distributor.answer(worker, Kind.ACK | Kind.KEPT, connection.id, 0, 10.0, 77)
     assert distributor.answer(worker, Kind.CLOSED, 1, 0, 10.0) is first
     assert worker.kept == {77: other}
+
+
+def test_thousands_that_another_master_had_do_not_take_long() -> None:
+    """And they are due in the order of their time, whatever comes in between."""
+    parking = Parking(KEEP_ALIVE, 0.0)
+    began = time.process_time()
+    for number in range(20_000):
+        # Two that come out of order, as those do that a worker has given back meanwhile.
+        since = 1.0 if number in (7_000, 14_000) else 2.0 + number * 1e-4
+        parking.inherited(Connection(2 * number + 1, 0, 1), since)
+        parking.idle(Connection(2 * number + 2, 0, 1), 4.0 + number * 1e-4)
+    # Every one of them sorted anew is 20 s.
+    assert time.process_time() - began < 5.0
+    first, second, third = parking.longest_idle(3)
+    assert [first.id, second.id, third.id] == [14_001, 28_001, 1]
+    assert next(iter(sorted(parking.deadlines()))) == 1.0 + KEEP_ALIVE
+    assert [each.id for each in parking.expired(1.0 + KEEP_ALIVE)] == [14_001, 28_001]
+    assert parking.since(1, 3.0) == (True, 1.0)
+    assert len(parking.expired(99.0)) == 40_000 - 2
+    assert list(parking.deadlines()) == []
+
+
+def test_the_longest_idle_of_both_kinds_go_first_when_room_is_short() -> None:
+    parking = Parking(KEEP_ALIVE, 0.0)
+    for id, since in ((1, 10.0), (2, 12.0)):
+        parking.idle(Connection(id, 0, 1), since)
+    for id, since in ((3, 9.0), (4, 11.0)):
+        parking.inherited(Connection(id, 0, 1), since)
+    assert [each.id for each in parking.longest_idle(3)] == [3, 1, 4]

@@ -61,3 +61,18 @@ def test_in_the_midst_of_a_header(masters: tuple[Rig, Listener, Rig, Listener], 
     assert (offer.family, offer.client, offer.port) == (PROXIED | IPV4, CLIENT, 4321)
     assert (offer.server, offer.server_port) == (CLIENT[:12] + bytes([192, 0, 2, 1]), 443)
     assert offer.sock.recv(65536) == REQUEST
+
+
+def test_what_a_proxy_takes_for_its_header_is_no_time_in_the_queue(
+    masters: tuple[Rig, Listener, Rig, Listener],
+) -> None:
+    master, listener, _, _ = masters
+    client = master.connect(listener, HEADER[:9])
+    master.parked(1)
+    master.loop.forward(20.0)
+    master.loop.turn()
+    worker = master.worker(listener)
+    client.sendall(HEADER[9:] + REQUEST)
+    (offer,) = worker.receive()
+    assert (offer.client, offer.sock.recv(65536)) == (CLIENT, REQUEST)
+    assert offer.waited < 10.0

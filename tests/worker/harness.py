@@ -302,8 +302,8 @@ _LIVES = (
     [Kind.ACK, Kind.CLOSED], [Kind.ACK | Kind.CLOSED], [Kind.CLOSED], [Kind.REFUSED], [Kind(FULL)],
     [Kind.ACK, Kind.RETURNED], [Kind.ACK | Kind.RETURNED], [Kind.RETURNED], [Kind.ACK | Kind.SILENT],
     [Kind.ACK, Kind.TAKEN, Kind.CLOSED], [Kind.ACK | Kind.TAKEN, Kind.CLOSED],
-    [Kind.ACK | Kind.KEPT, Kind.CLOSED], [Kind.ACK | Kind.KEPT, Kind.RETURNED], [Kind.ACK | Kind.KEPT | Kind.RETURNED],
-    [Kind.ACK | Kind.KEPT, Kind.DROPPED], [Kind.ACK, Kind.KEPT, Kind.CLOSED],
+    [Kind.ACK | Kind.KEPT, Kind.CLOSED], [Kind.ACK | Kind.KEPT, Kind.RETURNED],
+    [Kind.ACK | Kind.KEPT, Kind.DROPPED], [Kind.ACK, Kind.KEPT, Kind.CLOSED], [Kind.ACK, Kind.KEPT, Kind.RETURNED],
 )  # fmt: skip
 
 

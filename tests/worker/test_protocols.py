@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import select
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +13,15 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from clusterserve.channel.board import IDLE, READING
 from clusterserve.core.records import Kind
 from clusterserve.worker import protocols as ours
+from clusterserve.worker.lazy import CONTINUE
 from clusterserve.worker.protocols import Borrowing, http_protocol
 from clusterserve.worker.transport import HandedTransport
 from tests.helpers.loops import turns, until
 from tests.helpers.raw import request
-from tests.worker.harness import Handed, Master, was_real
+from tests.worker.harness import Handed, Master, reaches, was_real
 from tests.worker.test_http_protocols import LARGE, Application, response, split
 
 Loop = asyncio.AbstractEventLoop
@@ -548,6 +552,118 @@ class TestTls:
         made[0].shutdown()
         application.go.set()
         assert await handed.rest() == b"half"
+
+
+def mark(master: Master, handed: Handed) -> int:
+    return master.receiver.marks[handed.copy.fileno()]
+
+
+async def reads_all(handed: Handed) -> None:
+    await until(lambda: not handed.unread(), "it is read")
+
+
+@pytest.fixture
+def shared(master: Master) -> Iterator[None]:
+    """`--dispatch auto`: the master could take back what is between two requests."""
+    theirs = select.epoll()
+    master.receiver.borrow(select.epoll.fromfd(os.dup(theirs.fileno())), keep=True, head_timeout=0.0)
+    yield
+    theirs.close()
+
+
+@pytest.mark.parametrize("http", ["httptools"], indirect=True)
+class TestEmptyLine:
+    """It begins no request (RFC 9112, 2.2), so its connection is as idle as it was.  (h11 answers 400.)"""
+
+    async def test_of_who_has_said_nothing_else(self, loop: Loop, master: Master, http: uvicorn.Config) -> None:
+        handed = master.hand(b"\r\n")
+        await returned(handed)
+        handed = master.again(handed, b"\r\n" + GET)
+        assert (await response(handed))[1] == b"hello"
+        await returned(handed)
+
+    async def test_between_two_requests(
+        self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any], shared: None
+    ) -> None:
+        handed = master.hand(GET)
+        for _ in range(2):
+            assert (await response(handed))[1] == b"hello"
+            await reaches(made[0].transport, "KEPT")
+            handed.arrive(b"\r\n")
+            await reads_all(handed)
+            await reaches(made[0].transport, "KEPT")
+            assert (mark(master, handed), master.receiver.running) == (IDLE, 0)
+            await handed.sends(GET)
+        await response(handed)
+        master.receiver.stop_keeping()
+        await returned(handed)
+
+    @pytest.mark.usefixtures("for_good")
+    async def test_where_nobody_else_would_end_it(
+        self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]
+    ) -> None:
+        handed = master.hand(b"\r\n")
+        await until(lambda: made and made[0].timeout_keep_alive_task is not None, "its time runs")
+        await handed.sends(GET)
+        await response(handed)
+        await handed.sends(b"\r\n")
+        await reads_all(handed)
+        await until(lambda: made[0].timeout_keep_alive_task is not None, "its time runs again")
+        made[0].timeout_keep_alive_handler()
+        assert await handed.rest() == b""
+
+
+@pytest.mark.parametrize("mode", ["for_good", "shared"])
+async def test_who_goes_on_with_a_body_that_was_answered_has_its_time_too(
+    loop: Loop, master: Master, http: uvicorn.Config, made: list[Any], mode: str, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(mode)
+    handed = master.hand(b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12")
+    assert (await response(handed))[1] == b"early"
+    await until(lambda: made[0].timeout_keep_alive_task is not None, "its time runs")
+    before = made[0].timeout_keep_alive_task
+    await handed.sends(b"34")
+    await until(lambda: made[0].timeout_keep_alive_task is not before, "it has said something")
+    await until(lambda: made[0].timeout_keep_alive_task is not None, "its time runs again")
+    made[0].timeout_keep_alive_handler()
+    assert await handed.rest() == b""
+
+
+@pytest.mark.parametrize("mode", ["for_good", "shared"])
+async def test_leave_to_send_the_body_is_no_answer(
+    loop: Loop, master: Master, http: uvicorn.Config, mode: str, request: pytest.FixtureRequest
+) -> None:
+    """Should the worker die meanwhile, its client is still to be answered."""
+    request.getfixturevalue(mode)
+    head = b"POST /digest HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n"
+    handed = master.hand(head)
+    assert await handed.reads(len(CONTINUE)) == CONTINUE
+    await until(lambda: mark(master, handed) == READING, "it says so")
+    await handed.sends(b"12")
+    await reads_all(handed)
+    assert mark(master, handed) == READING
+    await handed.sends(b"34")
+    assert (await response(handed))[1] == hashlib.sha256(b"1234").hexdigest().encode()
+    await until(lambda: mark(master, handed) == IDLE, "it is idle")
+    master.receiver.stop_keeping()
+
+
+async def test_a_large_response_is_in_progress_until_it_is_over(
+    loop: Loop, master: Master, http: uvicorn.Config, made: list[Any], shared: None
+) -> None:
+    """Whichever transport it has: `least` counts it."""
+    handed = master.hand(GET, sndbuf=8192)
+    await response(handed)
+    await reaches(made[0].transport, "KEPT")
+    await handed.sends(request("GET", "/sized"))
+    await reaches(made[0].transport, "REAL")
+    board = master.receiver.counters
+    await until(lambda: board[1] == 1, "it is in progress")
+    await turns(5)
+    assert (master.receiver.running, board[1]) == (1, 1)
+    assert len((await response(handed))[1]) == len(LARGE)
+    await returned(handed)
+    assert (master.receiver.running, board[1]) == (0, 0)
 
 
 class TestWhoCannot:

@@ -5,6 +5,7 @@ What the receiver tells the master is checked by the `master` fixture for every 
 
 from __future__ import annotations
 
+import array
 import asyncio
 import gc
 import hashlib
@@ -22,6 +23,7 @@ from clusterserve.core.records import PROXIED, Kind
 from clusterserve.worker.transport import HIGH_WATER
 from tests.helpers import proc
 from tests.helpers.apps.full import pattern
+from tests.helpers.descriptors import room_for
 from tests.helpers.loops import turns, until
 from tests.worker.harness import Master, Recorder, Recorders, phase, reaches, was_real
 
@@ -1010,6 +1012,22 @@ class TestExtraInfo:
         else:
             assert seen == {"peername": client[:2], "sockname": server[:2]}
 
+    async def test_the_local_address_at_the_descriptor_limit(
+        self, loop: Loop, master: Master, recorders: Recorders
+    ) -> None:
+        """The offer has brought the last descriptor that there can be."""
+        seen = []
+        handed = master.connection()
+        handed.arrive(b"question")
+        recorders.on(made=lambda protocol: seen.append(protocol.transport.get_extra_info("sockname")))
+        master.serve(recorders.on(data=respond_and_close(b"answer")), sockname=("0.0.0.0", 1))
+        server = handed.copy.getsockname()
+        with room_for(1):
+            master.offer(handed)
+            await handed.ends()
+        assert seen == [server]
+        assert handed.has() == b"answer"
+
     async def test_the_local_address_is_known_after_the_end(
         self, loop: Loop, master: Master, recorders: Recorders
     ) -> None:
@@ -1083,6 +1101,17 @@ class TestCopies:
         data[:] = bytes(len(data))
         transport.close()
         assert await handed.rest() == b"lazy again pending"
+
+    async def test_a_view_counts_by_its_bytes(self, loop: Loop, master: Master, recorders: Recorders) -> None:
+        sizes = []
+
+        def respond(protocol: Recorder, _: bytes) -> None:
+            protocol.transport.write(memoryview(array.array("I", range(1000))))
+            sizes.append(protocol.transport.get_write_buffer_size())
+            protocol.transport.close()
+
+        master.serve(recorders.on(data=respond))
+        assert len(await master.hand(b"question").rest()) == sizes[0] == 4000
 
 
 # ── a client that resets ────────────────────────────────────────────────────────────────────────────────────────────
