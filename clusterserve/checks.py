@@ -154,6 +154,16 @@ def text(setting: str, value: object) -> str:
     return value
 
 
+def passable(setting: str, value: object) -> str:
+    """A text that a process can be given: as an argument, in a variable, as a path."""
+    given = text(setting, value)
+    try:
+        os.fsencode(given)
+    except UnicodeEncodeError:
+        raise SettingValueError(setting, value, "holds a character that no process can be given") from None
+    return given
+
+
 def texts(setting: str, value: object) -> str:
     """A text with commas, or the list that it stands for."""
     return ",".join(text(setting, item) for item in value) if isinstance(value, list | tuple) else text(setting, value)

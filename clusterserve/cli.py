@@ -24,6 +24,7 @@ from clusterserve.options import COMMANDS, GROUPS, SPECS, Spec, refuse_command
 from clusterserve.settings import Settings
 from clusterserve.sources import Given, Layer, gather, settings_of, unread
 from clusterserve.succession import beginning
+from clusterserve.surroundings import Reading, Surroundings
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
@@ -58,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
         if program is not None:
             for setting, item in line.items():
                 refuse_foreign(setting, item.origin)
-        start, environment = os.getcwd(), Environment()
+        start, environment = _directory(), Environment()
         with environment.anew():
             given = gather(line, parse)
         if program is not None:
@@ -71,8 +72,11 @@ def run(argv: Sequence[str]) -> int:
             return 0
         settings = settings_of(given)
 
-        def reread() -> Settings:
-            here = os.getcwd()
+        def reread() -> Reading:
+            try:
+                before = Surroundings(environment)
+            except OSError as error:
+                raise SettingsError(f"the working directory: {error.strerror}") from None
             try:
                 os.chdir(start)
                 with environment.anew():
@@ -84,12 +88,12 @@ def run(argv: Sequence[str]) -> int:
                     # Their names only: values may be secrets.
                     names = ", ".join(environment.changed)
                     logging.getLogger("clusterserve").info("Variables have changed: %s", names)
-                return settings
+                return Reading(settings, before)
             except OSError as error:
-                os.chdir(here)
+                before.restore()
                 raise SettingsError(f"{start}: {error.strerror}") from None
             except ClusterError:
-                os.chdir(here)
+                before.restore()
                 raise
 
     except ClusterError as error:
@@ -113,6 +117,13 @@ def run(argv: Sequence[str]) -> int:
         return error.exit_code if error.told else _fail(str(error), error.exit_code)
     except KeyboardInterrupt:  # before the master listens to signals
         return 130
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise SettingsError("the working directory has been removed; start in one that exists") from None
 
 
 def check_platform(platform: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class Environment:
@@ -35,6 +35,20 @@ class Environment:
         self.changed = tuple(
             sorted(name for name in known.keys() | os.environ.keys() if known.get(name) != os.environ.get(name))
         )
+
+    def memory(self) -> Callable[[], None]:
+        """What is called to have everything of ours as it is now, whatever blocks come in between."""
+        known, ours = dict(os.environ), dict(self._set)
+
+        def again() -> None:
+            for name in self._set.keys() | ours.keys():
+                made = self._set[name][1] if name in self._set else ours[name][0]
+                # As in `anew`.
+                if os.environ.get(name) == made:
+                    _put(name, known.get(name))
+            self._set = ours
+
+        return again
 
 
 def _put(name: str, value: str | None) -> None:

@@ -15,7 +15,7 @@ from clusterserve.checks import (
     choice,
     flag,
     optional,
-    text,
+    passable,
     whole,
     writable_directory,
 )
@@ -116,12 +116,12 @@ def main_script() -> dict[str, Any]:
 def _words(setting: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise SettingValueError(setting, value, "must be a list of texts")
-    return tuple(text(setting, each) for each in value)
+    return tuple(passable(setting, each) for each in value)
 
 
 def _path(setting: str, value: object) -> str:
     # Whether it exists is seen when a worker starts, and is then that worker's error.
-    return text(setting, os.fspath(value) if isinstance(value, os.PathLike) else value)
+    return passable(setting, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
 def environment(setting: str, value: object) -> tuple[tuple[str, str], ...]:
@@ -130,7 +130,9 @@ def environment(setting: str, value: object) -> tuple[tuple[str, str], ...]:
         value = dict(value)
     if not isinstance(value, Mapping):
         raise SettingValueError(setting, value, "must be a mapping of variables")
-    pairs = tuple((text(setting, name), text(f"{setting}[{name!r}]", content)) for name, content in value.items())
+    pairs = tuple(
+        (passable(setting, name), passable(f"{setting}[{name!r}]", content)) for name, content in value.items()
+    )
     for name, _ in pairs:
         if not name or "=" in name:
             raise SettingValueError(setting, name, "is not the name of a variable")

@@ -23,11 +23,12 @@ class Claim(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """The command line, the directory and the environment this program was started with."""
+    """The command line, the directory, the environment and the umask this program was started with."""
 
     command: tuple[str, ...]
     directory: str
     environment: dict[str, str]
+    umask: int
 
 
 _beginning: Beginning | None = None
@@ -39,7 +40,7 @@ def beginning() -> Beginning:
     global _beginning, _claim
     if _beginning is None:
         _claim = _look()
-        _beginning = Beginning((sys.executable, *sys.orig_argv[1:]), _directory(), dict(os.environ))
+        _beginning = Beginning((sys.executable, *sys.orig_argv[1:]), _directory(), dict(os.environ), _umask())
     return _beginning
 
 
@@ -66,9 +67,20 @@ def _look() -> Claim | None:
     return found
 
 
+def _umask() -> int:
+    # Asked for by setting another: what a thread makes in between is nobody else's.
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
+
+
 def _directory() -> str:
     """The working directory by the name it was entered with: a link that points to the current release is the link."""
-    here, named = os.getcwd(), os.environ.get("PWD", "")
+    try:
+        here, named = os.getcwd(), os.environ.get("PWD", "")
+    except FileNotFoundError:
+        # It was removed: the help can be had there, and everything else says so (cli.py).
+        return ""
     try:
         return named if os.path.isabs(named) and os.path.samestat(os.stat(named), os.stat(here)) else here
     except OSError:

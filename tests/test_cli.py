@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from clusterserve.errors import BindError, BootError, ClusterError, SettingsErro
 from clusterserve.options import SPECS
 from clusterserve.peers import NOT_TAKEN
 from clusterserve.settings import Settings
+from clusterserve.surroundings import Reading
 from tests.helpers.certificates import Authority
 
 
@@ -45,9 +47,9 @@ class Master:
     def __init__(self) -> None:
         self.result: Callable[[], int] = lambda: 0
         self.settings: Settings | None = None
-        self.reread: Callable[[], Settings] | None = None
+        self.reread: Callable[[], Reading] | None = None
 
-    def run_settings(self, settings: Settings, *, exits: bool, reread: Callable[[], Settings]) -> int:
+    def run_settings(self, settings: Settings, *, exits: bool, reread: Callable[[], Reading]) -> int:
         assert exits
         self.reread = reread
         self.settings = settings
@@ -788,14 +790,60 @@ def test_what_is_read_again_is_what_a_start_would_read(
     file = tmp_path / "site" / "clusterserve.toml"
     file.write_text("workers = 2\n")
     assert parsed("a:b", "--chdir", "site").workers == 2
-    assert master.reread is not None
+
+    def again() -> int:
+        assert master.reread is not None
+        read = master.reread()
+        read.before.close()
+        return read.settings.workers
+
     file.write_text("workers = 3\n")
     # A relative directory is relative to where the command was typed, each time.
-    assert master.reread().workers == 3
+    assert again() == 3
     file.write_text("workers = 0\n")
     with pytest.raises(SettingsError):
-        master.reread()
+        again()
     assert Path.cwd() == tmp_path / "site"
+    # A release that was removed, and put there anew.
+    shutil.rmtree(tmp_path / "site")
+    with pytest.raises(SettingsError, match="there is no such directory"):
+        again()
+    (tmp_path / "site").mkdir()
+    file.write_text("workers = 4\n")
+    assert again() == 4
+    assert Path.cwd() == tmp_path / "site"
+
+
+def test_what_was_read_again_can_be_undone(
+    parsed: Parsed, master: Master, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment.chdir(tmp_path)
+    environment.setattr(os, "environ", os.environ.copy())
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+    file = tmp_path / "clusterserve.toml"
+    file.write_text('env = ["A=1"]\nchdir = "one"\n')
+    parsed("a:b")
+    assert master.reread is not None
+    descriptors = os.listdir("/proc/self/fd")
+    file.write_text('env = ["B=2"]\nchdir = "two"\n')
+    first = master.reread().before
+    file.write_text('env = ["A=3", "B=3"]\nchdir = "three"\n')
+    second = master.reread().before
+    assert (Path.cwd().name, os.environ["A"], os.environ["B"]) == ("three", "3", "3")
+    second.close()
+    # The name of where it was means nothing any more.
+    (tmp_path / "one").rename(tmp_path / "uno")
+    first.restore()
+    assert (Path.cwd().name, os.environ["A"], os.environ.get("B")) == ("uno", "1", None)
+    assert os.listdir("/proc/self/fd") == descriptors
+
+
+def test_a_directory_that_was_removed(refused: Refused, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    environment.chdir(tmp_path / "site")
+    (tmp_path / "site").rmdir()
+    assert refused("a:b") == "the working directory has been removed; start in one that exists"
 
 
 # -- exec --------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,28 @@ def test_what_somebody_else_changed_is_theirs() -> None:
         assert shown() == {"A": "theirs", "B": "somebody's"}
 
 
+def test_what_was_ours_can_be_had_again() -> None:
+    environment = Environment()
+    with environment.anew():
+        os.environ.update(A="ours", B="ours")
+    again = environment.memory()
+    with environment.anew():
+        os.environ.update(B="new", C="new")
+    with environment.anew():
+        os.environ.update(A="newer", C="newer", D="newer")
+    del os.environ["D"]
+    assert shown() == {"A": "newer", "B": "theirs", "C": "newer"}
+    again()
+    assert shown() == {"A": "ours", "B": "ours"}
+    # What somebody else has changed since is theirs.
+    with environment.anew():
+        assert shown() == {"A": "theirs", "B": "theirs"}
+        os.environ["B"] = "new"
+    os.environ["B"] = "somebody's"
+    again()
+    assert shown() == {"A": "ours", "B": "somebody's"}
+
+
 def test_a_block_that_fails_changes_nothing() -> None:
     environment = Environment()
     with environment.anew():

@@ -102,7 +102,8 @@ class WentWrong:
 
     name: ClassVar = "error"
     worker: WorkerName
-    error: OSError
+    #: An OSError, unless it is something that nobody has thought of.
+    error: Exception
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,8 @@ def _at_hand(target: Target, roster: Roster) -> int:
 
 def _retire(target: Target, roster: Roster, now: float) -> _Due:
     """Workers of slots no longer wanted, and those worn or of other generations that are replaced or not needed."""
+    # While it may turn out that of the new generation none can start, and all others are wanted as they were.
+    unproven = 0 < roster.proven < target.generation and len(_closed(target, roster)) < target.count
     # The best of each slot: a fresh one of the wanted generation, else the newest.
     best: dict[int, Member] = {}
     for member in roster.members.values():
@@ -202,7 +204,8 @@ def _retire(target: Target, roster: Roster, now: float) -> _Due:
                 best[member.slot] = member
     for member in roster.members.values():
         replaced = not _fresh(member, target, now) and best.get(member.slot, member) is not member
-        leaves = member.slot >= target.count or replaced or _abandoned(member, target, roster)
+        surplus = member.slot >= target.count and not (unproven and member.serving)
+        leaves = surplus or replaced or _abandoned(member, target, roster)
         if member.current and not member.doomed and leaves:
             yield 0.0, Drain(member.id, quick=False, interrupt=member.listening is None, keep=True)
 

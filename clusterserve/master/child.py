@@ -60,13 +60,24 @@ class Child:
         self._popen = popen
         self._loop = loop
         self._on_exit = on_exit
-        loop.add_reader(self._pidfd, self._exited)
+        try:
+            loop.add_reader(self._pidfd, self._exited)
+        except OSError:
+            os.close(self._pidfd)
+            raise
 
     def send_signal(self, number: int) -> None:
         """Signal it; nothing happens if it has exited already (no pid is ever signalled that may be another's)."""
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
+
+    def abandon(self) -> None:
+        """SIGKILL it, and wait until it is dead; `on_exit` is not told."""
+        if self._pidfd >= 0:
+            self._on_exit = lambda ended: None
+            self.send_signal(signal.SIGKILL)
+            self._exited()
 
     def _exited(self) -> None:
         self._loop.remove_reader(self._pidfd)

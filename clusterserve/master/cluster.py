@@ -214,9 +214,9 @@ class Cluster(Emitter):
         """Start one worker more, with these variables besides what it inherits.
 
         With `respawn` (the default) one more is wanted from now on, and replacements inherit `env` as well.  One whose
-        process cannot be started tells `error`, with the OSError, and `exit`.  Raises `ClusterError` if the cluster
-        does not run, or is stopping, and `SettingsError` (a ValueError) if `debug_port` is a function and gives no
-        port.
+        process cannot be started tells `error`, with the exception (an OSError), and `exit`.  Raises `ClusterError` if
+        the cluster does not run, or is stopping, and `SettingsError` (a ValueError) if no process can be given such
+        variables, or `debug_port` is a function and gives no port.
         """
         variables = environment("env", env or {})
         # A function of the program's is called here, and not by the engine.

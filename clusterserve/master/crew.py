@@ -6,6 +6,7 @@ What becomes of them is a fact, and somebody else's business (`Ears`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -109,6 +110,8 @@ class Crew:
         self._emit = emit
         self._files = files
         self._certificates = certificates
+        #: The working directory, or what it was called before it was removed.
+        self._directory = ""
         #: What workers are forked from; None: they are spawned.
         self._templates: Templates | None = None
         if roster.templates is not None:
@@ -162,7 +165,7 @@ class Crew:
             else:
                 process = WorkerProcess(action.slot, self._loop, on_exit, self.settings, env, self._tally.fd)
                 self._seat(member, process, debug_port)
-        except OSError as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever keeps this one from living is no reason not to look after others
             self._stillborn(member, exc)
         return member.id
 
@@ -173,41 +176,60 @@ class Crew:
         if isinstance(result, OSError):
             self._stillborn(member, result)
             return
-        seat = self._seat(member, result, debug_port)
+        try:
+            seat = self._seat(member, result, debug_port)
+        except Exception as exc:  # noqa: BLE001 - as in `spawn`
+            self._stillborn(member, exc)
+            return
         if member.drained is not None:
             self.tell(seat, StartedDraining)
         for action in owed:
             self.perform(action)
 
     def _seat(self, member: Member, process: WorkerProcess, debug_port: int | None) -> Seat:
-        channel = MessageChannel(
-            self._loop,
-            process.messages,
-            partial(self.ears.on_message, member.id),
-            partial(self.ears.on_closed, member.id),
-            partial(self.ears.on_envelope, member.id),
-        )
+        """Give it its place and its orders.  Whatever goes wrong: then there is neither process nor place, and nobody
+        has heard of it."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(process.abandon)
+            channel = MessageChannel(
+                self._loop,
+                process.messages,
+                partial(self.ears.on_message, member.id),
+                partial(self.ears.on_closed, member.id),
+                partial(self.ears.on_envelope, member.id),
+            )
+            undo.callback(channel.close)
+            # A program says itself where it logs.
+            channel.send(self._boot(member, debug_port), () if self.settings.exec else self._files.descriptors)
+            if self.stopping:
+                channel.send(Stopping())
+            # Last: it takes what ties the worker to us.
+            self._dispatcher.add_worker(
+                member.id,
+                member.slot,
+                process.connections,
+                process.board,
+                process.kept,
+                process.pid,
+                self.settings.worker_connections,
+            )
+            undo.pop_all()
         seat = self.seats[member.id] = Seat(member, process, channel)
         self.tell(seat, Forked)
-        self._dispatcher.add_worker(
-            member.id,
-            member.slot,
-            process.connections,
-            process.board,
-            process.kept,
-            process.pid,
-            self.settings.worker_connections,
-        )
-        # A program says itself where it logs.
-        channel.send(self._boot(member, debug_port), () if self.settings.exec else self._files.descriptors)
-        if self.stopping:
-            channel.send(Stopping())
         return seat
 
-    def _stillborn(self, member: Member, error: OSError) -> None:
+    def _stillborn(self, member: Member, error: Exception) -> None:
         self._tally.free(member.id)
         self.last_exit = f"worker {member.id} could not be spawned: {error}"
-        logger.error("Worker %d (slot %d) could not be spawned: %s", member.id, member.slot, error)
+        # What neither the system nor a value refuses is a mistake of ours: then it matters where.
+        unexpected = not isinstance(error, OSError | ValueError)
+        logger.error(
+            "Worker %d (slot %d) could not be spawned: %s",
+            member.id,
+            member.slot,
+            error,
+            exc_info=error if unexpected else None,
+        )
         name = WorkerName(member.id, member.slot, 0)
         self._emit(WentWrong(name, error))
         if not faults.on("no-exit-of-the-unborn"):
@@ -219,9 +241,15 @@ class Crew:
         # Python overlooks what is no text there, a Path for one; so do we.
         entries: list[object] = [*sys.path]
         path = [entry for entry in entries if isinstance(entry, str)]
-        if self.settings.app_dir is not None and [first := os.path.abspath(self.settings.app_dir)] != path[:1]:
+        if self.settings.app_dir is not None and [first := self._absolute(self.settings.app_dir)] != path[:1]:
             path.insert(0, first)
         return path
+
+    def _absolute(self, path: str) -> str:
+        # A directory that was removed has no name any more; another that is made in its place will have the old one.
+        with contextlib.suppress(FileNotFoundError):
+            self._directory = os.getcwd()
+        return os.path.normpath(os.path.join(self._directory, path))
 
     def _boot(self, member: Member, debug_port: int | None) -> Boot:
         launch = self.settings.to_worker()

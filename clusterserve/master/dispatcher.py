@@ -325,16 +325,18 @@ class Dispatcher:
         capacity: int | None = None,
     ) -> None:
         """A worker exists.  Owns `end`, `board` and `kept` from now on.  `pid`: its process, to ask why it is late.
+        Raises OSError if the kernel cannot tell of it; then it is not there, and nothing of it is taken.
 
         `capacity`: the most connections it may have.
         """
+        # First: it is what can fail.
+        self._epoll.register(end.fileno(), select.EPOLLIN)
         if pid is not None:
             self._pids[worker] = pid
         self._ends[worker] = end
         record = self.distributor.add_worker(worker, slot, capacity)
         self._channels[end.fileno()] = (record, end)
         self._lookout.add(record, end, board, kept)
-        self._epoll.register(end.fileno(), select.EPOLLIN)
 
     def attach(self, worker: int, key: int) -> None:
         """The worker's server on listener `key` is in place."""

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from .. import faults
 from ..core.bequest import Bequest
@@ -36,6 +37,7 @@ from ..errors import BootError, ClusterError, DesertedError, ProtocolError
 from ..launch import owner
 from ..log_files import LogFiles
 from ..settings import Settings
+from ..surroundings import Surroundings
 from .answered import AnswerLog
 from .certificates import Certificates
 from .changes import Changes
@@ -55,6 +57,18 @@ from .reopening import Reopening
 from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
+
+
+@dataclass
+class Before:
+    """What held before a reload brought something else."""
+
+    settings: Settings
+    credentials: Credentials | None
+    surroundings: Surroundings
+    #: How many workers were wanted, and are now.
+    count: int
+    adopted: int
 
 
 class Engine:
@@ -139,7 +153,7 @@ class Engine:
             self._reopening,
         )  # fmt: skip
         #: What held before a reload brought other settings, until they are proved.
-        self._before: tuple[Settings, Credentials | None] | None = None
+        self._before: Before | None = None
         #: Who waits for the last worker's end, in a cluster whose program says how many there are.
         self._departures = Changes(loop)
         self._changes = Changes(loop)
@@ -228,12 +242,15 @@ class Engine:
         Raises `ClusterError`, as `reload` does, if the number of workers is the program's business.
         """
         self._must_not_be_manual("scale")
+        self._want(count)
+        return self._change()
+
+    def _want(self, count: int) -> None:
         if count != self._reconciler.target.count and self._reconciler.stopping is Stop.NO:
             logger.info("Scaling from %d to %d workers", self._reconciler.target.count, count)
             self._emit(Scaled(count, self._reconciler.target.count))
             self._reconciler.target = dataclasses.replace(self._reconciler.target, count=count)
             self._dispatcher.resize(count)
-        return self._change()
 
     def scale_by(self, difference: int) -> None:
         """One more or one less; there is always one."""
@@ -286,19 +303,36 @@ class Engine:
         self.settings = self._crew.settings = settings
         self._keep_terms()
 
-    def adopt(self, settings: Settings) -> None:
-        """Launch workers as these settings say from now on, `rereading.FIXED` being what it was.
+    def adopt(self, settings: Settings, surroundings: Surroundings) -> None:
+        """Launch workers as these settings say from now on, `rereading.FIXED` being what it was; `reload` follows.
 
-        If none of the next generation can start, what those that stay were launched with holds again.  Raises
-        `SettingsError` if the certificate has become bad, and then nothing was done.
+        If none of that generation can start, what those that stay were launched with holds again, `surroundings`
+        included, which are taken.  Raises `SettingsError` if the certificate has become bad, and then nothing was done.
         """
-        before = self._before or (self.settings, self._certificates.credentials)
-        self._certificates.use(settings)
-        self._before = before
-        changed = settings.workers != self.settings.workers
-        self._use(settings)
-        if changed:
-            self.scale(settings.workers)
+        count, credentials = self._reconciler.target.count, self._certificates.credentials
+        if settings != self.settings:
+            try:
+                self._certificates.use(settings)
+            except ClusterError:
+                surroundings.restore()
+                raise
+        if self._before is not None and self._roster.proven < self._reconciler.target.generation:
+            # What nobody has served with yet is nothing to go back to.
+            surroundings.close()
+        else:
+            self._forget_before()
+            self._before = Before(self.settings, credentials, surroundings, count, count)
+        if settings.workers != self.settings.workers:
+            # Together with the new generation: who starts now is of that.
+            self._want(settings.workers)
+            self._before.adopted = self._reconciler.target.count
+        if settings != self.settings:
+            self._use(settings)
+
+    def _forget_before(self) -> None:
+        if self._before is not None:
+            self._before.surroundings.close()
+            self._before = None
 
     def _use(self, settings: Settings) -> None:
         self._use_launch(settings)
@@ -392,6 +426,7 @@ class Engine:
         self._dispatcher.close()
         self.outbox.close()
         self._crew.close()
+        self._forget_before()
         self._reconciler.close()
         self._ending.close()
 
@@ -407,7 +442,7 @@ class Engine:
                 self._emit(BecameReady())
             if not self.settled.done():
                 self.settled.set_result(None)
-            self._before = None
+            self._forget_before()
             self._changes.over()
         elif current.verdict is Verdict.REJECTED:
             self._reject()
@@ -456,12 +491,16 @@ class Engine:
         logger.error("Reload failed, %s; %s", reason, stays or f"generation {self._roster.proven} stays")
         error = BootError(reason, failure.traceback)
         self._reconciler.target = dataclasses.replace(self._reconciler.target, generation=self._roster.proven)
-        if self._before is not None:
-            settings, credentials = self._before
-            self._use(settings)
-            self._certificates.go_back(settings, credentials)
+        before, self._before = self._before, None
+        if before is not None:
+            before.surroundings.restore()
+            self._use(before.settings)
+            self._certificates.go_back(before.settings, before.credentials)
             self._keep_terms()
-            self._before = None
+            self._crew.outdate_templates()
+            if self._reconciler.target.count == before.adopted:
+                # Or else somebody has asked for another number since.
+                self._want(before.count)
         self._changes.over(error)
         self._reconciler.reconcile()
 

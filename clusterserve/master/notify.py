@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from ..activation import passed
-from ..core.events import BecameReady, Event, Scaled, StartedReload, StartedShutdown
+from ..core.events import BecameReady, Event, Scaled, StartedReload, StartedShutdown, Stopped
 from ..errors import ClusterError
 from ..settings import Settings
 
@@ -32,12 +32,17 @@ _LONGEST: Final = 500
 
 
 class Notifier:
-    """Sends to the socket at `address` (a path, or `@` and a name); to nobody, if that is empty."""
+    """Sends to the socket at `address` (a path, or `@` and a name); to nobody, if that is empty.
+
+    Whatever else happens: READY=1 is not said before every worker has listened, nor again behind STOPPING=1.
+    """
 
     def __init__(self, address: str, watchdog: float, loop: asyncio.AbstractEventLoop) -> None:
         #: How long systemd waits for the next feeding (seconds); 0: it does not.
         self.watchdog = watchdog
         self._workers = ""
+        #: Whether this cluster has ever been ready, and whether it ends.
+        self._up = self._over = False
         #: Another master is who systemd listens to: nothing is sent.
         self.silent = False
         self._loop = loop
@@ -81,7 +86,7 @@ class Notifier:
 
     def take_over(self, settings: Settings) -> None:
         """This master serves from now on, instead of another."""
-        self.silent = False
+        self.silent, self._up = False, True
         self._workers = _workers(settings.workers)
         self.send("READY=1", f"MAINPID={os.getpid()}", status=f"Serving with {self._workers}")
 
@@ -91,8 +96,13 @@ class Notifier:
         self.silent = True
 
     def ready(self, status: str = "") -> None:
-        """Every worker listens (again)."""
-        self.send("READY=1", status=status or f"Serving with {self._workers}")
+        """What was begun is over, and it serves as before; before it has ever been ready, that is a status only."""
+        if not self._over:
+            self.send(*(["READY=1"] if self._up else []), status=status or self._serving)
+
+    @property
+    def _serving(self) -> str:
+        return f"Serving with {self._workers}" if self._up else f"Starting {self._workers}"
 
     def failed(self, error: ClusterError) -> None:
         """It ends, and why."""
@@ -101,16 +111,26 @@ class Notifier:
     def on_event(self, event: Event) -> None:
         """Told of every event of the cluster."""
         if isinstance(event, BecameReady):
+            self._up = True
             self.ready()
         elif isinstance(event, StartedReload):
             self._reloading("Replacing the workers")
         elif isinstance(event, Scaled):
             self._workers = _workers(event.workers)
-            self.send(status=f"Serving with {self._workers}")
+            self.send(status=self._serving)
+        elif isinstance(event, Stopped):
+            # It may end of itself: who waits for a reload hears so next, and that is no news then.
+            self._over = True
         elif isinstance(event, StartedShutdown):
+            self._over = True
             self.send("STOPPING=1", status="Serving what was accepted, then stopping")
 
     def _reloading(self, status: str) -> None:
+        if self._over:
+            return
+        if not self._up:
+            self.send(status=status)
+            return
         microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self.send("RELOADING=1", f"MONOTONIC_USEC={microseconds}", status=status)
 
@@ -125,7 +145,8 @@ class Notifier:
         if change.cancelled():
             return
         error = change.exception()
-        self.ready(f"The last reload failed, and the workers before it serve on: {error}" if error else "")
+        others = ", and the workers before it serve on" if self._up else ""
+        self.ready(f"The last reload failed{others}: {error}" if error else "")
 
     def watch(self, loop: asyncio.AbstractEventLoop, healthy: Callable[[float], bool]) -> None:
         """Feed the watchdog from now on, whenever `healthy`, given how many seconds back to look, is true."""

@@ -56,7 +56,7 @@ class ProgramOrders:
         def obey(engine: Engine) -> None:
             try:
                 order(engine).add_done_callback(lambda change: over(change.exception(), change))
-            except ClusterError as exc:
+            except Exception as exc:  # noqa: BLE001 - whatever it is, somebody waits to hear of it
                 over(exc)
 
         if self._thread.post(obey):

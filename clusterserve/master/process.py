@@ -139,8 +139,14 @@ class WorkerProcess:
         ends.given()
         self.messages, self.connections, self.board, self.kept = ends.messages, ends.connections, ends.board, ends.kept
         self.streams = ends.streams
+        self._ends = ends
         self._child = child
         self.pid = child.pid
+
+    def abandon(self) -> None:
+        """It is not to live: kill it, wait for that, and close all that ties it to us.  `on_exit` is not told."""
+        self._child.abandon()
+        self._ends.abandon()
 
     def send_signal(self, number: int) -> None:
         """Signal it; nothing happens if it has exited already (no pid is ever signalled that may be another's)."""

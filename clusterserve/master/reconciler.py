@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from ..core.lifecycle import WorkerEvent
-from ..core.reconcile import Plan, Spawn, Stop, Target, plan
+from ..core.reconcile import Action, Plan, Spawn, Stop, Target, plan
 from ..core.roster import Roster
 from ..core.wear import Wear
 from .crew import Crew
+
+#: Until it is asked again when what should have been done could not be (seconds).
+AGAIN: Final = 1.0
 
 
 class Reconciler:
@@ -42,23 +46,33 @@ class Reconciler:
         self._closed = False
 
     def reconcile(self) -> None:
-        """Do what `plan` says until it says nothing more for now."""
+        """Do what `plan` says until it says nothing more for now.
+
+        What one action raises comes out of here when the others are done; a second later it is tried again.
+        """
         if self._planning or self._closed:
             # An action of the loop below has become a fact, or a fact is not whole yet; it is asked again.
             return
         self._planning = True
-        while True:
-            current = plan(self.target, self._roster, self._loop.time())
-            for action in current.actions:
-                if isinstance(action, Spawn):
-                    self._crew.spawn(action, self._wear())
-                else:
-                    self._crew.perform(action)
-            if not current.actions:
-                break
-        self._planning = False
-        self._ask_again_at(current.deadline)
+        # Should something raise: it is asked again all the same.
+        deadline: float | None = self._loop.time() + AGAIN
+        try:
+            while (current := plan(self.target, self._roster, self._loop.time())).actions:
+                with contextlib.ExitStack() as all_of_them:
+                    # One that raises keeps no other from being done.
+                    for action in reversed(current.actions):
+                        all_of_them.callback(self._do, action)
+            deadline = current.deadline
+        finally:
+            self._planning = False
+            self._ask_again_at(deadline)
         self._heed(current)
+
+    def _do(self, action: Action) -> None:
+        if isinstance(action, Spawn):
+            self._crew.spawn(action, self._wear())
+        else:
+            self._crew.perform(action)
 
     @contextlib.contextmanager
     def as_one(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from ..log_files import LogFiles
 from ..logs import configure
 from ..settings import Settings
 from ..succession import Claim, claim
+from ..surroundings import Reading
 from .engine import Engine
 from .first_signals import Ended, FirstSignals
 from .heritage import Heritage
@@ -45,7 +46,7 @@ def run(app: str, **settings: Any) -> int:
     return run_settings(Settings.create(app=app, **settings))
 
 
-def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[], Settings] | None = None) -> int:
+def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[], Reading] | None = None) -> int:
     """`run`, with settings that have been checked, and `reread` (raises `ClusterError`) to have them again at a reload.
 
     `exits`: the process ends next, and until then every signal is ignored.  Who says SIGTERM twice would kill it with
@@ -68,7 +69,7 @@ def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[]
         raise
 
 
-def _run(settings: Settings, files: LogFiles, exits: bool, reread: Callable[[], Settings] | None) -> int:
+def _run(settings: Settings, files: LogFiles, exits: bool, reread: Callable[[], Reading] | None) -> int:
     claimed = claim()
     inheritance = None if claimed is None else (claimed, Heritage.receive(claimed))
     if settings.app_dir is not None:
@@ -124,7 +125,7 @@ async def _serve(
     emit: Callable[[Event], None],
     teller: Notifier,
     house: House,
-    reread: Callable[[], Settings] | None,
+    reread: Callable[[], Reading] | None,
     files: LogFiles,
     inheritance: tuple[Claim, Heritage] | None,
     first_signals: FirstSignals,

@@ -11,7 +11,7 @@ from typing import Final
 from ..core.reconcile import Stop
 from ..errors import ClusterError
 from ..log_files import reopen_handlers
-from ..settings import Settings
+from ..surroundings import Reading
 from .engine import Engine
 from .rereading import compare
 from .terminal import Terminal
@@ -50,7 +50,7 @@ class Signals:
         upgrade: Upgrade,
         loop: asyncio.AbstractEventLoop,
         reloaded: Callable[[asyncio.Future[None]], None] = lambda change: None,
-        reread: Callable[[], Settings] | None = None,
+        reread: Callable[[], Reading] | None = None,
         refused: Callable[[ClusterError], None] = lambda error: None,
     ) -> None:
         self._engine = engine
@@ -114,9 +114,9 @@ class Signals:
         """Read the configuration again, and replace the workers."""
         if self._reread is not None:
             try:
-                found = compare(self._engine.settings, self._reread())
-                if found.changed:
-                    self._engine.adopt(found.settings)
+                read = self._reread()
+                found = compare(self._engine.settings, read.settings)
+                self._engine.adopt(found.settings, read.before)
             except ClusterError as error:
                 # Its workers would be of a configuration that is none.
                 logger.error("Reload refused, nothing was done: %s", error)

@@ -8,6 +8,7 @@ worker's business.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -56,7 +57,7 @@ class _Place:
     child: Child
     channel: MessageChannel
     #: What its forks inherit of us, and processes that are spawned now may not.
-    inherited: tuple[str, dict[str, str]]
+    inherited: tuple[tuple[int, int], dict[str, str]]
     orders: dict[int, _Order] = field(default_factory=dict)
     #: What it said of why it failed.
     failed: Failed | None = None
@@ -67,14 +68,11 @@ class _Place:
         return self.template.id, self.child.pid
 
 
-def _inherited() -> tuple[str, dict[str, str]]:
+def _inherited() -> tuple[tuple[int, int], dict[str, str]]:
     """The directory and the variables that a process has which is started now."""
-    try:
-        directory = os.getcwd()
-    except FileNotFoundError:
-        # Removed since; whoever starts there now is no worse off than we are.
-        directory = ""
-    return directory, dict(os.environ)
+    # Not its name: it may have been removed, and made anew.
+    here = os.stat(".")
+    return (here.st_dev, here.st_ino), dict(os.environ)
 
 
 class Templates:
@@ -133,8 +131,8 @@ class Templates:
                 self._roster.rejected,
             )
         try:
-            place = self._spawn(template, settings)
-        except OSError as exc:
+            place = self._spawn(template, settings, Prepare(template.id, generation, settings.to_json(), path, terms))
+        except Exception as exc:  # noqa: BLE001 - there are others to be looked after, and it is tried again
             logger.error("Template %d could not be spawned: %s", template.id, exc)
             self._on_failed(Failed(f"template {template.id} could not be spawned: {exc}", ""))
             self._roster.template_gone(template.id, now)
@@ -144,30 +142,29 @@ class Templates:
         logger.log(
             logging.INFO if settings.preload else logging.DEBUG, "Template %d (pid %d) loads %s", *place.who, what
         )
-        order = Prepare(template.id, generation, settings.to_json(), path, terms)
-        place.channel.send(order, self._files.descriptors)
 
-    def _spawn(self, template: Template, settings: Settings) -> _Place:
-        mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        popen = None
-        try:
+    def _spawn(self, template: Template, settings: Settings, order: Prepare) -> _Place:
+        with contextlib.ExitStack() as undo:
+            mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            undo.callback(mine.close)
             with its:
                 environment = {
                     **os.environ, **dict(settings.env), TEMPLATE_VARIABLE: f"{its.fileno()},{os.getpid()}",
                 }  # fmt: skip
                 # Its standard streams are ours, whatever workers are given.
                 popen = interpreter(settings, ENTRY, [], environment, (its.fileno(),), {})
+            undo.callback(popen.wait)
+            undo.callback(popen.kill)
             child = Child(popen.pid, self._loop, partial(self._exited, template.id), popen)
-        except OSError:
-            mine.close()
-            if popen is not None:
-                popen.kill()
-                popen.wait()
-            raise
-        channel = MessageChannel(
-            self._loop, mine, partial(self._on_message, template.id), partial(self._closed, template.id)
-        )
-        return _Place(template, child, channel, _inherited())
+            undo.callback(child.abandon)
+            channel = MessageChannel(
+                self._loop, mine, partial(self._on_message, template.id), partial(self._closed, template.id)
+            )
+            undo.callback(channel.close)
+            place = _Place(template, child, channel, _inherited())
+            channel.send(order, self._files.descriptors)
+            undo.pop_all()
+        return place
 
     @property
     def _level(self) -> int:
@@ -197,20 +194,20 @@ class Templates:
         template = self._book.ready(member.generation)
         assert template is not None, f"generation {member.generation} has no template"
         place = self._places[template.id]
-        ends = Ends(settings, self._tally)
-        streams = {number: fd for number, fd in ends.streams.theirs.items() if fd is not None}
-        descriptors = [*ends.theirs, *streams.values()]
-        try:
+        with contextlib.ExitStack() as undo:
+            ends = Ends(settings, self._tally)
+            undo.callback(ends.abandon)
+            streams = {number: fd for number, fd in ends.streams.theirs.items() if fd is not None}
+            descriptors = [*ends.theirs, *streams.values()]
             if len(descriptors) > MAX_DESCRIPTORS:
                 raise OSError(
                     errno.E2BIG, f"more than {MAX_DESCRIPTORS - len(ends.theirs)} entries of stdio for a fork"
                 )
             SUBREAPER.enter()
-        except OSError:
-            ends.abandon()
-            raise
+            undo.callback(SUBREAPER.leave)
+            place.channel.send(Fork(member.id, member.slot, dict(env), list(streams)), descriptors)
+            undo.pop_all()
         place.orders[member.id] = _Order(member, ends, on_exit, on_fork)
-        place.channel.send(Fork(member.id, member.slot, dict(env), list(streams)), descriptors)
 
     def owe(self, action: Drain | Abort | Kill) -> bool:
         """Whether this is about a worker that is being forked.  Then it is a fact now, and the worker is told later."""

@@ -99,7 +99,7 @@ class EngineThread:
         def ask(engine: Engine) -> None:
             try:
                 answer.set_result(question(engine))
-            except ClusterError as exc:
+            except Exception as exc:  # noqa: BLE001 - whatever it is, somebody waits to hear of it
                 answer.set_exception(exc)
 
         if self.post(ask):

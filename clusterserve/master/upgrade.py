@@ -1,7 +1,7 @@
 """`Upgrade`: a new master beside this one, from SIGUSR2 until it has taken over, or failed and nothing has happened.
 
-The new one is this program started again as it was started: the same command line, directory and environment, other
-code and configuration if they have changed.  The step that counts is `_yield`: before it this master serves, and
+The new one is this program started again as it was started: the same command line, directory, environment and umask,
+other code and configuration if they have changed.  The step that counts is `_yield`: before it this master serves, and
 whatever goes wrong costs only the new one; after it the new one does, and this one has only its workers to wait for.
 """
 
@@ -148,6 +148,7 @@ class Upgrade:
         process = subprocess.Popen(
             start.command,
             cwd=start.directory,
+            umask=start.umask,
             env={**start.environment, VARIABLE: f"{theirs.fileno()},{os.getpid()},{parent}"},
             pass_fds=(theirs.fileno(), *inherited, *([] if parent < 0 else [parent])),
         )
@@ -253,7 +254,7 @@ class Upgrade:
 
     def _failed(self, why: str) -> None:
         logger.error("Upgrade failed, %s; process %d serves on as before", why, os.getpid())
-        self._teller.ready(f"The last upgrade failed, and process {os.getpid()} serves on: {why}")
+        self._teller.ready(f"The last upgrade failed, and process {os.getpid()} stays: {why}")
 
     async def over(self) -> None:
         """Our engine has finished.  Return when no new master is left that has not taken over, and one that has knows

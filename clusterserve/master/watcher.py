@@ -187,5 +187,9 @@ def described(paths: list[str]) -> str:
 
 
 def _shown(path: str) -> str:
-    near = os.path.relpath(path)
+    try:
+        near = os.path.relpath(path)
+    except FileNotFoundError:
+        # Our directory was among what was removed.
+        return path
     return path if near.startswith("..") or near == "." else near

@@ -274,7 +274,6 @@ def test_M08_junk_on_the_channel_costs_that_worker_and_no_other(start: Start) ->
             rig.cluster.workers[id].send("go")
             # Killed, if it has not noticed before that its channel is closed.
             assert rig.exits(id) in ((None, 9), (0, None)), kind
-            assert list(rig.cluster.workers) == [1, *range(id + 1, 2 + len(JUNK))], kind
         rig.worker.send("still there?")
         assert rig.hears(1) == ["alive"]
         rig.goes(1)

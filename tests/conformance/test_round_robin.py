@@ -417,7 +417,7 @@ async def without_descriptors(scene: Scene, env: dict[str, str], patience: float
         pid = one.worker.pid or 0
         soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (4, hard))
-        answers = await asyncio.gather(*(asyncio.wait_for(asked((LOOPBACK, port)), 10) for _ in range(20)))
+        answers = await asyncio.gather(*(asyncio.wait_for(asked((LOOPBACK, port)), patience) for _ in range(20)))
         assert answers == ["2"] * 20
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         deadline = time.monotonic() + patience

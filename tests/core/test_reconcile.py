@@ -551,6 +551,32 @@ class TestReload:
         assert driver.wants(generation=3) == [Spawn(1, 3), Drain(1, False, False, True)]
         assert driver.happens(4, ONLINE, LISTENING) == [Spawn(0, 3), Drain(2, False, False, True)]
 
+    def test_fewer_of_a_new_generation(self) -> None:
+        """Who is one too many leaves when somebody of the new generation serves: it may be rejected."""
+        driver = running(3)
+        assert driver.wants(generation=2, count=1) == [Spawn(0, 2)]
+        assert sorted(driver.happens(4, ONLINE, LISTENING), key=repr) == [
+            Drain(id, False, False, True) for id in (1, 2, 3)
+        ]
+
+    def test_fewer_of_a_new_generation_that_is_rejected(self) -> None:
+        driver = running(3)
+        driver.wants(generation=2, count=1)
+        assert driver.happens(4, ONLINE, EXITED) == []
+        assert driver.verdict is Verdict.REJECTED
+        assert driver.wants(generation=1, count=3) == []
+        assert driver.verdict is Verdict.SETTLED
+        assert driver.slots == {0: 1, 1: 2, 2: 3}
+
+    def test_more_of_a_new_generation(self) -> None:
+        """None of the old one is started for it."""
+        driver = running(1)
+        assert driver.wants(generation=2, count=2) == [Spawn(1, 2), Spawn(0, 2)]
+
+    def test_none_of_a_new_generation(self) -> None:
+        driver = running(2)
+        assert driver.wants(generation=2, count=0) == [Drain(1, False, False, True), Drain(2, False, False, True)]
+
     def test_back_to_the_old_generation(self) -> None:
         driver = running(3, Limits(surge=2))
         driver.wants(generation=2)
@@ -1292,9 +1318,13 @@ class Cluster(RuleBasedStateMachine):
     def check_nobody_is_too_many(self) -> None:
         """After every plan; between a fact and the plan it leads to there is nothing to hold."""
         current = [member for member in self.driver.roster.members.values() if member.current and not member.doomed]
-        if self.driver.target.stop is not Stop.NO:
+        target = self.driver.target
+        if target.stop is not Stop.NO:
             assert current == []
             return
+        if target.count and 0 < self.driver.roster.proven < target.generation:
+            # They wait for the new generation, which may be rejected.
+            current = [member for member in current if member.slot < target.count or not member.serving]
         assert len(current) <= self.driver.target.count + self.driver.roster.limits.surge
         now = self.driver.now
         places = Counter((member.slot, member.generation, bool(member.worn(now))) for member in current)

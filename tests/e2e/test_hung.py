@@ -22,8 +22,8 @@ TIMEOUT = "3"
 
 MODES = pytest.mark.parametrize(
     "mode",
-    [("--dispatch", "connection"), ("--dispatch", "request"), ("--policy", "none")],
-    ids=["connection", "request", "none"],
+    [("--dispatch", "auto"), ("--dispatch", "connection"), ("--dispatch", "request"), ("--policy", "none")],
+    ids=["auto", "connection", "request", "none"],
 )
 
 

@@ -42,6 +42,8 @@ def test_what_has_changed_holds_for_the_new_workers(serve: Serve, tmp_path: Path
     server.wait_for("is listening", count=3)
     eventually(lambda: len(server.workers) == 2, "the old one has left, and there are two")
     assert server.get("/").headers["x-new"] == "yes"
+    # None of the old generation was started for the greater number.
+    assert len(server.announced) == 3
     assert server.found("Scaling from 1 to 2 workers")
 
 
@@ -66,13 +68,24 @@ def test_a_bad_file_is_refused_and_nothing_is_done(serve: Serve, tmp_path: Path)
 
 
 def test_settings_with_which_nothing_starts_are_taken_back(serve: Serve, tmp_path: Path) -> None:
-    server = start(serve, tmp_path)
-    reload(server, tmp_path, FILE.replace("site_main:app", "site_nowhere:app"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "site_main.py").write_text("raise SystemExit")
+    server = start(serve, tmp_path, FILE + 'env = ["RELEASE=1"]\n')
+    bad = FILE.replace("site_main:app", "site_nowhere:app").replace("workers = 1", "workers = 3")
+    reload(server, tmp_path, bad + f'env = ["RELEASE=2"]\nchdir = "{elsewhere}"\n')
     server.wait_for("Reload failed, generation 2 cannot start")
-    # Its replacement is of what was good.
+    # Its replacement is of what was good, and there is one.
     os.kill(server.workers[0].pid, signal.SIGKILL)
     server.wait_for("is listening", count=2)
-    assert server.get("/").status == 200
+    assert server.get("/").body.startswith(f"{tmp_path} ".encode())
+    (worker,) = server.workers
+    assert b"RELEASE=1" in Path(f"/proc/{worker.pid}/environ").read_bytes().split(b"\0")
+    assert server.found("Scaling from 3 to 1 workers")
+    # And so is whoever serves after what was good was read again.
+    reload(server, tmp_path, FILE)
+    server.wait_for("is listening", count=3)
+    eventually(lambda: len(server.workers) == 1, "there is one")
 
 
 @pytest.mark.parametrize("how", ["", "reload = true\n"], ids=["spawned", "forked"])

@@ -105,7 +105,7 @@ def test_new_options(serve: Serve, tmp_path: Path) -> None:
     """What both bind is taken over, by whatever name; what is not there any more is closed, what is new opened."""
     file = tmp_path / "c.toml"
     gone, stays, comes = (str(tmp_path / name) for name in ("gone", "stays", "comes"))
-    file.write_text(f"workers = 1\nbind = ['unix:{gone}', 'unix:{stays}', '127.0.0.1:0']\n")
+    file.write_text(f"umask = '077'\nworkers = 1\nbind = ['unix:{gone}', 'unix:{stays}', '127.0.0.1:0']\n")
     server = serve("--config", str(file), bind=None, workers=None, ready=False)
     server.wanted_addresses = 3
     server.wait_ready()
@@ -119,6 +119,9 @@ def test_new_options(serve: Serve, tmp_path: Path) -> None:
         assert client.response().status == 200
         assert idle.rest() == b""
     assert not os.path.exists(gone)
+    # What the file says no more is as it was when the server was started, and not as the old master has made it.
+    masks = [Path(f"/proc/{who}/status").read_text().split("Umask:")[1].split()[0] for who in ("self", server.master)]
+    assert masks[0] == masks[1]
     for address in (f"unix:{stays}", f"unix:{comes}", f"http://127.0.0.1:{port}"):
         with Client(Address.parse(address)) as client:
             assert client.ask("GET", "/").status == 200

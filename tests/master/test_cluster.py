@@ -122,6 +122,11 @@ def test_what_can_be_asked(make: Make, tmp_path: Path) -> None:
         statistics = eventually(lambda: (s := cluster.statistics()).borrowed == 0 and s, "all is over")
         assert statistics == Statistics(0, 0, 0, 0, ((1, 0, 0, 0), (2, 1, 0, 0)))
         assert cluster.settings.workers == 2
+        # Whatever it is that cannot be answered: nobody waits for ever.
+        with pytest.raises(ZeroDivisionError):
+            cluster._thread.ask(lambda engine: 1 // 0)
+        with pytest.raises(SettingsError, match="no process can be given"):
+            cluster.fork({"A": "\ud800"})
     assert repr(cluster) == "<Cluster 'embedded_app:app' stopped>"
     assert not (tmp_path / "s").exists()
 

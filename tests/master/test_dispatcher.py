@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from clusterserve.channel.board import Board
 from clusterserve.channel.connection import MAX_BATCH
 from clusterserve.core.distributor import REFUSED_PAUSE
 from clusterserve.core.lateness import PATIENCE, RETRY
@@ -970,3 +971,19 @@ def test_many_clients_many_workers_nothing_is_lost(rig: Rig) -> None:
     assert {ended(client) for client in clients} == {b"answer"}
     assert rig.distributor.statistics().borrowed == rig.distributor.queued == 0
     assert rig.broken == []
+
+
+def test_a_worker_of_whom_the_kernel_does_not_tell_is_none(rig: Rig) -> None:
+    """Whoever started it closes what is its own."""
+    listener = rig.listen()
+    worker = rig.worker(listener)
+    board, kept = Board.create(), select.epoll()
+    end = rig.dispatcher._ends[worker.id]
+    with pytest.raises(FileExistsError):
+        rig.dispatcher.add_worker(99, 1, end, board, kept)
+    board.close()
+    kept.close()
+    assert [id for id, *_ in rig.distributor.statistics().workers] == [worker.id]
+    client = rig.connect(listener)
+    (offer,) = worker.receive(1)
+    assert speaks(offer, client)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -20,11 +21,14 @@ from clusterserve.core.events import Event, Exited, Forked, Scaled, StartedListe
 from clusterserve.core.lifecycle import WorkerState
 from clusterserve.core.messages import Listening, Online, encode
 from clusterserve.core.reconcile import Stop
+from clusterserve.environment import Environment
 from clusterserve.errors import BindError, BootError, SettingsError
 from clusterserve.master.answers import BAD_GATEWAY
+from clusterserve.master.dispatcher import Dispatcher
 from clusterserve.master.ending import LISTENER_LINGER
 from clusterserve.master.engine import Engine
 from clusterserve.settings import Settings
+from clusterserve.surroundings import Surroundings
 from tests.helpers import proc
 from tests.helpers.waiting import DEADLINE, eventually
 
@@ -440,6 +444,96 @@ def test_nobody_to_replace_it_with(make: Make, monkeypatch: pytest.MonkeyPatch, 
     running.loop.until(lambda: running.ids, "there is a worker again")
     running.until_listening(*running.ids)
     running.get()
+
+
+@pytest.mark.parametrize("preload", [False, True], ids=["spawned", "forked"])
+def test_the_working_directory_is_gone(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preload: bool
+) -> None:
+    """The application is elsewhere, so nothing is missing; `app_dir` is relative to what was removed."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.chdir(site)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    running = make(app_dir=".", preload=preload).settle()
+    site.rmdir()
+    for pid in {*running.engine.pids()} - {running.pid(1)}:
+        os.kill(pid, signal.SIGKILL)
+        # Or the worker might be ordered of one that is dead.
+        running.loop.until(lambda pid=pid: pid not in running.engine.pids(), "its template has gone")
+    running.kill(1)
+    running.loop.until(lambda: running.ids, "there is a worker again")
+    running.until_listening(2)
+    running.get()
+    running.engine.stop(Stop.GRACEFUL)
+    running.finish()
+
+
+def test_what_no_process_can_be_given_costs_no_other_worker(make: Make, log: Log) -> None:
+    """It is no OSError: `Cluster.fork` refuses it, and here it is past that."""
+    running = make(max_restarts=1).settle()
+    running.engine.fork((("A", "\ud800"),))
+    running.loop.until(lambda: len(log(logging.ERROR)) > 1, "it was tried again")
+    running.kill(1)
+    running.loop.until(lambda: "listening" in running.told(running.ids[0] if running.ids else 0), "it is replaced")
+    running.get()
+    assert running.told(2) == ["error", "exit"]
+    running.engine.stop(Stop.GRACEFUL)
+    running.finish()
+
+
+@pytest.mark.parametrize("preload", [False, True], ids=["spawned", "forked"])
+def test_a_worker_that_gets_no_place_is_not_left_behind(
+    make: Make, monkeypatch: pytest.MonkeyPatch, log: Log, preload: bool
+) -> None:
+    """Its process is there, and then something fails.  That nothing of it is left is the fixture's business too."""
+    running = make(preload=preload).settle()
+    there = len(proc.children(os.getpid())), len(proc.descriptors(os.getpid()))
+    failures = 0
+
+    def fails(*details: object) -> None:
+        nonlocal failures
+        failures += 1
+        # With this one: those before it have ended.
+        assert len(proc.children(os.getpid())) <= there[0]
+        assert len(proc.descriptors(os.getpid())) <= there[1]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Dispatcher, "add_worker", fails)
+        running.kill(1)
+        running.loop.until(lambda: failures == 3, "three were tried")
+    running.until_listening(5)
+    assert [running.told(id) for id in (2, 3, 4)] == [["error", "exit"]] * 3
+    running.get()
+
+
+def test_settings_that_were_never_proved_are_nothing_to_go_back_to(make: Make, tmp_path: Path) -> None:
+    """Two changes in a row with which nothing starts: what holds again is what was before the first."""
+    running = make().settle()
+    engine, settings, here = running.engine, running.engine.settings, Path.cwd()
+    changes = []
+    for count in (2, 3):
+        before = Surroundings(Environment())
+        os.chdir(tmp_path if count == 2 else "/")
+        engine.adopt(dataclasses.replace(settings, workers=count, app="no_such_module:app"), before)
+        changes.append(engine.reload())
+    running.loop.until(lambda: all(change.done() for change in changes), "they have failed")
+    assert all(isinstance(change.exception(), BootError) for change in changes)
+    assert (engine.settings, Path.cwd()) == (settings, here)
+    running.until_listening(1)
+    # And a change with which something starts is what holds.
+    os.chdir(tmp_path)
+    good = dataclasses.replace(settings, workers=2)
+    engine.adopt(good, Surroundings(Environment()))
+    change = engine.reload()
+    running.loop.until(change.done, "it is done")
+    os.chdir(here)
+    assert engine.settings == good
+    assert [running.told(id)[-1] for id in running.ids] == ["listening", "listening"]
+    assert [event for event in running.events if isinstance(event, Scaled)] == [
+        Scaled(2, 1), Scaled(3, 2), Scaled(1, 3), Scaled(2, 1),
+    ]  # fmt: skip
 
 
 # ── hostile workers ─────────────────────────────────────────────────────────────────────────────────────────────────

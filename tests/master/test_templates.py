@@ -19,7 +19,7 @@ from clusterserve.core.templates import DismissTemplate, StartTemplate
 from clusterserve.core.templates import Templates as Book
 from clusterserve.log_files import LogFiles
 from clusterserve.master.process import Exit, WorkerProcess
-from clusterserve.master.templates import Templates
+from clusterserve.master.templates import Templates, _inherited
 from clusterserve.settings import Settings
 from tests.helpers import proc
 from tests.helpers.server import ROOT
@@ -189,3 +189,19 @@ def test_other_variables_need_another_template_if_it_was_to_last(
         template.outdated = False
     nursery.templates.outdate()
     assert nursery.book.ready(2) is None
+
+
+def test_a_directory_that_was_made_anew_is_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the same name; a template that was started in the old one would have its forks be nowhere."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.chdir(site)
+    before = _inherited()
+    site.rmdir()
+    assert _inherited() == before
+    # As long as anybody is in the old one, no other is taken for it.
+    old = os.open(".", os.O_PATH)
+    site.mkdir()
+    os.chdir(site)
+    assert _inherited() != before
+    os.close(old)

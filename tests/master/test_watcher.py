@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -170,3 +171,6 @@ def test_what_the_log_says_of_many(site: Path) -> None:
     assert described([f"{site}/{name}.py" for name in "abc"]) == "a.py, b.py, c.py"
     assert described([f"{site}/{name}.py" for name in "abcde"]) == "a.py, b.py, c.py and 2 more"
     assert described(["/elsewhere/x.py"]) == "/elsewhere/x.py"
+    # Everything is gone, our working directory too.
+    shutil.rmtree(site)
+    assert described([f"{site}/a.py"]) == f"{site}/a.py"
