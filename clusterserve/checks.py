@@ -300,16 +300,15 @@ def tls_version(setting: str, value: object) -> int:
 
 
 def writable_directory(setting: str, value: object) -> str:
-    """A directory, which is made if it is missing."""
+    """A directory, which may be missing."""
     name = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(name, str) or not name or "\0" in name:
         raise SettingValueError(setting, value, "must be the path of a directory")
-    try:
-        os.makedirs(name, exist_ok=True)
-    except OSError as error:
-        raise SettingValueError(setting, name, f"cannot be made: {error.strerror}") from None
-    if not os.access(name, os.W_OK | os.X_OK):
-        raise SettingValueError(setting, name, "cannot be written: Permission denied")
+    if os.path.lexists(name):
+        if not os.path.isdir(name):
+            raise SettingValueError(setting, name, "cannot be made: File exists")
+        if not os.access(name, os.W_OK | os.X_OK):
+            raise SettingValueError(setting, name, "cannot be written: Permission denied")
     return os.path.abspath(name)
 
 
@@ -324,11 +323,6 @@ def usual_attribute(module: str) -> str:
     """What an application in a module of this name is called, most likely."""
     # Django's files.
     return "application" if module.rpartition(".")[2] in ("asgi", "wsgi") else "app"
-
-
-def is_directory(name: object) -> bool:
-    """Whether there is a directory of this name."""
-    return isinstance(name, str | os.PathLike) and os.path.isdir(name)
 
 
 def is_path(module: str) -> bool:

@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
 
             click.echo(report(given))
             return 0
-        settings = settings_of(given)
+        settings = settings_of(given, serves="check_config" not in given)
 
         def reread() -> Reading:
             try:

@@ -29,6 +29,9 @@ OF_THE_MASTER: Final = (
     signal.SIGPWR,
 )  # fmt: skip
 
+#: Those, and SIGTERM: who boots dies of some of them, and that may be an order to all of us.
+TO_ALL: Final = (signal.SIGTERM, *OF_THE_MASTER)
+
 _current: CurrentWorker | None = None
 
 

@@ -102,10 +102,16 @@ def owner(launch: Launch) -> tuple[int, int]:
     return (-1 if uid is None else uid), (-1 if gid is None else gid)
 
 
-def give(path: str, launch: Launch) -> None:
-    """What we have made at `path` is for the workers."""
-    if owner(launch) != (-1, -1):
-        os.chown(path, *owner(launch))
+def make_places(launch: Launch) -> None:
+    """Make the directory to which the workers write, if it is missing, for their user; raises `SettingValueError`."""
+    if launch.profile is None or os.path.isdir(launch.profile):
+        return
+    try:
+        os.makedirs(launch.profile, exist_ok=True)
+        if owner(launch) != (-1, -1):
+            os.chown(launch.profile, *owner(launch))
+    except OSError as error:
+        raise SettingValueError("profile", launch.profile, f"cannot be made: {error.strerror}") from None
 
 
 def main_script() -> dict[str, Any]:

@@ -29,7 +29,7 @@ _WIDTH: Final = 48
 def report(given: Layer) -> str:
     """The settings that `given` makes, a line each.  Raises `SettingsError` if they are none."""
     given = complete(given)
-    settings = settings_of({"app": Given(_SOME_APP, ""), **given})
+    settings = settings_of({"app": Given(_SOME_APP, ""), **given}, serves=False)
     named = [given[name].origin for name in ("app", "factory") if name in given]
     lines = [_line("app", settings.app + "()" * settings.factory if "app" in given else None, ", ".join(named))]
     for title, group in GROUPS.items():

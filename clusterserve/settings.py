@@ -23,7 +23,6 @@ from clusterserve.checks import (
     flag,
     headers,
     installed,
-    is_directory,
     is_import,
     is_path,
     log_file,
@@ -49,7 +48,7 @@ from clusterserve.checks import (
 )
 from clusterserve.defaults import POLICIES
 from clusterserve.errors import SettingsError
-from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch, give
+from clusterserve.launch import LAUNCH_CHECKS, LAUNCH_NAMES, Launch
 
 __all__ = ["POLICIES", "Bind", "SettingValueError", "Settings"]
 
@@ -184,7 +183,6 @@ class Settings(Launch):
         for name in values:
             if name not in _KEYWORDS:
                 raise SettingsError(f"there is no setting {name!r}{near_match(name, _KEYWORDS)}")
-        makes = not is_directory(values.get("profile"))
         checked: dict[str, Any] = {
             name: _CHECKS[name](name, value) for name, value in values.items() if name in _CHECKS
         }
@@ -209,9 +207,6 @@ class Settings(Launch):
             checked["forwarded_allow_ips"] = defaults.variable("FORWARDED_ALLOW_IPS") or "127.0.0.1,::1"
         settings = cls(**checked)
         contradictions.check(settings)
-        if makes and settings.profile is not None:
-            # Who writes into it is the workers' user.
-            give(settings.profile, settings)
         return settings
 
     @property

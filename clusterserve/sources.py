@@ -17,6 +17,7 @@ from clusterserve import checks
 from clusterserve.checks import SettingValueError, near_match
 from clusterserve.defaults import policy_variable
 from clusterserve.errors import SettingsError
+from clusterserve.launch import make_places
 from clusterserve.options import ONCE, OURS, SPECS, Spec, variable
 from clusterserve.settings import Settings
 
@@ -115,8 +116,11 @@ def gather(line: Layer, parse: Parse) -> Layer:
     return given
 
 
-def settings_of(given: Layer) -> Settings:
-    """Check `given`, and make it settings.  Raises `SettingsError`, one line, in the words of whoever wrote it."""
+def settings_of(given: Layer, *, serves: bool = True) -> Settings:
+    """Check `given`, and make it settings.  Raises `SettingsError`, one line, in the words of whoever wrote it.
+
+    `serves`: not only to be looked at, so what they want to be there is made.
+    """
     if "app" not in given and "exec" not in given:
         raise SettingsError("no APP given; say what to serve, as in: clusterserve myapp:app")
     given = complete(given)
@@ -132,7 +136,10 @@ def settings_of(given: Layer) -> Settings:
             values.pop(name, None)
         if values.get("workers") not in (None, "auto"):
             values["workers_source"] = given["workers"].origin
-        return Settings.create(**values)
+        settings = Settings.create(**values)
+        if serves:
+            make_places(settings)
+        return settings
     except SettingValueError as error:
         if error.setting not in given:
             raise

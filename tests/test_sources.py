@@ -14,7 +14,7 @@ from clusterserve.options import ONCE, SPECS
 from clusterserve.peers import NOT_TAKEN
 from clusterserve.report import report
 from clusterserve.settings import Settings
-from clusterserve.sources import Layer, gather, settings_of, unread
+from clusterserve.sources import Given, Layer, gather, settings_of, unread
 from clusterserve.toml import BadTomlError, parse
 
 COUNT = "must be a whole number of at least 1, or 'auto'"
@@ -362,6 +362,14 @@ def test_the_report_is_printed_and_nothing_started(argv: list[str], capsys: pyte
     out, err = capsys.readouterr()
     assert "workers = " in out
     assert err == ""
+
+
+@pytest.mark.parametrize("argv", [["config"], ["os:environ", "--check-config"]])
+def test_who_only_looks_makes_no_directory(argv: list[str], tmp_path: Path) -> None:
+    cli.run([*argv, "--profile", str(tmp_path / "profiles")])
+    assert list(tmp_path.iterdir()) == []
+    settings_of({"app": Given("a:b", ""), "profile": Given(str(tmp_path / "profiles"), "--profile")})
+    assert [path.name for path in tmp_path.iterdir()] == ["profiles"]
 
 
 def test_a_report_of_what_is_wrong_is_refused(refused: Refused) -> None:

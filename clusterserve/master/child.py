@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..current import OF_THE_MASTER
+from ..current import OF_THE_MASTER, TO_ALL
 from ..launch import Launch, account
 from ..titles import room
 
@@ -26,6 +26,11 @@ class Exit:
 
     code: int | None
     signal: int | None
+
+    @property
+    def hit(self) -> bool:
+        """Whether it was a signal that the whole process group may have got, this process included."""
+        return self.signal in TO_ALL
 
     @property
     def status(self) -> int:

@@ -20,7 +20,7 @@ from ..debugport import debug_port as check_debug_port
 from ..defaults import check_policy
 from ..emitter import Emitter, H
 from ..errors import ClusterError, SettingsError
-from ..launch import LAUNCH_CHECKS, environment, main_script
+from ..launch import LAUNCH_CHECKS, environment, main_script, make_places
 from ..messenger import broadcast
 from ..pending import Pending
 from ..settings import OF_THE_PROCESS, Settings
@@ -69,6 +69,7 @@ class Cluster(Emitter):
             if settings.get(name) is not None:
                 raise SettingsError(f"{name} is for run() and the command line: this process is the program's own")
         self._settings = Settings.create(app=app, **settings)
+        make_places(self._settings)
         self._place: Home | None = None
         self._thread = EngineThread(self._emitted)
         self._orders = ProgramOrders(self._thread, self.emit)
@@ -178,7 +179,9 @@ class Cluster(Emitter):
         checked: dict[str, Any] = {name: LAUNCH_CHECKS[name](name, value) for name, value in settings.items()}
         if callable(checked.get("debug_port")) and self._settings.respawn:
             raise SettingValueError("debug_port", checked["debug_port"], NEEDS_FORK)
-        self._settings = new = dataclasses.replace(self._settings, **checked)
+        new = dataclasses.replace(self._settings, **checked)
+        make_places(new)
+        self._settings = new
         self._fill_defaults()
         if self._place is None:
             self._early.append(self._settings)

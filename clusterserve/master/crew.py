@@ -101,6 +101,8 @@ class Crew:
         self.stopping = False
         #: How the last one ended that was not told to.
         self.last_exit = "no worker process could be started"
+        #: Whether one that could not start had a signal that the master may have got as well, and not acted on yet.
+        self.hit = False
         #: What the first said, since this was last None, that could not start.
         self.failure: Failed | None = None
         self._tally = Places()
@@ -129,7 +131,8 @@ class Crew:
         if self._templates is not None:
             self._templates.outdate()
 
-    def _template_failed(self, failed: Failed) -> None:
+    def _template_failed(self, failed: Failed, hit: bool) -> None:
+        self.hit = self.hit or hit
         if self.failure is None:
             self.failure = failed
 

@@ -66,8 +66,8 @@ class Ending:
             return
         if first:
             self._emit(StartedShutdown())
-            # What a worker says from now on may come of being interrupted.
-            self.untold = None if self._roster.proven or told else self._crew.failure
+            # What a worker says from now on may come of being interrupted; so may how the template has ended.
+            self.untold = None if self._roster.proven or told or self._crew.hit else self._crew.failure
             self._crew.announce_stop()
             waits = self._roster.proven and how is Stop.GRACEFUL and not at_once
             delay = self._crew.settings.shutdown_delay

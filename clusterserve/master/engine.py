@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Final
 
 from .. import faults
 from ..core.bequest import Bequest
@@ -57,6 +58,10 @@ from .reopening import Reopening
 from .stacks import StackCollector
 
 logger = logging.getLogger("clusterserve")
+
+#: For so long the master waits for a signal of which others have died (seconds): they run, and die, before it reads its
+#: own, and some of those who signal a whole group do it one after the other.
+OUR_TURN: Final = 0.25
 
 
 @dataclass
@@ -164,6 +169,8 @@ class Engine:
         self._ending = Ending(loop, self._reconciler, self._roster, self._crew, self._dispatcher, self.handles, emit)
         #: Nothing could be started, and a change of the files is waited for.
         self._waiting = False
+        #: While the master waits for the signal that others have had.
+        self._our_turn: asyncio.TimerHandle | None = None
 
     # -- start and stop -------------------------------------------------------------------------------------------
 
@@ -459,6 +466,11 @@ class Engine:
 
     def _fail(self) -> None:
         """No worker could start: that is the end, unless somebody is at work on the files, and nobody else serves."""
+        if self._crew.hit:
+            # A booting cluster that is stopped by a signal to all of its processes has not failed.
+            if self._our_turn is None:
+                self._our_turn = self._loop.call_later(OUR_TURN, self._was_not_meant)
+            return
         failure = self._crew.failure or Failed(f"no worker came to listen: {self._crew.last_exit}", "")
         error = BootError(failure.reason, failure.traceback)
         if not self.settings.reload or self._succeeds:
@@ -467,6 +479,11 @@ class Engine:
             self._waiting = True
             logger.error("%s", error)
             logger.error("Nothing is served: waiting for a change of the files")
+
+    def _was_not_meant(self) -> None:
+        """No signal has come."""
+        self._crew.hit, self._our_turn = False, None
+        self._reconciler.reconcile()
 
     def _tell_of(self, given_up: tuple[int, ...]) -> None:
         """Slots in which restarting does not help, and those in which it has helped at last."""

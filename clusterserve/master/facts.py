@@ -206,6 +206,7 @@ class Facts:
             self._handles.leave_all(worker, crashed=not asked)
             self._crew.last_exit = self._crew.last_exit if seat.member.doomed else f"worker {worker} {ended}"
             known = self._roster.proven or self._reconciler.target.manual
+            self._crew.hit = self._crew.hit or (ended.hit and not known)
             level = logging.ERROR if known and not asked else logging.DEBUG
             logger.log(level, "Worker %d (slot %d, pid %d) %s", *seat.who, ended)
             if self._roster.ended(worker, ended.code):

@@ -24,29 +24,39 @@ class PidFile:
         self.path = os.path.abspath(path)
         self._fd = -1
         self._temporary = ""
+        self._prepared = False
 
     def write(self) -> None:
         """Write our process id.  Raises `ClusterError` if another master lives that has done so, or if it cannot be."""
-        self.prepare()
         with self._explained():
+            self._make()
             self._put(self._temporary)
             self._temporary = ""
 
     def prepare(self) -> None:
-        """Have it ready beside that of another master, who lives and will leave its file to us: see `take_over`."""
+        """Know that it can be written, beside that of another master, who will leave us its place: see `take_over`."""
         with self._explained():
-            directory, name = os.path.split(self.path)
-            self._fd, self._temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
-            os.write(self._fd, f"{os.getpid()}\n".encode())
-            os.fchmod(self._fd, 0o644)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            self._make()
+        # Nothing stays until then: who is killed meanwhile could not remove it.
+        self.remove()
+        self._prepared = True
 
     def take_over(self) -> None:
-        """What was prepared takes the place of the other master's file, which will not remove it."""
-        if self._temporary:
+        """Ours takes the place of the other master's file, which will not remove it; nothing if not `prepare`d."""
+        if self._prepared:
+            self._prepared = False
             with self._explained():
+                self._make()
                 os.rename(self._temporary, self.path)
                 self._temporary = ""
+
+    def _make(self) -> None:
+        """Beside its place, whole and locked."""
+        directory, name = os.path.split(self.path)
+        self._fd, self._temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
+        os.write(self._fd, f"{os.getpid()}\n".encode())
+        os.fchmod(self._fd, 0o644)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ import uvloop
 from ..core.envelope import Kind, declined
 from ..core.events import Event, Messaged
 from ..errors import ClusterError
+from ..launch import make_places
 from ..log_files import LogFiles
 from ..logs import configure
 from ..settings import Settings
@@ -43,7 +44,9 @@ def run(app: str, **settings: Any) -> int:
     The program's own signal handlers are in place again when it returns.  Raises `SettingsError`, `BindError` or
     `BootError` if it never came to serve.
     """
-    return run_settings(Settings.create(app=app, **settings))
+    created = Settings.create(app=app, **settings)
+    make_places(created)
+    return run_settings(created)
 
 
 def run_settings(settings: Settings, *, exits: bool = False, reread: Callable[[], Reading] | None = None) -> int:

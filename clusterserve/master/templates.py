@@ -76,14 +76,14 @@ def _inherited() -> tuple[tuple[int, int], dict[str, str]]:
 
 
 class Templates:
-    """`on_failed` is told why one could not prepare, or how it ended; `changed` is called when `plan` may have
-    something to say.  `tally` is what all workers count in."""
+    """`on_failed` is told why one could not prepare, or how it ended, and whether it was `hit`; `changed` is called
+    when `plan` may have something to say.  `tally` is what all workers count in."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         roster: Roster,
-        on_failed: Callable[[Failed], None],
+        on_failed: Callable[[Failed, bool], None],
         changed: Callable[[], None],
         files: LogFiles,
         tally: int,
@@ -117,7 +117,7 @@ class Templates:
             self._leave(place)
         elif isinstance(step, KillTemplate):
             logger.log(self._level, "Template %d (pid %d) is killed: %s", *place.who, step.why)
-            self._on_failed(Failed(f"the template was killed: {step.why}", ""))
+            self._on_failed(Failed(f"the template was killed: {step.why}", ""), False)
             self._kill(place)
 
     def _start(self, generation: int, settings: Settings, path: list[str], terms: str, now: float) -> None:
@@ -134,7 +134,7 @@ class Templates:
             place = self._spawn(template, settings, Prepare(template.id, generation, settings.to_json(), path, terms))
         except Exception as exc:  # noqa: BLE001 - there are others to be looked after, and it is tried again
             logger.error("Template %d could not be spawned: %s", template.id, exc)
-            self._on_failed(Failed(f"template {template.id} could not be spawned: {exc}", ""))
+            self._on_failed(Failed(f"template {template.id} could not be spawned: {exc}", ""), False)
             self._roster.template_gone(template.id, now)
             return
         self._places[template.id] = place
@@ -294,12 +294,12 @@ class Templates:
 
     def _mourn(self, place: _Place, ended: Exit) -> None:
         if place.failed is not None:
-            self._on_failed(place.failed)
+            self._on_failed(place.failed, False)
             text = place.failed.traceback.rstrip()
             logger.log(self._level, "Template %d: %s%s", place.template.id, place.failed.reason, text and f"\n{text}")
             return
         if not place.template.killed:
-            self._on_failed(Failed(f"the template {ended}", ""))
+            self._on_failed(Failed(f"the template {ended}", ""), ended.hit)
         logger.log(
             logging.ERROR if place.template.ready is not None else self._level,
             "Template %d (pid %d) %s; running workers go on without it, a new one is started for those to come",

@@ -241,6 +241,9 @@ class Upgrade:
         self._child = None
         if self.step is Step.YIELDED:
             self.ended = ended
+            if ended.signal is not None:
+                # Whatever else it ended of, it has said itself.
+                logger.critical("The new master (process %d) %s: nothing new is served any more", self.pid, ended)
         else:
             pid, why = self.pid, self._why or f"it {ended}"
             self._close()

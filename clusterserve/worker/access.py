@@ -26,6 +26,7 @@ from ..core.excluded import Excluded
 from ..settings import Settings
 from .deadline import GATEWAY_TIMEOUT
 from .draining import EXTENSION
+from .refusals import REFUSAL, Refusals
 
 #: What uvicorn sends in the place of a response that never began.
 SERVER_ERROR: Final = b"Internal Server Error"
@@ -47,6 +48,8 @@ class Access:
         self._logger = logger
         text = settings.access_logformat
         self._line = None if text is None else Line(Template(text, who))
+        #: Who tells of the requests that no application has answered.
+        self.refusals = Refusals(logger, self._line, own=True)
         self._excluded = Excluded(settings.access_log_exclude)
         #: The tasks that `Deadline` has ended, and answered for.
         self.overdue: Container[asyncio.Task[None]] = ()
@@ -81,14 +84,14 @@ class Access:
                 if not message.get("more_body", False) and not over:
                     # Not when the application returns: it may have more to do.
                     over = True
-                    self._over(exchange)
+                    self._answered(exchange, send)
 
         try:
             return await app(scope, receive, told)
         finally:
             if not over:
                 self._unanswered(exchange, send)
-                self._over(exchange)
+                self._answered(exchange, send)
 
     async def _websocket(self, app: Any, scope: dict[str, Any], receive: Receive, send: Send) -> Any:
         exchange = self._began(scope, send)
@@ -150,6 +153,13 @@ class Access:
             exchange.status = CLIENT_LEFT
         else:
             exchange.status, exchange.sent = 500, len(SERVER_ERROR)
+
+    def _answered(self, exchange: Exchange, send: Send) -> None:
+        cycle = getattr(send, "__self__", None)
+        if getattr(cycle, "disconnected", False):
+            # Whatever the application has sent since nobody has heard.
+            exchange.status, exchange.sent = getattr(cycle, REFUSAL, (exchange.status, exchange.sent))
+        self._over(exchange)
 
     def _over(self, exchange: Exchange) -> None:
         if self._excluded(exchange.path, exchange.status):

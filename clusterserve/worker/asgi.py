@@ -53,6 +53,7 @@ from .membership import Membership
 from .output import stdout_for_logs
 from .preparations import Prepared
 from .protocols import Borrowing, http_protocol
+from .refusals import UVICORNS, Refusals
 from .server import BindSocket
 from .title import Title
 
@@ -169,7 +170,8 @@ def serve(
     member = Membership(link, worker)
     access = _log(settings, link, worker, prepared.log, files)
     application = Application(settings, called=preloaded and settings.factory)
-    config = _config(settings, link, borrowing, member, application)
+    refusals = UVICORNS if access is None else access.refusals
+    config = _config(settings, link, borrowing, member, application, refusals)
     boot = _BootLog()
     logger.addFilter(boot)
     server = uvicorn.Server(config)
@@ -316,13 +318,18 @@ def _passed(settings: Settings, *names: str) -> dict[str, Any]:
 
 
 def _config(
-    settings: Settings, link: Link, borrowing: Borrowing, member: Membership, application: Application
+    settings: Settings,
+    link: Link,
+    borrowing: Borrowing,
+    member: Membership,
+    application: Application,
+    refusals: Refusals,
 ) -> uvicorn.Config:
     options = _passed(settings, *_PASSED)
     # Under `none` the workers accept, and everything is uvicorn's.
     handed = settings.policy != "none"
     limits = HeadLimits(settings.limit_request_line, settings.limit_request_fields, settings.limit_request_field_size)
-    options["http"] = http_protocol(settings.http, borrowing if handed else None, limits)
+    options["http"] = http_protocol(settings.http, borrowing if handed else None, limits, refusals)
     if settings.http2:
         if "http2" not in signature(uvicorn.Config).parameters:
             raise BootError(f"--http2 needs a newer uvicorn than {uvicorn.__version__}, which has none")

@@ -1,8 +1,9 @@
 """uvicorn's HTTP protocols with limits: for the head of a request (`core.head`), and for the pauses of its body.
 
 Relied upon of httptools' protocol, besides what `protocols.py` names: an exception in a callback of the parser ends in
-`send_400_response`, `url` and `headers` are what the parser has found so far, of the newest request.  Of h11's: an
-`h11.RemoteProtocolError` from `conn.next_event` ends there too, `trailing_data` is what no event has been made of.
+`send_400_response`, `url` and `headers` are what the parser has found so far, of the newest request, and `scope` is a
+new one for each.  Of h11's: an `h11.RemoteProtocolError` from `conn.next_event` ends there too, `trailing_data` is what
+no event has been made of.
 
 What a request that fits into one read costs is two comparisons: this is the hot path.
 """
@@ -15,8 +16,10 @@ from typing import Any, Final, NamedTuple
 
 import h11
 
-from ..core.head import MANY_FIELDS, NO_LIMITS, Excess, HeadLimits
+from ..core.glance import glance
+from ..core.head import LONG_LINE, MANY_FIELDS, NO_LIMITS, Excess, HeadLimits
 from .deadline import Lingering
+from .refusals import UVICORNS, Refusals
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -30,6 +33,10 @@ BODY_TIMEOUT: Final = (
 ) % (len(_LATE), _LATE)
 
 
+#: What uvicorn answers, as far as the access log tells it.
+BAD_REQUEST: Final = b"HTTP/1.1 400 Bad Request\r\ncontent-length: %d\r\n\r\n%b"
+
+
 class _Pause(NamedTuple):
     """Nothing of a body has come since `looks` looks ago, when so much had."""
 
@@ -41,6 +48,7 @@ class _Limited:
     """Common to both: over uvicorn's class, whichever it is."""
 
     limits = NO_LIMITS
+    refusals: Refusals = UVICORNS
     #: Within a request that has begun and has not been read to its end.
     _reading: Any = False
     #: Reads that brought something of a body.
@@ -55,6 +63,9 @@ class _Limited:
     def refuse(self, excess: Excess) -> None:
         """Answer, and end the connection without resetting what the client has not read."""
         logger.warning("%s, answered %d", excess.what, excess.status)
+        if not self.transport.is_closing():
+            # A line that is too long would be too long for the log.
+            self.refusals.of_head(glance(b"") if excess is LONG_LINE else self._asked(), self, excess.answer)
         self._end(excess.answer, "the head of a request is too large")
 
     def _end(self, answer: bytes, why: str) -> None:
@@ -64,13 +75,39 @@ class _Limited:
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls when the parser has failed."""
-        if self._refused is None:
-            super().send_400_response(msg)  # type: ignore[misc]
-        else:
+        if self._refused is not None:
             self.refuse(self._refused)
+        elif self._failed_in_body():
+            self._body_is_bad(msg)
+        else:
+            super().send_400_response(msg)  # type: ignore[misc]
+            self._head_is_bad(BAD_REQUEST % (len(msg), msg.encode()))
+
+    def _body_is_bad(self, msg: str) -> None:
+        cycle = self.cycle
+        if cycle.response_started:
+            # An answer would be taken for a part of the response, or for the next one.
+            self._end(b"", "the body of a request is invalid")
+            return
+        self.refusals.of_body(cycle, BAD_REQUEST % (len(msg), msg.encode()))
+        super().send_400_response(msg)  # type: ignore[misc]
+        # The application must not answer as well before it learns that the connection is closed.
+        cycle.disconnected = True
 
     def _within_body(self) -> bool:
         raise AssertionError("defined by the subclass")
+
+    def _failed_in_body(self) -> bool:
+        """Whether what the parser has found to be wrong is a body's."""
+        raise AssertionError("defined by the subclass")
+
+    def _asked(self) -> dict[str, Any]:
+        """What is known of the request whose head has begun, as `glance` tells it."""
+        raise AssertionError("defined by the subclass")
+
+    def _head_is_bad(self, answer: bytes) -> None:
+        """It was answered so: tell the access log."""
+        self.refusals.of_head(self._asked(), self, answer)
 
     def look_at_body(self) -> None:
         """Called `BODY_LOOKS` times in the time a body may pause."""
@@ -95,6 +132,8 @@ class _Limited:
     def _give_up(self, answer: bytes) -> None:
         """In the midst of a body: answer, if that is still to be done, and end the connection."""
         cycle = self.cycle
+        if not cycle.response_started and not self.transport.is_closing():
+            self.refusals.of_body(cycle, answer)
         begun, cycle.disconnected = cycle.response_started, cycle.disconnected or not cycle.response_complete
         self._end(b"" if begun else answer, "the body of a request was given up")
 
@@ -113,6 +152,10 @@ def limited_httptools(base: Any) -> Any:
         #: The head that is not at its end, and how much there is of its last field so far.
         _unfinished: object = None
         _last = 0
+        #: Its first line is at its end.
+        _line_whole = False
+        #: What was answered to a head of which the parser makes nothing, as long as the access log does not know.
+        _answered_bad: bytes | None = None
 
         def on_message_begin(self) -> None:
             self._reading = True
@@ -124,6 +167,7 @@ def limited_httptools(base: Any) -> Any:
                 self._refused = self.limits.excess(line, self.headers)
                 self._unfinished = None
                 if self._refused is not None:
+                    self._line_whole = True
                     raise ValueError(self._refused.what)
             head_complete(self)
 
@@ -151,8 +195,32 @@ def limited_httptools(base: Any) -> Any:
                 return None
             return self.scope
 
+        def _failed_in_body(self) -> bool:
+            return self._within_body()
+
+        def _head_is_bad(self, answer: bytes) -> None:
+            # What was asked may stand in the bytes that are read.
+            self._answered_bad = answer
+
+        def _asked(self) -> dict[str, Any]:
+            line = (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+            asked = glance(b"%b %b HTTP/%b\r\n" % line if self._line_whole else b"")
+            if asked["method"]:
+                asked["headers"] = self.headers
+            return asked
+
+        def _sees_line(self, data: bytes) -> bool:
+            """Whether the first line of the head stands in the bytes that are read, or stood in those before."""
+            known = self._line_whole and self._unfinished is self.scope
+            # Not any line: it may be another request's.
+            return known or b" %b HTTP/" % self.url in data
+
         def _unread(self, data: bytes) -> None:
             """The request is not at its end; nor, maybe, is its head, which must not grow without end."""
+            if self._answered_bad is not None:
+                self._line_whole = self._sees_line(data)
+                super()._head_is_bad(self._answered_bad)
+                self._answered_bad = None
             if self.transport.is_closing() or self.parser is None:
                 return
             head, newline = self._head_begun(), data.rfind(b"\n")
@@ -162,6 +230,7 @@ def limited_httptools(base: Any) -> Any:
                     # Trailers join the fields of the head.
                     self._give_up(MANY_FIELDS.answer)
                 return
+            self._line_whole = self._sees_line(data) or (newline >= 0 and head is self._unfinished)
             if newline >= 0:
                 self._last = len(data) - newline - 1
             elif head is not self._unfinished:
@@ -182,10 +251,15 @@ class _LimitedConnection(h11.Connection):
 
     limits = NO_LIMITS
     refused: Excess | None = None
+    failed_in_body = False
 
     def next_event(self) -> Any:
         within = self.their_state is h11.IDLE
-        event = super().next_event()
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError:
+            self.failed_in_body = self.failed_in_body or not within
+            raise
         if within and type(event) is h11.Request:
             line = len(event.method) + len(event.target) + len("  HTTP/1.1")
             self.refused = self.limits.excess(line, [*event.headers])
@@ -201,6 +275,8 @@ def limited_h11(base: Any) -> Any:
 
     class LimitedH11(_Limited, base):  # type: ignore[misc]  # whichever it is
         conn: _LimitedConnection
+        #: What is being read: h11 forgets a head of which it makes nothing.
+        _data = b""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -212,7 +288,9 @@ def limited_h11(base: Any) -> Any:
                 # Behind a request that was told to be the last one, or said so itself.  h11 would call it an error, and
                 # uvicorn answer it in the midst of that one's response.
                 return
+            self._data = data
             super().data_received(data)
+            self._data = b""
             if self._within_body():
                 self._arrivals += 1
 
@@ -222,6 +300,16 @@ def limited_h11(base: Any) -> Any:
 
         def _within_body(self) -> bool:
             return self.conn.their_state is h11.SEND_BODY
+
+        def _failed_in_body(self) -> bool:
+            return self.conn.failed_in_body
+
+        def _asked(self) -> dict[str, Any]:
+            asked = glance(self._data)
+            if not asked["method"] and self.conn.their_state is h11.IDLE:
+                # Not behind a head that was wrong: there lies what comes after it.
+                asked = glance(self.conn.trailing_data[0])
+            return asked
 
     return LimitedH11
 
@@ -235,7 +323,7 @@ def look_at_bodies(loop: asyncio.AbstractEventLoop, connections: set[Any], timeo
     loop.call_later(timeout / BODY_LOOKS, look_at_bodies, loop, connections, timeout)
 
 
-def with_limits(kind: type[Any], limits: HeadLimits) -> type[Any]:
-    """The class with these limits for the head."""
-    own = {"limits": limits, "_harmless": limits.harmless, "_most_fields": limits.most_fields}
+def with_limits(kind: type[Any], limits: HeadLimits, refusals: Refusals) -> type[Any]:
+    """The class with these limits for the head, that tells `refusals` of what it refuses."""
+    own = {"limits": limits, "refusals": refusals, "_harmless": limits.harmless, "_most_fields": limits.most_fields}
     return type(kind.__name__, (kind,), own)

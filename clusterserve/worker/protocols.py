@@ -30,6 +30,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from ..core.head import NO_LIMITS, HeadLimits
 from .limits import limited_h11, limited_httptools, with_limits
 from .receiver import HEAD_LOOKS
+from .refusals import UVICORNS, Refusals
 from .transport import HandedTransport
 
 logger = logging.getLogger("uvicorn.error")
@@ -125,6 +126,7 @@ def _borrower(base: Any) -> Any:
                 if self._looks == HEAD_LOOKS:
                     if begun:
                         logger.warning("The head of a request took too long to come, answered 408")
+                        self.refusals.of_head(self._asked(), self, REQUEST_TIMEOUT)
                         self.transport.write(REQUEST_TIMEOUT)
                     self.transport.close()
 
@@ -286,7 +288,7 @@ class BorrowingH11(_borrower(LimitedH11)):  # type: ignore[misc]
 
 
 def http_protocol(
-    name: str, borrowing: Borrowing | None, limits: HeadLimits = NO_LIMITS
+    name: str, borrowing: Borrowing | None, limits: HeadLimits = NO_LIMITS, refusals: Refusals = UVICORNS
 ) -> type[asyncio.Protocol] | str:
     """The class for uvicorn's `--http` with limits, that gives back if it may be `borrowing`.
 
@@ -300,5 +302,5 @@ def http_protocol(
     }
     if name not in kinds:
         return name
-    kind = with_limits(kinds[name][borrowing is not None], limits)
+    kind = with_limits(kinds[name][borrowing is not None], limits, refusals)
     return kind if borrowing is None else type(kind.__name__, (kind,), {"borrowing": borrowing})

@@ -241,6 +241,7 @@ def test_process_1_ends_as_the_new_master_does(image: Path) -> None:
         master = re.findall(r"Process (\d+) takes over", container.log.read_text())[-1]
         container.run("sh", "-c", f"kill -9 {master}")
         assert container.wait() == 137
+        container.wait_for(f"The new master (process {master}) was killed by SIGKILL: nothing new is served any more")
 
 
 def test_process_1_whose_successor_fails_serves_on(image: Path) -> None:

@@ -307,8 +307,11 @@ def test_a_lifespan_that_raises(make: Make) -> None:
     assert error.traceback.count("ZeroDivisionError: its own trouble") == 1
 
 
+ENDLESS = "import threading; threading.Event().wait()"
+
+
 def test_an_application_that_does_not_come_up_in_time(make: Make) -> None:
-    running = make("import threading; threading.Event().wait()", timeout_boot=45.0)
+    running = make(ENDLESS, timeout_boot=45.0)
     running.engine.start()
     running.loop.until(lambda: running.engine.states()[0][3] is WorkerState.ONLINE, "it is importing")
     running.loop.forward(45.0)
@@ -319,6 +322,24 @@ def test_an_application_that_does_not_come_up_in_time(make: Make) -> None:
 def test_an_application_that_exits(make: Make) -> None:
     error = make("import os; os._exit(7)", workers=2).fail()
     assert str(error) in [f"no worker came to listen: worker {id} exited with code 7" for id in (1, 2)]
+
+
+def test_a_signal_for_all_of_a_booting_cluster_is_no_failure(make: Make) -> None:
+    """The workers are dead of it before the master has read its own."""
+    running = make(ENDLESS, workers=2)
+    running.engine.start()
+    for pid in running.engine.pids():
+        os.kill(pid, signal.SIGTERM)
+    running.loop.until(lambda: not running.engine.pids(), "they are dead")
+    running.engine.stop(Stop.GRACEFUL)
+    running.finish()
+
+
+def test_a_worker_that_somebody_else_has_ended_is_one(make: Make) -> None:
+    running = make(ENDLESS)
+    running.engine.start()
+    os.kill(running.engine.pids()[0], signal.SIGTERM)
+    assert str(running.fail(started=True)) == "no worker came to listen: worker 1 was killed by SIGTERM"
 
 
 def test_no_process_can_be_spawned(make: Make, monkeypatch: pytest.MonkeyPatch, log: Log) -> None:

@@ -172,6 +172,8 @@ class TestFromOneMasterToTheNext:
         first = (tmp_path / "x").stat().st_ino
         new.prepare()
         assert (tmp_path / "x").stat().st_ino == first
+        # Who is killed before it takes over leaves nothing behind.
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
         new.take_over()
         assert (tmp_path / "x").stat().st_ino != first
         old.remove()
@@ -185,6 +187,7 @@ class TestFromOneMasterToTheNext:
         old, new = PidFile(str(tmp_path / "x")), PidFile(str(tmp_path / "x"))
         old.write()
         new.prepare()
+        new.remove()
         new.remove()
         assert [path.name for path in tmp_path.iterdir()] == ["x"]
         old.remove()

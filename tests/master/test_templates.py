@@ -158,7 +158,9 @@ def test_a_template_that_is_no_template(loop: SkewedLoop, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     roster = Roster(Limits(), templates=Book())
     failed: list[str] = []
-    templates = Templates(loop, roster, lambda why: failed.append(why.reason), lambda: None, LogFiles.of(SETTINGS), -1)
+    templates = Templates(
+        loop, roster, lambda why, hit: failed.append(why.reason), lambda: None, LogFiles.of(SETTINGS), -1
+    )
     templates.perform(StartTemplate(1), SETTINGS, [])
     assert templates.pids() == []
     assert failed == ["template 1 could not be spawned: [Errno 2] No such file or directory: '/nowhere/python'"]
