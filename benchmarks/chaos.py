@@ -7,7 +7,10 @@ What the end-to-end test does for some seconds, for as long as one likes; what i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.errors import BenchmarkError
@@ -33,8 +36,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wsgi", action="store_true", help="a WSGI application instead of an ASGI one")
     parser.add_argument("--preload", action="store_true", help="workers are forks of a template")
     parser.add_argument("--unix", action="store_true", help="on a unix socket instead of TCP")
-    text = "only these: HUP, TTIN, TTOU, KILL, 'KILL all', STOP (default: all)"
+    text = "only these: HUP, TTIN, TTOU, KILL, 'KILL all', STOP (default: all of these), USR2"
     parser.add_argument("--events", metavar="EVENT,...", type=names, default=[], help=text)
+    text = "these as well: USR2, or what --events would leave out"
+    parser.add_argument("--event", metavar="EVENT,...", type=names, default=[], help=text)
+    parser.add_argument("--tls", action="store_true", help="with a certificate; the clients speak TLS")
+    parser.add_argument("--proxied", action="store_true", help="each connection begins with a PROXY header")
+    parser.add_argument("--stop", action="store_true", help="the server is told to stop while the clients go on")
+    parser.add_argument("--log", metavar="FILE", type=Path, help="what the servers print")
+    text = "of the server, behind '--': chaos --seconds 60 -- --policy least"
+    parser.add_argument("server", metavar="OPTION", nargs="*", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,21 +63,44 @@ def one_run(dispatch: str, options: argparse.Namespace) -> Report:
     try:
         # The tests' own, which need more than a server does.
         from tests.helpers import chaos
+        from tests.helpers.certificates import Authority
         from tests.helpers.server import Server
     except ModuleNotFoundError as error:
         raise BenchmarkError(f"chaos needs what the tests need, as `pip install -e '.[test]'` does: {error}") from None
-    if unknown := sorted(set(options.events) - chaos.EVENTS.keys()):
-        raise BenchmarkError(f"unknown event {unknown[0]!r} (known: {', '.join(chaos.EVENTS)})")
-    events = {name: weight for name, weight in chaos.EVENTS.items() if not options.events or name in options.events}
+    known = {**chaos.EVENTS, **chaos.MORE_EVENTS}
+    chosen = [*(options.events or chaos.EVENTS), *options.event]
+    if unknown := sorted(set(chosen) - known.keys()):
+        raise BenchmarkError(f"unknown event {unknown[0]!r} (known: {', '.join(known)})")
+    events = {name: weight for name, weight in known.items() if name in chosen}
     how = [*(("--dispatch", dispatch) if dispatch else ()), "--loop", options.loop, "--http", options.http]
     how += ["--preload"] if options.preload else []
+    how += ["--proxy-protocol"] if options.proxied else []
     app = chaos.WSGI_APP if options.wsgi else chaos.APP
     bind = f"unix:@clusterserve-chaos-{os.getpid()}" if options.unix else "127.0.0.1:0"
-    try:
-        with Server(*how, *chaos.OPTIONS, app=app, workers=options.workers, bind=bind) as server:
-            server.wait_ready()
-            return chaos.Chaos(
-                server, options.seed, seconds=options.seconds, connections=options.connections, events=events
-            ).run()
-    except AssertionError as error:
-        raise BenchmarkError(f"the server did not start, or did not end as it should: {error}") from None
+    with contextlib.ExitStack() as stack:
+        tls = None
+        if options.tls:
+            authority = Authority(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            how += authority.issue("chaos").options
+            tls = authority.trusting()
+        how += options.server
+        server = None
+        try:
+            with Server(*how, *chaos.OPTIONS, app=app, workers=options.workers, bind=bind) as server:
+                server.wait_ready()
+                return chaos.Chaos(
+                    server,
+                    options.seed,
+                    seconds=options.seconds,
+                    connections=options.connections,
+                    events=events,
+                    tls=tls,
+                    proxied=options.proxied,
+                    stop=options.stop,
+                ).run()
+        except AssertionError as error:
+            raise BenchmarkError(f"the server did not start, or did not end as it should: {error}") from None
+        finally:
+            if options.log is not None and server is not None:
+                with options.log.open("a") as file:
+                    file.writelines(f"{line.at:.3f} {line.stream}| {line.text}\n" for line in server.lines)

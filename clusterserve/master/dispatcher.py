@@ -149,7 +149,7 @@ class Dispatcher:
                 elif connection.state is State.PARKED:
                     self._parked.park(connection)
                     if self._retiring:
-                        self.end_idle()
+                        self._end_idle(now)
                 else:
                     hang_up(connection)
         except ProtocolError as exc:
@@ -252,7 +252,12 @@ class Dispatcher:
         """The cluster stops: close every parked connection whose client has not asked for more, now and from now on."""
         self._retiring = True
         now = self._loop.time()
+        self._end_idle(now)
+        self._distribute(now)
+
+    def _end_idle(self, now: float) -> None:
         self._hand_on(now)
+        # What they have asked is in the queue then, which must not look empty before the epoll tells of it.
         self._parked.end_all(now)
 
     def expect_no_workers(self) -> None:
@@ -379,7 +384,7 @@ class Dispatcher:
         self._epoll.unregister(end.fileno())
         end.close()
         if self._retiring:
-            self.end_idle()
+            self._end_idle(now)
         self._distribute(now)
 
     def resize(self, slots: int) -> None:

@@ -112,8 +112,15 @@ class Parked:
             self._epoll.unregister(connection.fd)
 
     def end_all(self, now: float) -> None:
-        """Close them, as `end_idle` does."""
-        self.end_idle(tuple(self._connections.values()), now)
+        """Close them, as `end_idle` does; whose client has asked for more wait for a worker from now on."""
+        everyone = tuple(self._connections.values())
+        self.end_idle(everyone, now)
+        for connection in everyone:
+            # Those who are to be introduced have asked nothing yet.
+            if self._connections.get(connection.fd) is connection and not connection.unknown:
+                self.leave(connection)
+                connection.since = now
+                self._distributor.readable(connection.id)
 
     def end_idle(self, connections: Sequence[Connection], now: float) -> None:
         """Close these, but none whose client has asked for more: the epoll will tell of it."""

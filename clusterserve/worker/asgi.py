@@ -445,9 +445,7 @@ class _Drainer:
         self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]
         self._server.should_exit = True
         if self._gives_back:
-            self._link.receiver.stop_keeping()
-        if not keep:
-            self._link.receiver.keeping.take_all()
+            self._link.receiver.stop_keeping(last=not keep)
         if quick:
             self._link.receiver.cut()
             self._draining.cut()

@@ -284,6 +284,10 @@ def limited_h11(base: Any) -> Any:
             self.conn = own(h11.SERVER, self.conn._max_incomplete_event_size)
 
         def data_received(self, data: bytes) -> None:
+            if self.conn.their_state is h11.MUST_CLOSE:
+                # Behind a request that was told to be the last one, or said so itself.  h11 would call it an error, and
+                # uvicorn answer it in the midst of that one's response.
+                return
             self._data = data
             super().data_received(data)
             self._data = b""

@@ -48,7 +48,8 @@ REQUEST_TIMEOUT: Final = (
 #: A worker that leaves while others go on closes a TLS connection that asks nothing for so long (seconds).
 LAST_CALL: Final = 5.0
 
-#: When the whole cluster stops, one that has never asked anything: its first request may be on its way.
+#: When the whole cluster stops, one that has never asked anything: its first request may be on its way.  Likewise one
+#: that has sent something which this worker has not read.
 FIRST_WORD: Final = 0.5
 
 CLOSE: Final = (b"connection", b"close")
@@ -148,6 +149,8 @@ def _borrower(base: Any) -> Any:
                 self.server_state.total_requests += 1
             else:
                 super().on_response_complete()
+                if self._leaving:
+                    self._wait_for_the_last()
                 if not self.borrowing.after_response and self._at_rest():
                     self._rest()
 
@@ -187,27 +190,52 @@ def _borrower(base: Any) -> Any:
                 self._say_goodbye()
             elif self.borrowing.after_response:
                 self.give_back()
+            elif self.cycle is not None and not self._answered():
+                # uvicorn would end the connection behind it all the same, without a word.
+                self._make_it_the_last()
+            elif self._asks_again():
+                self._leaving = True
+                self.loop.call_later(FIRST_WORD, self._close_if_silent, self.cycle)
             else:
                 super().shutdown()
+
+        def _asks_again(self) -> bool:
+            """Whether an idle connection's next request is there, though this worker, which held its loop, has not
+            come to read it."""
+            return (self.cycle is None or self._answered()) and bool(self.transport.has_unread)
 
         def _say_goodbye(self) -> None:
             self._leaving = True
             if self.cycle is not None and not self._answered():
                 self._make_it_the_last()
             elif self.borrowing.after_response:
-                self.loop.call_later(LAST_CALL, self._close_if_silent, self.cycle)
-            elif self.cycle is None:
-                self.loop.call_later(FIRST_WORD, self._close_if_silent, None)
+                self._wait_for_the_last()
+            elif self.cycle is None or self._asks_again():
+                self.loop.call_later(FIRST_WORD, self._close_if_silent, self.cycle)
             else:
                 super().shutdown()
 
         def _make_it_the_last(self) -> None:
             cycle = self.cycle
-            if cycle is not None and not cycle.response_complete:
+            if cycle is None or cycle.response_complete:
+                return
+            if not cycle.response_started:
                 cycle.keep_alive = False
-                if not cycle.response_started and CLOSE not in cycle.default_headers:
+                if CLOSE not in cycle.default_headers:
                     # The list is everybody's.
                     cycle.default_headers = [*cycle.default_headers, CLOSE]
+            elif not self.borrowing.after_response:
+                # The cluster stops, and cannot wait for more.
+                cycle.keep_alive = False
+            # Else it has not said so, and the next request may be on its way already: that is the last, if it comes.
+
+        def _wait_for_the_last(self) -> None:
+            if self._answered() or self.cycle is None:
+                if not self.transport.is_closing():
+                    self.loop.call_later(LAST_CALL, self._close_if_silent, self.cycle)
+            else:
+                # It was sent on the heels of the one before.
+                self._make_it_the_last()
 
         def _close_if_silent(self, cycle: Any) -> None:
             if self.cycle is cycle:

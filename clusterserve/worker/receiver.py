@@ -131,11 +131,16 @@ class Receiver:
                 look()
         self.loop.call_later(pause, self._look_at_heads, pause)
 
-    def stop_keeping(self) -> None:
+    def stop_keeping(self, *, last: bool = False) -> None:
         """Give every connection back as soon as it is idle, those that are kept for the next request now.
 
-        Those that nobody could take back belong to their protocols, which `shutdown` tells.
+        Those that nobody could take back belong to their protocols, which `shutdown` tells.  `last`: nobody is left to
+        serve what has been asked on them, so that is served here.
         """
+        if last:
+            self.keeping.take_all()
+            if self.watch is not None:
+                self.watch.claim_all()
         self.keeping.stop()
         for transport in tuple(self.kept.values()):
             transport.give_back_if_kept()

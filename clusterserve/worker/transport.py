@@ -5,8 +5,12 @@ Lazy while it lasts (`lazy.py`), one of the event loop's when it must be (`real.
 
 from __future__ import annotations
 
+import array
 import asyncio
+import contextlib
+import fcntl
 import socket
+import termios
 from typing import Any
 
 from ..core.records import waited
@@ -39,6 +43,16 @@ class HandedTransport(LazyTransport):
     def ours_alone(self) -> bool:
         """Whether nobody else could do anything for it, so that it is not given back: TLS, another protocol."""
         return self._tls or self._upgraded
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether the client has sent something that nobody has read, with TLS of whatever kind."""
+        buffer = array.array("i", [0])
+        if not self.is_closing():
+            # The loop may have closed it, and tells us in its next turn.
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(self._fd, termios.FIONREAD, buffer)
+        return bool(buffer[0])
 
     def serves(self, protocol: asyncio.BaseProtocol) -> bool:
         """Whether it is open, `protocol`'s, and not ours alone: in one call, as it is asked after every response."""

@@ -56,6 +56,12 @@ class Watch:
                 self._waiting[fd].claimed()
             self._receiver.end_batch()
 
+    def claim_all(self) -> None:
+        """Every next request that has come by now is this worker's, read or not."""
+        if self.shared:
+            self.claims = max(self.claims, len(self._waiting))
+            self._claim()
+
     def _look(self) -> None:
         events = self._busy.poll(0, 64)
         if events:

@@ -12,8 +12,15 @@ What a client may meet, and nothing else:
 3. Never, whatever happens: a reset, a refused connection, a `503` or `504` (no limit that gives one is reached here), a
    byte that was not asked for, the end of an idle connection without 2, no end within `BOUND` seconds.
 4. A client that has half-closed gets right bytes and an orderly end, not necessarily all of its response.
+5. With TLS a worker that leaves may say that a response is the last one, and ends the connection in order then, also
+   before other requests that the client had sent on it; a connection that has asked nothing for `LAST_CALL` may end.
+   A worker that was killed leaves no word of TLS, its kernel a reset of what it had not read, and there is no 502.
+6. Once the server was told to stop: a refused connection, the end of an idle one, a last response that says so, and for
+   what was asked later than that a `503`, an end or a reset.  What was asked before is answered, but for what was sent
+   on the heels of another request.
 
-In the end, master and workers hold as many descriptors of each kind as in the beginning.
+In the end, master and workers hold as many descriptors of each kind as in the beginning; a server that was told to stop
+has ended with exit code 0, and left nothing.
 """
 
 from __future__ import annotations
@@ -24,30 +31,36 @@ import os
 import random
 import re
 import signal
-import socket
-import struct
+import ssl
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import final
 
 from tests.helpers import proc
-from tests.helpers.chaos_wire import EndedError, Question, Wire, WrongError, pieces, question
-from tests.helpers.raw import fetch
-from tests.helpers.server import Server
+from tests.helpers.chaos_client import BOUND, Client
+from tests.helpers.chaos_wire import EndedError, Question, ResetError, Wire, WrongError, introduction, question
+from tests.helpers.raw import Client as Plain
+from tests.helpers.raw import request
+from tests.helpers.server import TAKES_OVER, Server
 from tests.helpers.waiting import eventually
 
 APP = "tests.helpers.apps.chaos:app"
 WSGI_APP = "tests.helpers.apps.chaos_wsgi:app"
 #: What the server is started with: workers that are killed all the time are to be replaced at once all the same.
 OPTIONS = ("--restart-backoff", "0.05", "--restart-backoff-max", "0.2", "--no-access-log")
-BOUND = 20.0
 NOTICE = 1.0
+UPGRADED = re.compile(r"has left everything to process|Upgrade failed")
 SCALING = re.compile(r"Scaling from \d+ to (\d+) worker")
 MOST_WORKERS = 5
 #: What is done to the workers, and how often compared with the others.
 EVENTS = {"HUP": 3, "TTIN": 3, "TTOU": 3, "KILL": 5, "KILL all": 1, "STOP": 6}
+#: What is done if it is asked for.
+MORE_EVENTS = {"USR2": 3}
+#: How long a server may take to stop beyond its grace time (seconds).
+STOPPING = 45.0
 TOO_MANY_FAULTS = 1000
 SHOWN_FAULTS = 3
 
@@ -71,11 +84,15 @@ class Report:
     met: Counter[str] = field(default_factory=Counter)
     #: What was done to the workers.
     events: Counter[str] = field(default_factory=Counter)
+    #: What the master occupied in the beginning, and in the end (KiB).
+    memory: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         lines = [f"seed {self.seed}"]
         for title, counter in (("met", self.met), ("done", self.events)):
             lines.append(f"{title}: {', '.join(f'{name} {count}' for name, count in sorted(counter.items()))}")
+        if self.memory is not None:
+            lines.append("the master's memory: {} KiB, {} KiB in the end".format(*self.memory))
         for what, count in Counter(fault.what for fault in self.faults).most_common():
             lines.append(f"FAULT ({count} times): {what}")
             lines += [f"    {fault.where}" for fault in self.faults if fault.what == what][:SHOWN_FAULTS]
@@ -94,8 +111,17 @@ class Chaos:
         seconds: float,
         connections: int = 64,
         events: Mapping[str, int] = EVENTS,
+        tls: ssl.SSLContext | None = None,
+        proxied: bool = False,
+        stop: bool = False,
     ) -> None:
+        """`proxied`: each connection begins with a PROXY header.  `stop`: the server is told to, under the clients."""
         self.report = Report(seed)
+        self.tls = tls
+        #: When the server was told to stop.
+        self.told: float | None = None
+        self._proxied = proxied
+        self._stop = stop
         self._server = server
         self._address = server.address
         self._seconds = seconds
@@ -108,14 +134,25 @@ class Chaos:
         self._others = 0
 
     def run(self) -> Report:
-        before = self._at_rest()
         workers = len(self._server.workers)
+        if "USR2" in self._chosen:
+            # One that has taken over holds its sockets in another way than the first.
+            self._server.upgrade()
+        before = self._at_rest()
+        memory = _memory(self._server.master)
         # A template is the master's child too.
         self._others = len(before) - 1 - workers
         self._began = time.monotonic()
+        upgrades = len(self._server.found(TAKES_OVER))
         asyncio.run(self._clients_and_events())
-        self._scale_back(workers)
-        self._compare(before)
+        if self._stop:
+            self._see_it_stop()
+        else:
+            self._scale_back(workers)
+            self._compare(before)
+            self.report.memory = memory, _memory(self._server.master)
+        if "USR2" in self._chosen:
+            self.report.met["upgrades"] = len(self._server.found(TAKES_OVER)) - upgrades
         return self.report
 
     async def _clients_and_events(self) -> None:
@@ -134,12 +171,20 @@ class Chaos:
     async def _client(self, number: int) -> None:
         chance = random.Random(f"{self.report.seed}/{number}")
         while not self._over:
+            began = time.monotonic()
+            proxied = introduction(chance) if self._proxied else None
             try:
-                wire = await asyncio.wait_for(Wire.connect(self._address), BOUND)
-            except (WrongError, asyncio.TimeoutError) as error:
-                self.fault(number, str(error) or f"not connected within {BOUND:g} s", "connecting")
+                wire = await asyncio.wait_for(Wire.connect(self._address, tls=self.tls, proxied=proxied), BOUND)
+            except (WrongError, EndedError, asyncio.TimeoutError) as error:
+                if self.told is not None:
+                    # Nobody listens any more, or will in a moment.
+                    return
+                if self.tls is not None and isinstance(error, (ResetError, EndedError)) and self.killed_since(began):
+                    self.report.met["handshakes cut"] += 1
+                else:
+                    self.fault(number, str(error) or f"not connected within {BOUND:g} s", "connecting")
                 continue
-            client = _Client(self, wire, chance)
+            client = Client(self, wire, chance)
             try:
                 await client.live(chance.choice([1, 3, 20, 100]))
             except WrongError as error:
@@ -156,6 +201,10 @@ class Chaos:
     def killed_since(self, then: float) -> bool:
         """Whether a kill excuses what happens to a connection that was in order then."""
         return any(kill >= then - NOTICE for kill in self._kills[-20:])
+
+    def late(self, since: float) -> bool:
+        """Whether what was whole since then came when the server was told to stop already, or could have."""
+        return self.told is not None and since >= self.told
 
     @property
     def over(self) -> bool:
@@ -176,7 +225,7 @@ class Chaos:
         chance = random.Random(f"{self.report.seed}/events")
         # Each once at first, in any order, so that no run is without one of them.
         first = chance.sample([*self._chosen], len(self._chosen))
-        extra = 0
+        extra, master = 0, self._server.master
         stopped: dict[int, float] = {}
         while not self._over:
             await asyncio.sleep(chance.uniform(0.1, 0.7))
@@ -185,11 +234,16 @@ class Chaos:
                 del stopped[pid]
                 _signal(pid, signal.SIGCONT)
             if now - self._began > self._seconds:
-                self._over = True
+                break
             kind = first.pop() if first else chance.choices([*self._chosen], [*self._chosen.values()])[0]
             pids = [worker.pid for worker in self._server.workers]
+            if self._server.master != master:
+                # Its successor starts as many workers as the first one did.
+                master, extra = self._server.master, 0
             if kind == "HUP":
                 self._server.signal(signal.SIGHUP)
+            elif kind == "USR2":
+                self._server.signal(signal.SIGUSR2)
             elif kind == "TTIN" and extra < MOST_WORKERS:
                 extra += 1
                 self._server.signal(signal.SIGTTIN)
@@ -212,12 +266,33 @@ class Chaos:
                 continue
             self.report.events[kind] += 1
         self._continue_all()
+        if self._stop:
+            await self._tell_to_stop()
+        self._over = True
+
+    async def _tell_to_stop(self) -> None:
+        self.told = time.monotonic()
+        self._server.terminate()
+        with contextlib.suppress(AssertionError):
+            await asyncio.to_thread(
+                eventually, lambda: not proc.alive(self._server.master), "it has stopped", within=STOPPING
+            )
 
     def _continue_all(self) -> None:
         for pid in self._server.processes():
             _signal(pid, signal.SIGCONT)
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _see_it_stop(self) -> None:
+        """Whether it has; `Server.close` sees that nothing is left."""
+        assert self.told is not None
+        if proc.alive(self._server.master):
+            self.report.faults.append(Fault(f"it did not stop within {STOPPING:g} s", "in the end"))
+            return
+        code = self._server.wait()
+        if code:
+            self.report.faults.append(Fault(f"exit code {code}", "in the end"))
 
     def _scale_back(self, wanted: int) -> None:
         """As many workers as in the beginning; told one at a time, as the kernel merges equal signals."""
@@ -226,27 +301,43 @@ class Chaos:
         with contextlib.suppress(AssertionError):
             eventually(lambda: len(self._server.found(SCALING)) >= sent, "every signal is heard", within=2.0)
         try:
+            eventually(self._upgraded, "upgrades come to their end", within=60.0)
             for _ in range(2 * MOST_WORKERS):
-                lines = self._server.found(SCALING)
+                lines = self._scalings()
                 target = int(lines[-1][1]) if lines else wanted
                 eventually(lambda target=target: self._settled(target), f"{target} workers", within=60.0)  # type: ignore[misc]
                 if target == wanted:
                     return
                 self._server.signal(signal.SIGTTOU if target > wanted else signal.SIGTTIN)
-                self._server.wait_for(SCALING, count=len(lines) + 1)
+                eventually(lambda lines=lines: len(self._scalings()) > len(lines), "it is heard")  # type: ignore[misc]
         except AssertionError as error:
             self.report.faults.append(Fault(str(error), "in the end"))
             return
         self.report.faults.append(Fault(f"not {wanted} workers but {self._server.workers}", "in the end"))
 
+    def _upgraded(self) -> bool:
+        begun, over = self._server.found("Upgrading: process"), self._server.found(UPGRADED)
+        return len(begun) == len(over)
+
+    def _scalings(self) -> list[re.Match[str]]:
+        """What the master of now said about its workers' number: a new one starts with as many as the first."""
+        found: list[re.Match[str]] = []
+        for line in self._server.lines:
+            if TAKES_OVER.search(line.text):
+                found.clear()
+            found += SCALING.finditer(line.text)
+        return found
+
     def _settled(self, count: int) -> bool:
         # A worker that is to go, or has yet to listen, is a child as well.
-        return len(self._server.workers) == count == len(proc.children(self._server.pid)) - self._others
+        return len(self._server.workers) == count == len(proc.children(self._server.master)) - self._others
 
     def _at_rest(self) -> list[dict[str, int]]:
         """What each process holds when every worker has served and nobody is connected."""
         for number in range(8):
-            fetch(self._address, f"/plain?id=warm{number}&n=1")
+            with Plain(self._address, tls=self.tls) as client:
+                client.send(request("GET", f"/plain?id=warm{number}&n=1", "Connection: close"))
+                client.response()
         seen: list[list[dict[str, int]]] = []
 
         def steady() -> bool:
@@ -264,115 +355,13 @@ class Chaos:
 
     def _held(self) -> list[dict[str, int]]:
         """By process, the master first: descriptors by kind."""
-        workers = sorted((_kinds(pid) for pid in proc.children(self._server.pid)), key=str)
-        return [_kinds(self._server.pid), *workers]
+        workers = sorted((_kinds(pid) for pid in proc.children(self._server.master)), key=str)
+        return [_kinds(self._server.master), *workers]
 
 
-@final
-class _Client:
-    """One connection's life."""
-
-    def __init__(self, chaos: Chaos, wire: Wire, chance: random.Random) -> None:
-        self._chaos = chaos
-        self._wire = wire
-        self._chance = chance
-        #: When the connection last was in order.
-        self._good = time.monotonic()
-        self._answers = 0
-        self._doing = ""
-
-    def __repr__(self) -> str:
-        excused = "" if self._chaos.killed_since(self._good) else "no "
-        return f"{self._wire.name}, {self._answers} answers, {self._doing}, {excused}worker killed since the last"
-
-    async def live(self, rounds: int) -> None:
-        """So many rounds at most; raises WrongError for what is never allowed."""
-        met = self._chaos.report.met
-        for _ in range(rounds):
-            if self._chaos.over:
-                return
-            kind = self._chance.choices(["one", "pipeline", "slow", "idle", "abort", "half"], [20, 6, 6, 6, 2, 1])[0]
-            self._doing = kind
-            if kind == "idle":
-                await asyncio.sleep(self._chance.uniform(0.0, 0.4))
-            elif kind == "abort":
-                await asyncio.wait_for(self._abort(), BOUND)
-                return
-            elif kind == "half":
-                await asyncio.wait_for(self._half_close(), BOUND)
-                return
-            try:
-                self._wire.idle()
-                if kind != "idle" and not await asyncio.wait_for(self._ask(kind), BOUND):
-                    return
-            except EndedError as error:
-                # Rule 2: nothing but a killed worker excuses it.
-                what = "cut responses" if error.begun else "ends without an answer"
-                if not self._chaos.killed_since(self._good):
-                    raise WrongError(f"{error} ({kind}), and no worker was killed meanwhile") from None
-                met["idle ends" if kind == "idle" else what] += 1
-                return
-
-    async def _ask(self, kind: str) -> bool:
-        """Ask and read what was asked; False when the connection is over, in order."""
-        count = self._chance.randint(2, 6) if kind == "pipeline" else 1
-        questions = [self._chaos.next_question(self._chance) for _ in range(count)]
-        data = b"".join(each.data for each in questions)
-        parts = pieces(self._chance, data, self._chance.randint(2, 8)) if kind == "slow" else [data]
-        if kind == "pipeline" and self._chance.random() < 0.5:
-            parts = pieces(self._chance, data, 2)
-        writer = asyncio.ensure_future(self._write(parts))
-        try:
-            for number, asked in enumerate(questions):
-                self._doing = f"{kind} {number + 1}/{count}: {asked}, {len(asked.data)} bytes"
-                status = await self._wire.answer(asked)
-                if status != 200:
-                    if status != 502:
-                        raise WrongError(f"a {status}, and no limit for it was reached")
-                    if not self._chaos.killed_since(self._good):
-                        raise WrongError("a 502, and no worker was killed meanwhile")
-                    self._chaos.report.met["clean 502"] += 1
-                    return False
-                self._good = time.monotonic()
-                self._answers += 1
-                self._chaos.report.met["answers"] += 1
-            # An early answer can be there before its request has been written.
-            await writer
-        finally:
-            writer.cancel()
-            # What went wrong in writing counts also if reading saw nothing of it.
-            for result in await asyncio.gather(writer, return_exceptions=True):
-                if isinstance(result, WrongError):
-                    raise result
-        return True
-
-    async def _write(self, parts: list[bytes]) -> None:
-        for number, part in enumerate(parts):
-            if number:
-                await asyncio.sleep(self._chance.choice([0.0, 0.001, 0.005, 0.03]))
-            await self._wire.send(part)
-
-    async def _abort(self) -> None:
-        """Leave at a bad moment, one way or the other."""
-        data = self._chaos.next_question(self._chance).data
-        try:
-            await self._wire.send(data if self._chance.random() < 0.5 else data[: self._chance.randrange(len(data))])
-            await asyncio.sleep(self._chance.choice([0.0, 0.001, 0.01, 0.05]))
-        finally:
-            if self._chance.random() < 0.5:
-                self._wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._chaos.report.met["aborts"] += 1
-
-    async def _half_close(self) -> None:
-        asked = self._chaos.next_question(self._chance)
-        await self._wire.send(asked.data)
-        self._wire.socket.shutdown(socket.SHUT_WR)
-        try:
-            if await self._wire.answer(asked) == 200:
-                await self._wire.end()
-            self._chaos.report.met["half-closed, answered"] += 1
-        except EndedError:
-            self._chaos.report.met["half-closed, ended"] += 1
+def _memory(pid: int) -> int:
+    """What it occupies (KiB)."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

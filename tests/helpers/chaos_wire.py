@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
 
 from tests.helpers.apps.chaos import checksum, content
+from tests.helpers.chaos_tls import Layer
 from tests.helpers.raw import Address, request
 
 READ_BYTES = 1 << 16
@@ -18,12 +21,21 @@ class WrongError(Exception):
     """The server did what is never allowed."""
 
 
-class EndedError(Exception):
-    """The server closed its side in order.  `begun`: within a response, of which all that came was right."""
+class ResetError(WrongError):
+    """The connection was reset: by a server that lets go of what it has not read, or by its kernel."""
 
-    def __init__(self, begun: bool) -> None:
-        super().__init__(f"the connection ended {'within' if begun else 'before'} a response")
+
+class EndedError(Exception):
+    """The server closed its side in order.  `begun`: within a response, of which all that came was right.
+
+    `said`: it has said so, if the connection is one of TLS, where else nobody knows who ended it.
+    """
+
+    def __init__(self, begun: bool, said: bool = True) -> None:
+        without = "" if said else ", without a word of TLS"
+        super().__init__(f"the connection ended {'within' if begun else 'before'} a response{without}")
         self.begun = begun
+        self.said = said
 
 
 @dataclass(frozen=True)
@@ -68,30 +80,81 @@ def _size(chance: random.Random) -> int:
     return chance.randrange(chance.choices([1, 200, 3_000, 60_000, 600_000], [5, 30, 30, 12, 1])[0])
 
 
+@dataclass(frozen=True)
+class Introduction:
+    """What a proxy says of its client first, and whom the application is to see then."""
+
+    version: int
+    parts: list[bytes]
+    origin: str
+
+
+def introduction(chance: random.Random) -> Introduction:
+    """A PROXY header of either version, of a client that no other connection has, at once or in pieces."""
+    client, port = (
+        f"10.{chance.randrange(256)}.{chance.randrange(256)}.{chance.randrange(256)}",
+        chance.randrange(65536),
+    )
+    version = chance.choice([1, 2])
+    if version == 1:
+        data = f"PROXY TCP4 {client} 192.0.2.1 {port} 443\r\n".encode()
+    else:
+        addresses = socket.inet_aton(client) + socket.inet_aton("192.0.2.1") + port.to_bytes(2, "big") + b"\x01\xbb"
+        data = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + addresses
+    return Introduction(version, pieces(chance, data, chance.choice([1, 1, 2, 4])), f"{client}:{port}")
+
+
 @final
 class Wire:
-    """One connection.  Each method raises WrongError for what is never allowed, EndedError for an end in order."""
+    """One connection.  Each method raises WrongError for what is never allowed, EndedError for an end in order.
 
-    def __init__(self, sock: socket.socket) -> None:
+    `origin`: whom the application is to see; None if that does not matter.  `tls`: it speaks TLS.
+    """
+
+    def __init__(self, sock: socket.socket, *, origin: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.socket = sock
+        #: The server has answered for the last time, and said so.
+        self.closed = False
+        self._origin = origin
+        self._tls = None if tls is None else Layer(tls)
         self._loop = asyncio.get_running_loop()
         self._data = bytearray()
 
     @classmethod
-    async def connect(cls, address: Address) -> Wire:
+    async def connect(
+        cls, address: Address, *, tls: ssl.SSLContext | None = None, proxied: Introduction | None = None
+    ) -> Wire:
         sock = socket.socket(address.family, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
             if address.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.get_running_loop().sock_connect(sock, address.sockaddr)
+            own = None if address.family == socket.AF_UNIX else "{}:{}".format(*sock.getsockname())
+            wire = cls(sock, origin=own if proxied is None else proxied.origin, tls=tls)
+            for part in proxied.parts if proxied is not None else ():
+                await wire._send(part)
+                await asyncio.sleep(0.001)
+            if wire._tls is not None:
+                await wire._shake_hands(wire._tls)
+        except WrongError:
+            sock.close()
+            raise
         except OSError as error:
             sock.close()
             raise WrongError(f"connect: {error}") from None
         except BaseException:
             sock.close()
             raise
-        return cls(sock)
+        return wire
+
+    async def _shake_hands(self, tls: Layer) -> None:
+        data = b""
+        while not tls.established:
+            self._data += tls.opened(data)
+            await self._send(tls.to_be_sent())
+            if not tls.established:
+                data = await self._received(begun=False)
 
     @property
     def name(self) -> str:
@@ -99,10 +162,13 @@ class Wire:
         return f"port {name[1]}" if isinstance(name, tuple) else "unix"
 
     async def send(self, data: bytes) -> None:
+        await self._send(data if self._tls is None else self._tls.sealed(data))
+
+    async def _send(self, data: bytes) -> None:
         try:
             await self._loop.sock_sendall(self.socket, data)
         except OSError as error:
-            raise WrongError(f"reset while the client wrote: {error}") from None
+            raise ResetError(f"reset while the client wrote: {error}") from None
 
     def idle(self) -> None:
         """Nothing has come, the end of the connection included."""
@@ -113,13 +179,22 @@ class Wire:
         except BlockingIOError:
             return
         except OSError as error:
-            raise WrongError(f"reset while idle: {error}") from None
-        if data:
+            raise ResetError(f"reset while idle: {error}") from None
+        if not data:
+            raise EndedError(begun=False, said=self._tls is None)
+        if self._tls is None:
             raise WrongError(f"spoke unasked: {data[:80]!r}")
-        raise EndedError(begun=False)
+        # Tickets and their like are nothing to the client.
+        if plain := self._tls.opened(data):
+            raise WrongError(f"spoke unasked: {plain[:80]!r}")
+        if self._tls.ended:
+            raise EndedError(begun=False)
 
-    async def answer(self, asked: Question) -> int:
-        """Read the answer to `asked` to its last byte; its status, 200 or what the master answers for a worker."""
+    async def answer(self, asked: Question, *, last_words: Callable[[], bool] = lambda: False) -> int:
+        """Read the answer to `asked` to its last byte; its status, 200 or what the master answers for a worker.
+
+        `last_words()`: whether it may say that it is the last one; then it is, and `closed` is set.
+        """
         status, headers = await self._head()
         if status in (502, 503, 504):
             length = headers.get("content-length", "")
@@ -134,7 +209,9 @@ class Wire:
             raise WrongError(f"somebody else's response: {headers.get('x-id')}")
         if headers.get("x-sum") != asked.sum:
             raise WrongError(f"the application had {headers.get('x-sum')}, the client had sent {asked.sum}")
-        if "connection" in headers:
+        if self._origin is not None and headers.get("x-from") not in (self._origin, self._origin.partition(":")[0]):
+            raise WrongError(f"the application saw the client {headers.get('x-from')}, who is {self._origin}")
+        if "connection" in headers and not (last_words() and headers["connection"] == "close"):
             raise WrongError(f"a kept connection is told: {headers['connection']}")
         expected = memoryview(content(asked.ident, asked.size))
         if headers.get("transfer-encoding") == "chunked":
@@ -143,6 +220,9 @@ class Wire:
             await self._matches(expected)
         else:
             raise WrongError(f"{asked.size} bytes announced by {headers}")
+        if "connection" in headers:
+            await self.end()
+            self.closed = True
         return status
 
     async def end(self) -> None:
@@ -151,8 +231,9 @@ class Wire:
             while not self._data:
                 await self._fill(begun=False)
             raise WrongError(f"more than the response: {bytes(self._data[:80])!r}")
-        except EndedError:
-            pass
+        except EndedError as error:
+            if not error.said:
+                raise
 
     async def _head(self) -> tuple[int, dict[str, str]]:
         while (end := self._data.find(b"\r\n\r\n")) < 0:
@@ -216,13 +297,22 @@ class Wire:
         return data
 
     async def _fill(self, *, begun: bool) -> None:
+        if self._tls is None:
+            self._data += await self._received(begun=begun)
+            return
+        more = b"" if self._tls.ended else self._tls.opened(await self._received(begun=begun))
+        if self._tls.ended and not more:
+            raise EndedError(begun)
+        self._data += more
+
+    async def _received(self, *, begun: bool) -> bytes:
         try:
             data = await self._loop.sock_recv(self.socket, READ_BYTES)
         except OSError as error:
-            raise WrongError(f"reset {'within' if begun else 'before'} a response: {error}") from None
+            raise ResetError(f"reset {'within' if begun else 'before'} a response: {error}") from None
         if not data:
-            raise EndedError(begun)
-        self._data += data
+            raise EndedError(begun, said=self._tls is None)
+        return data
 
     def close(self) -> None:
         self.socket.close()

@@ -190,6 +190,19 @@ def test_end_idle(rig: Rig, listener: Listener, worker: FakeWorker) -> None:
     assert rig.distributor.statistics().parked == 0
 
 
+def test_end_idle_before_the_epoll_was_asked(rig: Rig, listener: Listener, worker: FakeWorker) -> None:
+    """What was asked before the end is in the queue at once: an empty one is what the workers leave by."""
+    client = rig.connect(listener, b"one")
+    give_back(rig, worker)
+    client.sendall(b"two")
+    eventually(lambda: _unread(next(iter(rig.distributor.parking.connections.values())).fd), "it has arrived")
+    rig.dispatcher.end_idle()
+    rig.dispatcher.expect_no_workers()
+    assert rig.distributor.statistics().parked == 0
+    (offer,) = worker.receive()
+    assert offer.sock.recv(100) == b"two"
+
+
 def test_one_number_for_two_connections_in_one_batch(rig: Rig, listener: Listener, worker: FakeWorker) -> None:
     """1. A parked client hangs up, and one is given back; the master has not looked yet.
     2. The stop closes what is idle when the second is parked, and so the first, whose event is still to come.

@@ -18,6 +18,7 @@ from clusterserve.core.records import Kind
 from clusterserve.worker import protocols as ours
 from clusterserve.worker.lazy import CONTINUE
 from clusterserve.worker.protocols import Borrowing, http_protocol
+from clusterserve.worker.transport import HandedTransport
 from tests.helpers.loops import turns, until
 from tests.helpers.raw import request
 from tests.worker.harness import Handed, Master, reaches, was_real
@@ -48,6 +49,17 @@ class Served(Application):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"half", "more_body": True})
         raise RuntimeError("midway")
+
+    async def last(self, receive: Any, send: Any) -> None:
+        await self.slowly(receive, send, (b"connection", b"close"))
+
+    async def slowly(self, receive: Any, send: Any, *more: tuple[bytes, bytes]) -> None:
+        """In two pieces."""
+        headers = [(b"content-length", b"8"), *more]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        await self.go.wait()
+        await send({"type": "http.response.body", "body": b"half"})
 
     async def nothing(self, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
@@ -390,6 +402,41 @@ class TestShutdown:
         assert await handed.rest() == b""
         assert not handed.returned
 
+    async def test_what_was_asked_before_it_is_answered(
+        self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]
+    ) -> None:
+        """1. A worker held its loop; the next request and the order to stop have come meanwhile.
+        Result: one more response, which says that it is the last.
+        """
+        handed = master.hand(GET)
+        await response(handed)
+        await turns(5)
+        handed.arrive(GET)
+        made[0].shutdown()
+        head, body = split(await handed.rest())
+        assert (b"\r\nconnection: close" in head.lower(), body) == (True, b"hello")
+
+    async def test_what_is_in_progress_says_that_it_is_the_last(
+        self, loop: Loop, master: Master, http: uvicorn.Config, application: Served, made: list[Any]
+    ) -> None:
+        handed = master.hand(request("GET", "/wait"))
+        await master.answered(handed)
+        made[0].shutdown()
+        application.go.set()
+        head, body = split(await handed.rest())
+        assert (b"\r\nconnection: close" in head.lower(), body) == (True, b"waited")
+
+    async def test_what_says_no_more_than_a_part_is_ended_all_the_same(
+        self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ours, "FIRST_WORD", 0.01)
+        handed = master.hand(GET)
+        await response(handed)
+        await turns(5)
+        handed.arrive(GET[:10])
+        made[0].shutdown()
+        assert await handed.rest() == b""
+
     async def test_what_is_kept_is_closed_at_keep_alive(
         self, loop: Loop, master: Master, http: uvicorn.Config, made: list[Any]
     ) -> None:
@@ -399,6 +446,112 @@ class TestShutdown:
         made[0].timeout_keep_alive_handler()
         assert await handed.rest() == b""
         assert not handed.returned
+
+
+class TestLastWords:
+    async def test_what_comes_behind_them_is_nobodys(
+        self, loop: Loop, master: Master, http: uvicorn.Config, application: Served
+    ) -> None:
+        """h11 calls it an error, which must not cost the response that it comes in the midst of."""
+        handed = master.hand(request("GET", "/last"))
+        data = b""
+        while not data.endswith(b"half"):
+            data += await handed.reads(1)
+        await handed.sends(GET)
+        await until(lambda: not handed.unread(), "it is read")
+        await turns(5)
+        application.go.set()
+        assert await handed.rest() == b"half"
+
+
+class TestTls:
+    """The protocol's part of it: who hears that a response is the last when the worker leaves."""
+
+    @pytest.fixture(autouse=True)
+    def encrypted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # A connection of its own, as far as the protocol can tell; what is said is in the clear.
+        monkeypatch.setattr(HandedTransport, "serves", lambda self, protocol: False)
+
+    async def begun(self, master: Master, made: list[Any]) -> Handed:
+        """A response of which the client has the first half."""
+        handed = master.hand(request("GET", "/slowly"))
+        await until(lambda: made, "there is a protocol")
+        made[0].scheme = "https"
+        data = b""
+        while not data.endswith(b"half"):
+            data += await handed.reads(1)
+        assert b"\r\nconnection:" not in data.lower()
+        return handed
+
+    async def test_a_response_that_has_begun_is_not_the_last(
+        self,
+        loop: Loop,
+        master: Master,
+        http: uvicorn.Config,
+        application: Served,
+        borrowing: Borrowing,
+        made: list[Any],
+    ) -> None:
+        """Who was not told asks again, and may have done so before the end could reach it."""
+        handed = await self.begun(master, made)
+        drain(master, borrowing, made[0])
+        application.go.set()
+        assert await handed.reads(4) == b"half"
+        await stays(handed)
+        await handed.sends(GET)
+        head, body = split(await handed.rest())
+        assert (b"\r\nconnection: close" in head.lower(), body) == (True, b"hello")
+
+    async def test_nor_is_it_when_the_next_request_has_come_already(
+        self,
+        loop: Loop,
+        master: Master,
+        http: uvicorn.Config,
+        application: Served,
+        borrowing: Borrowing,
+        made: list[Any],
+    ) -> None:
+        handed = await self.begun(master, made)
+        await handed.sends(GET)
+        await until(lambda: not handed.unread(), "it is read")
+        drain(master, borrowing, made[0])
+        application.go.set()
+        assert await handed.reads(4) == b"half"
+        head, body = split(await handed.rest())
+        assert (b"\r\nconnection: close" in head.lower(), body) == (True, b"hello")
+
+    async def test_who_asks_nothing_more_is_ended(
+        self,
+        loop: Loop,
+        master: Master,
+        http: uvicorn.Config,
+        application: Served,
+        borrowing: Borrowing,
+        made: list[Any],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(ours, "LAST_CALL", 0.01)
+        handed = await self.begun(master, made)
+        drain(master, borrowing, made[0])
+        await asyncio.sleep(0.03)
+        # Its time begins with the end of the response.
+        application.go.set()
+        assert await handed.rest() == b"half"
+
+    async def test_when_the_cluster_stops_it_is(
+        self,
+        loop: Loop,
+        master: Master,
+        http: uvicorn.Config,
+        application: Served,
+        borrowing: Borrowing,
+        made: list[Any],
+    ) -> None:
+        handed = await self.begun(master, made)
+        borrowing.after_response = False
+        made[0].shutdown()
+        application.go.set()
+        assert await handed.rest() == b"half"
 
 
 def mark(master: Master, handed: Handed) -> int:

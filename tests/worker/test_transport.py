@@ -738,6 +738,22 @@ class TestClosing:
         assert transport.is_closing()
         assert recorders.only.lost == [None]
 
+    async def test_whether_something_is_unread(self, loop: Loop, master: Master, recorders: Recorders) -> None:
+        master.serve(recorders)
+        handed = master.hand(b"question")
+        transport = (await recorders.made()).transport
+        await reaches(transport, "REAL")
+        transport.pause_reading()
+        assert not transport.has_unread
+        handed.arrive(b"more")
+        assert transport.has_unread
+        # What the loop has closed without having said so yet.
+        fd, transport._fd = transport._fd, 1 << 20
+        assert not transport.has_unread
+        transport._fd = fd
+        transport.close()
+        assert not transport.has_unread
+
     async def test_abort_in_the_first_turn(self, loop: Loop, master: Master, recorders: Recorders) -> None:
         def abort(protocol: Recorder, _: bytes) -> None:
             protocol.transport.write(b"dropped")

@@ -177,6 +177,25 @@ class TestShared:
         assert handed.unread() == 6
         assert bytes(echo.only.data) == b"one.two."
 
+    @pytest.mark.parametrize("last", [False, True])
+    async def test_what_was_asked_when_the_worker_leaves(
+        self, loop: Loop, master: Master, echo: Recorders, shared: select.epoll, last: bool
+    ) -> None:
+        """It is for others, unread; if there are none any more, it is answered here before the connection goes back."""
+        asks, idle = master.hand(b"one."), master.hand(b"one.")
+        for handed in (asks, idle):
+            await handed.reads(4)
+        for protocol in echo.all:
+            await reaches(protocol.transport, "KEPT")
+        await turns(3)
+        # The worker is stuck: nothing of it runs between these lines.
+        asks.arrive(b"two.")
+        master.receiver.stop_keeping(last=last)
+        if last:
+            assert await asks.reads(4) == b"TWO."
+        await until(lambda: asks.returned and idle.returned, "both are given back")
+        assert asks.unread() == (0 if last else 4)
+
     async def test_a_claim_by_mistake_is_mended(
         self, loop: Loop, master: Master, echo: Recorders, shared: select.epoll
     ) -> None:

@@ -1,8 +1,9 @@
 """What the chaos clients ask: every response can be told from every other, and proves which request it belongs to.
 
-`/KIND?id=ID&n=SIZE&ms=MILLISECONDS&chunk=BYTES`: the body is `content(ID, SIZE)`, the header `x-id` is the id and
-`x-sum` the checksum of the request's body.  KIND is `plain`, `block` (holds the event loop), `await`, or `early`
-(answers before it has read anything).  With `chunk` the response has no length and comes in pieces.
+`/KIND?id=ID&n=SIZE&ms=MILLISECONDS&chunk=BYTES`: the body is `content(ID, SIZE)`, the header `x-id` is the id, `x-sum`
+the checksum of the request's body, and `x-from` whom the application takes for the client.  KIND is `plain`, `block`
+(holds the event loop), `await`, or `early` (answers before it has read anything).  With `chunk` the response has no
+length and comes in pieces.
 """
 
 from __future__ import annotations
@@ -53,15 +54,17 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         hold(seconds)
     elif kind == "await":
         await asyncio.sleep(seconds)
-    await answer(send, ident, checksum(body), content(ident, size), int(query.get("chunk", 0)))
+    origin = b"%s:%d" % (scope["client"][0].encode(), scope["client"][1]) if scope.get("client") else b""
+    await answer(send, ident, origin, checksum(body), content(ident, size), int(query.get("chunk", 0)))
 
 
 def hold(seconds: float) -> None:
     time.sleep(seconds)
 
 
-async def answer(send: Send, ident: str, total: str, body: bytes, step: int) -> None:
+async def answer(send: Send, ident: str, origin: bytes, total: str, body: bytes, step: int) -> None:
     headers = [(b"x-id", ident.encode()), (b"x-sum", total.encode()), (b"x-pid", b"%d" % os.getpid())]
+    headers.append((b"x-from", origin))
     if not step:
         headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": 200, "headers": headers})

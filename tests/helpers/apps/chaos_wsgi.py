@@ -18,6 +18,7 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
     if kind in ("block", "await"):
         time.sleep(float(query.get("ms", 0)) / 1000)
     headers = [("x-id", ident), ("x-sum", checksum(body)), ("x-pid", str(os.getpid()))]
+    headers.append(("x-from", environ.get("REMOTE_ADDR", "")))
     if not step:
         headers.append(("content-length", str(size)))
     start_response("200 OK", headers)
