@@ -97,9 +97,10 @@ def test_who_hears_nothing_of_us_is_not_told_of(told: Rig, lines: list[str]) -> 
 )
 def test_who_wants_it(changes: dict[str, object], wanted: bool) -> None:
     settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    before = [*logging.getLogger("uvicorn.access").handlers]
     assert (AnswerLog.of(settings, Descriptors()) is not None) is wanted
     # Another program's loggers stay as they are.
-    assert not logging.getLogger("uvicorn.access").handlers
+    assert logging.getLogger("uvicorn.access").handlers == before
 
 
 def test_a_log_config_says_where(caplog: pytest.LogCaptureFixture) -> None:
