@@ -70,7 +70,7 @@ def run(port: int, load: Load) -> Result:
 
 
 def _latency(output: str, percent: int) -> float:
-    found = re.search(rf"^ *{percent}% +([\d.]+)(us|ms|s)$", output, re.MULTILINE)
+    found = re.search(rf"^ *{percent}% +([\d.]+)(us|ms|s) *$", output, re.MULTILINE)
     return float(found[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[found[2]] if found else float("nan")
 
 

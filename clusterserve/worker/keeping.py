@@ -70,12 +70,13 @@ class Keeping:
         """A turn has ended, in which so many requests (0: none) held the loop for so long (seconds)."""
         self._begun = 0
         watch = self._watch
-        if requests and watch is not None and watch.shared and self._threads is None:
+        if requests and watch is not None and self._threads is None:
             self._weigh(watch, held, requests)
 
     def _weigh(self, watch: Watch, held: float, requests: int) -> None:
         self._cost.took(held, requests)
-        self.keeps = self.possible and self._cost.cheap and len(watch) < self._most
+        if watch.shared:
+            self.keeps = self.possible and self._cost.cheap and len(watch) < self._most
         watch.claims = self._cost.batch
 
     # -- threads --------------------------------------------------------------------------------------------------
@@ -114,6 +115,6 @@ class Keeping:
         self._crowded = self._crowded and self._threads.busy * 2 >= self._threads.places
         self.keeps = self._always
         watch = self._watch
-        if watch is not None and watch.shared:
+        if watch is not None:
             self._weigh(watch, seconds, 1)
         self.keeps = self.keeps and not self._crowded

@@ -33,7 +33,7 @@ class Watch:
         self._receiver = receiver
         #: Whether the master may take back those between two requests.
         self.shared = kept is not None
-        #: How many requests are claimed at once: those cannot be taken back.
+        #: How many requests are begun at once: those cannot be taken back, and what is offered waits for them.
         self.claims = 1
         self._busy = select.epoll()
         # Without a `kept` nobody calls for it.
@@ -63,9 +63,16 @@ class Watch:
             self._claim()
 
     def _look(self) -> None:
-        events = self._busy.poll(0, 64)
+        if self.shared:
+            # Of requests that are in progress.
+            events = self._busy.poll(0, 64)
+            weighed = False
+        else:
+            # Between requests too: an offer is read once a turn, and must not wait for all of them each time.
+            events = self._busy.poll(0, self.claims)
+            weighed = True
         if events:
-            self._receiver.begin_turn()
+            self._receiver.begin_turn(len(events) if weighed else 0, weighed=weighed)
             for fd, _ in events:
                 self._waiting[fd].readable()
             self._receiver.end_batch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +73,22 @@ class TestForOneWorker:
         handed.client.close()
         await handed.ends()
         assert echo.only.lost == [None]
+
+    async def test_what_holds_the_loop_is_read_one_by_one(self, loop: Loop, master: Master, echo: Recorders) -> None:
+        """Who has just come is read once a turn, and must not wait for all those that were here before, each time."""
+        echo.on(data=lambda protocol, data: (time.sleep(0.002), answer(protocol, data)))
+        all_of_them = [master.hand(b"one.") for _ in range(3)]
+        for handed in all_of_them:
+            assert await handed.reads(4) == b"ONE."
+        watch = master.receiver.watch
+        assert watch is not None
+        await until(lambda: watch.claims == 1, "it is known what one takes")
+        for handed in all_of_them:
+            handed.arrive(b"two.")
+        watch._look()
+        assert [handed.unread() for handed in all_of_them].count(0) == 1
+        for handed in all_of_them:
+            assert await handed.reads(4) == b"TWO."
 
     async def test_who_does_not_read_is_not_asked(self, loop: Loop, master: Master, echo: Recorders) -> None:
         handed = master.hand(b"one ")
