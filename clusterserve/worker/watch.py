@@ -63,14 +63,10 @@ class Watch:
             self._claim()
 
     def _look(self) -> None:
-        if self.shared:
-            # Of requests that are in progress.
-            events = self._busy.poll(0, 64)
-            weighed = False
-        else:
-            # Between requests too: an offer is read once a turn, and must not wait for all of them each time.
-            events = self._busy.poll(0, self.claims)
-            weighed = True
+        # Shared, they are of requests in progress.  Else of those between two as well: an offer is read once a turn,
+        # and must not wait for all of them each time.
+        weighed = not self.shared
+        events = self._busy.poll(0, self.claims if weighed else 64)
         if events:
             self._receiver.begin_turn(len(events) if weighed else 0, weighed=weighed)
             for fd, _ in events:
